@@ -1,0 +1,290 @@
+"""What the optimizers share: groups, declared state, the load path, the step skeleton.
+
+State is declared: a subclass says which tensors a parameter owns (`_state_spec`), and they exist
+from `add_param_group` on, one tensor a key, the same keys on every step, device and rank. `step`
+tensors are views of one tensor a group and device, so that counting costs one operation, not one a
+parameter.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import ops
+from ._checks import check_hyperparameters, check_param
+from ._state import Initial, State, check_saved, initial_step, stack_steps, unstacked
+
+Group = dict[str, Any]
+
+
+def _device(key: str, param: Tensor, group: Group) -> torch.device:
+    """Where a state tensor lives: step counts stay on the host unless a graph must advance them."""
+    on_host = key == "step" and not group["capturable"]
+    return torch.device("cpu") if on_host else param.device
+
+
+class RootFreeOptimizer(Optimizer):
+    """Base of the optimizers; subclasses give `_state_spec` and `_update`."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
+        self._reset_caches()
+        super().__init__(params, defaults)
+
+    # For subclasses ---------------------------------------------------------------------------
+
+    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        """How each state tensor of a parameter starts, by key; `step` is the base's own."""
+        raise NotImplementedError
+
+    def _unused_state(self, group: Group) -> frozenset[str]:
+        """Keys of `_state_spec` that need not exist under the group's present settings."""
+        return frozenset()
+
+    def _update(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: Tensor
+    ) -> None:
+        """Update parameters and state in place; `steps` holds a count a parameter, this one too."""
+        raise NotImplementedError
+
+    # Groups and declared state ----------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group and build its state; on bad input nothing is added."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}; pass a dict")
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for i, param in enumerate(group["params"]):
+                check_param(f"params[{i}]", param)
+        except TypeError:
+            self.param_groups.pop()
+            raise
+        self._declare(group)
+
+    def _check_group(self, group: Group) -> None:
+        """Check the hyperparameters of a group and require batch_size."""
+        if group.get("batch_size") is None:
+            raise ValueError(
+                "batch_size is missing; pass it to the constructor or in every group: the number "
+                "of loss terms that the gradient averages (the global batch size for a loss "
+                "averaged over examples, the number of tokens for one averaged over tokens, 1 for "
+                "a summed loss)"
+            )
+        check_hyperparameters(group)
+
+    def _declare(self, group: Group) -> None:
+        """Build the state that the group's parameters lack; what is there stays."""
+        unused = self._unused_state(group)
+        for param in group["params"]:
+            state = self.state[param]
+            for key, initial in self._full_spec(param, group).items():
+                if key not in state and key not in unused:
+                    state[key] = initial(_device(key, param, group))
+
+    def _full_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        return {"step": initial_step, **self._state_spec(param, group)}
+
+    # Step -------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; parameters without one keep their state.
+
+        Args:
+            closure: re-evaluates the model with gradients enabled and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        self._refuse_capture()
+        work = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
+        for index, (params, grads) in enumerate(work):
+            if params:
+                steps = self._count_step(index, params)
+                self._update(self.param_groups[index], params, grads, steps)
+                ops.mark_changed(params)
+        return loss
+
+    def _refuse_capture(self) -> None:
+        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+            return
+        if torch.cuda.is_current_stream_capturing() and not all(
+            group["capturable"] for group in self.param_groups
+        ):
+            raise RuntimeError(
+                "step() was called under CUDA graph capture with capturable=False; "
+                "pass capturable=True so that the step count lives on the device"
+            )
+
+    def _gather(self, index: int, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, and the gradients; checked before anything moves."""
+        if not torch.compiler.is_compiling():
+            self._check_if_changed(index, group)
+        params = [p for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in params]
+        for grad in grads:
+            if grad.layout is not torch.strided:
+                raise TypeError(
+                    f"a gradient of shape {tuple(grad.shape)} has layout {grad.layout}; pass dense "
+                    "gradients: sparse=False in torch.nn.Embedding, or grad.to_dense()"
+                )
+        return params, grads
+
+    def _check_if_changed(self, index: int, group: Group) -> None:
+        values = list(group.values())
+        known = self._checked.get(index, [])
+        if len(values) != len(known) or not all(map(operator.is_, values, known)):
+            self._check_group(group)
+            self._checked[index] = values
+
+    def _count_step(self, index: int, params: list[Tensor]) -> Tensor:
+        """Add 1 to the step counts of `params`; return them as one tensor."""
+        states = [self.state[p] for p in params]
+        counts = [state["step"] for state in states]
+        if torch.compiler.is_compiling():
+            torch._foreach_add_(counts, 1)
+            return torch.stack(counts)
+        views, stacks = self._stacked_steps.get(index, ([], []))
+        if len(counts) != len(views) or not all(map(operator.is_, counts, views)):
+            stacks = stack_steps(states)
+            self._stacked_steps[index] = [state["step"] for state in states], stacks
+        for stack in stacks:
+            stack.add_(1)
+        if len(stacks) == 1:
+            return stacks[0]
+        return torch.stack([state["step"].to(stacks[0].device) for state in states])
+
+    def _collect(self, group: Group, params: list[Tensor], key: str) -> list[Tensor]:
+        """One state tensor a parameter, declared now if a changed hyperparameter calls for it."""
+        try:
+            return [self.state[p][key] for p in params]
+        except KeyError:
+            self._declare(group)
+            return [self.state[p][key] for p in params]
+
+    # Saving and loading -----------------------------------------------------------------------
+
+    def _reset_caches(self) -> None:
+        """Everything here is derived from groups and state, and rebuilt when it is missing."""
+        self._checked: dict[int, list[Any]] = {}
+        self._stacked_steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state": unstacked(self.state)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.state = defaultdict(dict, self.state)
+        self._reset_caches()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim; no tensor in it shares storage with another parameter's."""
+        for group in self.param_groups:
+            self._declare(group)
+        state_dict = super().state_dict()
+        return {**state_dict, "state": unstacked(state_dict["state"])}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim, but every bit is kept and state is written in place.
+
+        torch casts state to the parameter's dtype; here it keeps the dtype that the optimizer
+        declared, a lossless widening is made, and a lossy one is refused.
+
+        Args:
+            state_dict: what `state_dict()` of an optimizer of this class returned.
+
+        Raises:
+            ValueError: groups, parameters, keys, shapes or dtypes do not match; nothing changed.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+
+        saved_groups = deepcopy(state_dict["param_groups"])
+        groups = self._merge_groups(saved_groups)
+        keys = list(chain.from_iterable(g["params"] for g in saved_groups))
+        owners = [(param, group) for group in groups for param in group["params"]]
+        saved = state_dict["state"]
+        if unknown := saved.keys() - set(keys):
+            raise ValueError(
+                f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
+                "groups names; load it into the optimizer that saved it and save it again"
+            )
+        loaded = [
+            self._check_loaded(key, param, group, saved.get(key, {}))
+            for key, (param, group) in zip(keys, owners, strict=True)
+        ]
+
+        self.param_groups = groups
+        self._checked = {}
+        for (param, group), state in zip(owners, loaded, strict=True):
+            self._write_state(param, group, state)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _merge_groups(self, saved_groups: list[Group]) -> list[Group]:
+        """The saved groups with this optimizer's parameters; settings that they lack stay."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"state_dict has groups of {saved_sizes} parameters but this optimizer has groups "
+                f"of {sizes}; build the optimizer with the groups of the one that was saved"
+            )
+        groups = []
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if missing := [key for key in ("damping", "batch_size") if key not in saved]:
+                raise ValueError(
+                    f"state_dict group {index} has no {' and no '.join(missing)}, so it was not "
+                    f"saved by {type(self).__name__}; load a checkpoint of {type(self).__name__}"
+                )
+            merged = {**group, **saved, "params": group["params"]}
+            self._check_group(merged)
+            groups.append(merged)
+        return groups
+
+    def _check_loaded(self, key: Any, param: Tensor, group: Group, saved: dict[str, Any]) -> State:
+        """The saved state of one parameter, or a ValueError that says what does not fit."""
+        spec = self._full_spec(param, group)
+        needed = spec.keys() - self._unused_state(group)
+        if not needed <= saved.keys() <= spec.keys():
+            raise ValueError(
+                f"state_dict of parameter {key} has keys {sorted(saved)} where "
+                f"{type(self).__name__} needs {sorted(needed)}; load a checkpoint of "
+                f"{type(self).__name__} that was saved with the same settings"
+            )
+        present = {name: initial for name, initial in spec.items() if name in saved}
+        return check_saved(f"state_dict of parameter {key}", present, saved)
+
+    def _write_state(self, param: Tensor, group: Group, loaded: State) -> None:
+        """Make the state hold the loaded values, in the tensors that are there where they fit."""
+        state = self.state[param]
+        for key in state.keys() - loaded.keys():
+            del state[key]
+        for key, initial in self._full_spec(param, group).items():
+            if key in loaded:
+                device = _device(key, param, group)
+                if key not in state or state[key].device != device:
+                    state[key] = initial(device)
+                state[key].copy_(loaded[key])

@@ -1,0 +1,125 @@
+"""Input checks: every error names the argument, what it got and the cure, and changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "betas": (lambda x: 0 <= x < 1, "two numbers, each at least 0 and below 1"),
+    "damping": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "momentum": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "batch_size": (
+        lambda x: 0 < x < math.inf,
+        "the number of loss terms that the gradient averages, a finite number > 0: the global "
+        "batch size for a loss averaged over examples, the number of tokens for one averaged over "
+        "tokens, 1 for a summed loss",
+    ),
+}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "weight_decay_mode": ("decoupled", "momentum"),
+    "bias_correction": (False, True),
+    "maximize": (False, True),
+    "capturable": (False, True),
+}
+
+
+def check_hyperparameters(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError or TypeError for a value out of its domain; skip unknown names."""
+    for name, value in values.items():
+        if name in _CHOICES:
+            if not any(value is c or (isinstance(c, str) and value == c) for c in _CHOICES[name]):
+                raise ValueError(
+                    f"{name} is {value!r}; pass {' or '.join(map(repr, _CHOICES[name]))}"
+                )
+        elif name in _DOMAINS:
+            contains, meaning = _DOMAINS[name]
+            for number in _numbers(name, value, meaning):
+                if not contains(number):
+                    raise ValueError(f"{name} is {value!r}; pass {meaning}")
+
+
+def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:
+    """The numbers to compare with the domain of a hyperparameter."""
+    if name == "lr" and isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"lr is {describe(value)}; pass a float or a floating 0-d tensor")
+        # Reading a tensor on another device would stall the host: such an lr is the caller's word.
+        return (value.detach().reshape(()).item(),) if value.device.type == "cpu" else ()
+    numbers = tuple(value) if name == "betas" and isinstance(value, (tuple, list)) else (value,)
+    if name == "betas" and len(numbers) != 2:
+        raise ValueError(f"betas is {value!r}; pass {meaning}")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(f"{name} is {value!r}, a {type(number).__name__}; pass {meaning}")
+    return numbers
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Raise a TypeError unless `param` is a dense tensor of a floating dtype that is supported."""
+    if param.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {param.layout}; pass a dense (torch.strided) tensor")
+    if param.dtype not in _DTYPES:
+        cure = "pass its real view (torch.view_as_real)" if param.is_complex() else "cast it"
+        raise TypeError(
+            f"{name} has dtype {param.dtype}; supported are float64, float32, bfloat16 and "
+            f"float16: {cure}"
+        )
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's diagonal state: never below float32, so that s cannot freeze."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def check_tensors(
+    params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
+) -> None:
+    for name, tensors in {"grads": grads, **states}.items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors but params has {len(params)}; "
+                "pass one for each parameter"
+            )
+    for i, param in enumerate(params):
+        check_param(f"params[{i}]", param)
+        check_param(f"grads[{i}]", grads[i])
+        if grads[i].dtype not in (param.dtype, torch.float32):
+            raise TypeError(
+                f"grads[{i}] is {grads[i].dtype} but params[{i}] is {param.dtype}; "
+                "cast the gradient to the parameter's dtype or to float32"
+            )
+        _check_like(f"grads[{i}]", grads[i], f"params[{i}]", param)
+        for name, tensors in states.items():
+            _check_like(f"{name}[{i}]", tensors[i], f"params[{i}]", param)
+            if tensors[i].dtype != state_dtype(param):
+                raise TypeError(
+                    f"{name}[{i}] is {tensors[i].dtype} but params[{i}] is {param.dtype}, whose "
+                    f"state is {state_dtype(param)}; allocate it with dtype={state_dtype(param)}"
+                )
+
+
+def _check_like(name: str, tensor: Tensor, param_name: str, param: Tensor) -> None:
+    if tensor.shape != param.shape:
+        transposed = tensor.shape == param.shape[::-1]
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} but {param_name} has {tuple(param.shape)}; "
+            + ("pass it untransposed" if transposed else "pass one of the parameter's shape")
+        )
+    if tensor.device != param.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {param_name} is on {param.device}; "
+            f"move it with .to({str(param.device)!r})"
+        )
+
+
+def describe(tensor: Tensor) -> str:
+    return f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on {tensor.device}"

@@ -1,0 +1,80 @@
+"""State tensors: how step counts are stacked, and how state is saved and loaded without a loss."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+# Builds a state tensor's first value on a device; on "meta" it is a declaration that costs nothing.
+Initial = Callable[[torch.device], Tensor]
+
+
+def initial_step(device: torch.device) -> Tensor:
+    """The `step` count of every parameter: 0-d float32."""
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def stack_steps(states: Sequence[State]) -> list[Tensor]:
+    """Make the states' `step` tensors views of one tensor a device; return those tensors."""
+    by_device: dict[torch.device, list[State]] = defaultdict(list)
+    for state in states:
+        by_device[state["step"].device].append(state)
+    stacks = []
+    for members in by_device.values():
+        stack = torch.stack([state["step"] for state in members])
+        for state, view in zip(members, stack.unbind(), strict=True):
+            state["step"] = view
+        stacks.append(stack)
+    return stacks
+
+
+def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
+    """The states with a copy in place of every tensor that is a part of a larger storage.
+
+    pickle would write the whole storage for each of its views, and torch.save at least once.
+    """
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
+        return value.clone() if partial else value
+
+    return {
+        param: {key: own(value) for key, value in state.items()} for param, state in states.items()
+    }
+
+
+def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any]) -> State:
+    """The saved values as tensors that the declared state can take without a loss.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit.
+    """
+    return {key: _checked(f"{where}: {key}", initial, saved[key]) for key, initial in spec.items()}
+
+
+def _checked(where: str, initial: Initial, value: Any) -> Tensor:
+    declared = initial(torch.device("meta"))
+    if initial is initial_step and isinstance(value, (int, float)):
+        value = torch.tensor(float(value))
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is a {type(value).__name__}; it must be a tensor")
+    if value.shape != declared.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(value.shape)} but this model needs "
+            f"{tuple(declared.shape)}; load it into the model that it was saved with"
+        )
+    if initial is not initial_step and (
+        torch.promote_types(value.dtype, declared.dtype) != declared.dtype
+    ):
+        raise ValueError(
+            f"{where} is {value.dtype} but this optimizer keeps {declared.dtype}, which would lose "
+            f"bits; use parameters of the saved dtype, or cast it to {declared.dtype} first"
+        )
+    return value

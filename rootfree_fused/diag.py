@@ -1,0 +1,214 @@
+"""RootFreeRMSprop and RootFreeAdamW: a diagonal second moment divides, without its root."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import ops
+from ._base import Group, RootFreeOptimizer
+from ._checks import state_dtype
+from ._state import Initial
+
+
+def _full_like(param: Tensor, value: float) -> Initial:
+    """State of a parameter's shape and strides, in float32 or, for float64 parameters, float64."""
+    return functools.partial(_build_full_like, param, value)
+
+
+def _build_full_like(param: Tensor, value: float, device: torch.device) -> Tensor:
+    return torch.full_like(
+        param, value, dtype=state_dtype(param), device=device, requires_grad=False
+    )
+
+
+class RootFreeRMSprop(RootFreeOptimizer):
+    r"""RMSProp without the square root (root-free RMSProp).
+
+    With gradient g, batch size B and s starting at 1::
+
+        s   <- s + (1 - alpha) (B g^2 - s)
+        u    = g / (s + damping)
+        buf <- momentum buf + u
+        p   <- (1 - lr weight_decay) p - lr buf
+
+    or, with ``weight_decay_mode="momentum"``, as in the paper's released code::
+
+        buf <- momentum buf + u + weight_decay p
+        p   <- p - lr buf
+
+    With ``alpha=1`` and ``damping=0`` it is :class:`torch.optim.SGD`.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
+            float32, bfloat16 or float16. Every hyperparameter can be set per group and changed
+            between steps.
+        lr: step size. A 0-d tensor is read, never written.
+        alpha: decay of s per step, in [0, 1]. The paper's ``1 - lr_cov``.
+        damping: added to s. Without the root its unit is that of s, a squared gradient times the
+            batch size: not the ``eps`` of RMSProp.
+        weight_decay: per unit of lr.
+        momentum: heavy-ball coefficient on the preconditioned gradient. With 0 no buffer is kept.
+        batch_size: the number B of loss terms that the gradient averages: the global batch size
+            for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
+            for a summed loss. Required here or in every group.
+        weight_decay_mode: "decoupled" or "momentum".
+        maximize: ascend instead of descend.
+        capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
+            step.
+
+    State of a parameter: ``step`` (0-d float32), ``square_avg`` (s) and, with momentum,
+    ``momentum_buffer``, both of the parameter's shape, in float32 (float64 for float64
+    parameters), so that s moves even where alpha is within a bfloat16 rounding of 1.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, or no batch_size.
+        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+
+    Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
+    Fig. 4 and Fig. 7.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        alpha: float = 0.99,
+        damping: float = 1e-4,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        *,
+        batch_size: float | None = None,
+        weight_decay_mode: ops.WeightDecayMode = "decoupled",
+        maximize: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "batch_size": batch_size,
+            "weight_decay_mode": weight_decay_mode,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        return {"square_avg": _full_like(param, 1.0), "momentum_buffer": _full_like(param, 0.0)}
+
+    def _unused_state(self, group: Group) -> frozenset[str]:
+        return frozenset() if group["momentum"] else frozenset({"momentum_buffer"})
+
+    def _update(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: Tensor
+    ) -> None:
+        has_buffer = group["momentum"] or "momentum_buffer" in self.state[params[0]]
+        torch.ops.rootfree_fused.rmsprop_(
+            params,
+            grads,
+            self._collect(group, params, "square_avg"),
+            self._collect(group, params, "momentum_buffer") if has_buffer else [],
+            ops.as_scalar_tensor(group["lr"]),
+            alpha=group["alpha"],
+            damping=group["damping"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            batch_size=group["batch_size"],
+            decoupled=group["weight_decay_mode"] == "decoupled",
+            maximize=group["maximize"],
+        )
+
+
+class RootFreeAdamW(RootFreeOptimizer):
+    r"""AdamW without the square root (root-free AdamW).
+
+    With gradient g, batch size B, m starting at 0 and s at 1::
+
+        p <- (1 - lr weight_decay) p
+        m <- m + (1 - beta1) (g - m)
+        s <- s + (1 - beta2) (B g^2 - s)
+        p <- p - (lr / bc1) m / (s / bc2 + damping)
+
+    where bc1 = 1 - beta1^t and bc2 = 1 - beta2^t at step t with ``bias_correction=True``, and 1
+    without. s starts at 1, not at 0, so that no correction is needed.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
+            float32, bfloat16 or float16. Every hyperparameter can be set per group and changed
+            between steps.
+        lr: step size. A 0-d tensor is read, never written.
+        betas: decay per step of the gradient's average and of s, each in [0, 1).
+        damping: added to s. Without the root its unit is that of s, a squared gradient times the
+            batch size: not the ``eps`` of AdamW.
+        weight_decay: decoupled, per unit of lr.
+        batch_size: the number B of loss terms that the gradient averages: the global batch size
+            for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
+            for a summed loss. Required here or in every group.
+        bias_correction: divide m and s by 1 - beta^t, as AdamW does.
+        maximize: ascend instead of descend.
+        capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
+            step.
+
+    State of a parameter: ``step`` (0-d float32), ``exp_avg`` (m) and ``exp_avg_sq`` (s), both of
+    the parameter's shape, in float32 (float64 for float64 parameters).
+
+    Raises:
+        ValueError: a hyperparameter out of its range, or no batch_size.
+        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+
+    Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
+    and its released code.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        damping: float = 1e-4,
+        weight_decay: float = 1e-2,
+        *,
+        batch_size: float | None = None,
+        bias_correction: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "batch_size": batch_size,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        return {"exp_avg": _full_like(param, 0.0), "exp_avg_sq": _full_like(param, 1.0)}
+
+    def _update(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: Tensor
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        torch.ops.rootfree_fused.adamw_(
+            params,
+            grads,
+            self._collect(group, params, "exp_avg"),
+            self._collect(group, params, "exp_avg_sq"),
+            steps if group["bias_correction"] else None,
+            ops.as_scalar_tensor(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            damping=group["damping"],
+            weight_decay=group["weight_decay"],
+            batch_size=group["batch_size"],
+            maximize=group["maximize"],
+        )

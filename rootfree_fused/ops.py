@@ -1,0 +1,300 @@
+"""The fused updates as functions on lists of tensors: schemas, input checks, dispatch.
+
+PyTorch's dispatcher chooses the body: C++ on the CPU (csrc/), Triton on CUDA (kernels/), and the
+specification (reference/) on every other device and wherever one of the two is missing.
+`backends()` says what runs on each device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._checks import check_hyperparameters, check_tensors, describe
+from .reference import diag as reference
+
+WeightDecayMode = Literal["decoupled", "momentum"]
+
+_library = torch.library.Library("rootfree_fused", "DEF")
+_library.define(
+    "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, "
+    "Tensor(c!)[] momentum_buffers, Tensor lr, *, float alpha, float damping, "
+    "float weight_decay, float momentum, float batch_size, bool decoupled, bool maximize) -> ()"
+)
+_library.define(
+    "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor? steps, Tensor lr, *, float beta1, float beta2, "
+    "float damping, float weight_decay, float batch_size, bool maximize) -> ()"
+)
+
+
+# Public functions -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rmsprop_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    square_avgs: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] = (),
+    *,
+    lr: float | Tensor,
+    alpha: float = 0.99,
+    damping: float = 1e-4,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    batch_size: float,
+    weight_decay_mode: WeightDecayMode = "decoupled",
+    maximize: bool = False,
+) -> None:
+    """Root-free RMSProp on lists of tensors, in place; see `reference.rmsprop_` for the equations.
+
+    Args:
+        params: float64, float32, bfloat16 or float16 tensors of any shapes and strides; updated.
+        grads: one a parameter, of its shape; of its dtype, or float32. Never written.
+        square_avgs: s, one a parameter, of its shape; float64 for float64 parameters and float32
+            for all others; ones before the first step. Updated.
+        momentum_buffers: as `square_avgs`, zeros before the first step; empty without momentum.
+        lr: step size; a float, or a 0-d tensor that is read on its device.
+        alpha: decay of s, in [0, 1].
+        damping: added to s, in the unit of a squared gradient times `batch_size`.
+        weight_decay: per unit of lr.
+        momentum: heavy-ball coefficient.
+        batch_size: the number of loss terms that the gradients average.
+        weight_decay_mode: "decoupled" shrinks the parameter; "momentum" adds weight_decay * param
+            to what enters the momentum buffer, as the paper's released code does.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: lists of unequal lengths, unequal shapes or devices, values out of range.
+        TypeError: a dtype or layout that is not supported.
+    """
+    check_hyperparameters(
+        {
+            "lr": lr,
+            "alpha": alpha,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "batch_size": batch_size,
+            "weight_decay_mode": weight_decay_mode,
+            "maximize": maximize,
+        }
+    )
+    states = {"square_avgs": square_avgs}
+    if momentum_buffers:
+        states["momentum_buffers"] = momentum_buffers
+    elif momentum != 0:
+        raise ValueError(
+            f"momentum is {momentum} but momentum_buffers is empty; "
+            "pass one tensor of zeros a parameter before the first step"
+        )
+    check_tensors(params, grads, states)
+    torch.ops.rootfree_fused.rmsprop_(
+        params,
+        grads,
+        square_avgs,
+        momentum_buffers,
+        as_scalar_tensor(lr),
+        alpha=alpha,
+        damping=damping,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        batch_size=batch_size,
+        decoupled=weight_decay_mode == "decoupled",
+        maximize=maximize,
+    )
+    mark_changed(params)
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.99),
+    damping: float = 1e-4,
+    weight_decay: float = 1e-2,
+    batch_size: float,
+    maximize: bool = False,
+) -> None:
+    """Root-free AdamW on lists of tensors, in place; see `reference.adamw_` for the equations.
+
+    Args:
+        params: float64, float32, bfloat16 or float16 tensors of any shapes and strides; updated.
+        grads: one a parameter, of its shape; of its dtype, or float32. Never written.
+        exp_avgs: one a parameter, of its shape; float64 for float64 parameters and float32 for all
+            others; zeros before the first step. Updated.
+        exp_avg_sqs: s, as `exp_avgs`; ones before the first step. Updated.
+        steps: float32, shape (len(params),): how many steps each parameter has taken, this one
+            counted. None means no bias correction.
+        lr: step size; a float, or a 0-d tensor that is read on its device.
+        betas: decay of the gradient's average and of s, each in [0, 1).
+        damping: added to s, in the unit of a squared gradient times `batch_size`.
+        weight_decay: decoupled, per unit of lr.
+        batch_size: the number of loss terms that the gradients average.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: lists of unequal lengths, unequal shapes or devices, values out of range.
+        TypeError: a dtype or layout that is not supported.
+    """
+    check_hyperparameters(
+        {
+            "lr": lr,
+            "betas": betas,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "batch_size": batch_size,
+            "maximize": maximize,
+        }
+    )
+    check_tensors(params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
+    if steps is not None and (steps.shape != (len(params),) or steps.dtype != torch.float32):
+        raise ValueError(
+            f"steps is {describe(steps)}; pass a float32 tensor of shape ({len(params)},), "
+            "one count a parameter, or None for no bias correction"
+        )
+    torch.ops.rootfree_fused.adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        as_scalar_tensor(lr),
+        beta1=betas[0],
+        beta2=betas[1],
+        damping=damping,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        maximize=maximize,
+    )
+    mark_changed(params)
+
+
+def backends() -> dict[str, str]:
+    """What runs on each device, for example {"cpu": "C++ (avx512)", "cuda": "Triton 3.6.0"}."""
+    extension, kernels = _extension(), _kernels()
+    return {
+        "cpu": f"reference: {extension}"
+        if isinstance(extension, ImportError)
+        else f"C++ ({torch.ops.rootfree_fused.cpu_isa()})",
+        "cuda": f"reference: {kernels}"
+        if isinstance(kernels, ImportError)
+        else f"Triton {importlib.import_module('triton').__version__}",
+    }
+
+
+def as_scalar_tensor(lr: float | Tensor) -> Tensor:
+    """A learning rate as the 0-d tensor that the operators take; a float keeps its 64 bits."""
+    if isinstance(lr, Tensor):
+        return lr.detach().reshape(())
+    return torch.tensor(lr, dtype=torch.float64)
+
+
+def mark_changed(params: Sequence[Tensor]) -> None:
+    """Tell autograd that an operator wrote the parameters, so that a stale backward raises."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)
+
+
+# Dispatch -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _extension() -> ModuleType | ImportError:
+    """The C++ kernels, which register themselves for CPU when imported, or why there are none."""
+    return _import("rootfree_fused._C")
+
+
+@functools.cache
+def _kernels() -> ModuleType | ImportError:
+    """The Triton kernels, or why there are none. Imported on first use: Triton takes a while."""
+    return _import("rootfree_fused.kernels.diag")
+
+
+def _import(name: str) -> ModuleType | ImportError:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return error
+
+
+def _rmsprop_reference_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    **scalars: Any,
+) -> None:
+    _warn_if_slow(params)
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
+        reference.rmsprop_(p, g, s, buf, lr=lr.double(), **scalars)
+
+
+def _adamw_reference_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: Tensor | None,
+    lr: Tensor,
+    **scalars: Any,
+) -> None:
+    _warn_if_slow(params)
+    counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
+    for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
+        reference.adamw_(p, g, m, s, t, lr=lr.double(), **scalars)
+
+
+def _warn_if_slow(params: list[Tensor]) -> None:
+    device = params[0].device.type if params else ""
+    kernels = {"cpu": _extension, "cuda": _kernels}.get(device)
+    if kernels is not None and isinstance(missing := kernels(), ImportError):
+        _warn_reference(device, missing)
+
+
+@functools.cache
+def _warn_reference(device: str, missing: ImportError) -> None:
+    cure = {
+        "cpu": "install a C++ compiler and reinstall rootfree_fused with --no-build-isolation",
+        "cuda": "install triton",
+    }
+    warnings.warn(
+        f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
+        f"kernels ({missing}): {cure[device]}",
+        stacklevel=1,
+    )
+
+
+def _on_cuda(name: str, reference_: Callable[..., None]) -> Callable[..., None]:
+    def launch(*tensors: Any, **scalars: Any) -> None:
+        kernels = _kernels()
+        run = reference_ if isinstance(kernels, ImportError) else getattr(kernels, name)
+        run(*tensors, **scalars)
+
+    return launch
+
+
+_references: dict[str, Callable[..., None]] = {
+    "rmsprop_": _rmsprop_reference_,
+    "adamw_": _adamw_reference_,
+}
+for _name, _reference_ in _references.items():
+    _library.impl(_name, _reference_, "CompositeExplicitAutograd")
+    _library.impl(_name, _on_cuda(_name, _reference_), "CUDA")
+    torch.library.register_fake(f"rootfree_fused::{_name}", lambda *_, **__: None, lib=_library)
+_extension()

@@ -1,0 +1,71 @@
+"""The optimizers under test, and small problems for them."""
+
+from __future__ import annotations
+
+import torch
+
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
+
+# (class, settings): each body of each update once.
+SETTINGS = {
+    "rmsprop": (RootFreeRMSprop, {"lr": 0.05, "alpha": 0.9, "weight_decay": 0.1}),
+    "rmsprop-momentum": (RootFreeRMSprop, {"lr": 0.05, "alpha": 0.9, "momentum": 0.9}),
+    "rmsprop-released": (
+        RootFreeRMSprop,
+        {
+            "lr": 0.05,
+            "alpha": 0.9,
+            "momentum": 0.9,
+            "weight_decay": 0.1,
+            "weight_decay_mode": "momentum",
+        },
+    ),
+    "adamw": (RootFreeAdamW, {"lr": 0.05}),
+    "adamw-corrected": (RootFreeAdamW, {"lr": 0.05, "bias_correction": True}),
+}
+
+
+def build(name, params, **overrides):
+    cls, settings = SETTINGS[name]
+    return cls(params, **{"batch_size": 8, **settings, **overrides})
+
+
+def parameters(
+    *shapes, dtype=torch.float32, device="cpu", seed=0
+) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
+        for shape in shapes
+    ]
+
+
+def set_grads(params, seed):
+    """Fresh random gradients, small enough that s moves well below 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        grad = 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = grad.to(p.device, p.dtype)
+
+
+def run(optimizer, params, steps, first=0):
+    for t in range(first, first + steps):
+        set_grads(params, seed=100 + t)
+        optimizer.step()
+
+
+def snapshot(optimizer, params):
+    """Every bit that a step reads or writes, as a list of tensors."""
+    tensors = [p.detach().clone() for p in params]
+    for p in params:
+        state = optimizer.state[p]
+        tensors += [state[key].clone() for key in sorted(state)]
+    return tensors
+
+
+def assert_identical(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert a.device == e.device
+        assert torch.equal(a, e)

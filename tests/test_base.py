@@ -1,0 +1,400 @@
+"""Groups, declared state, step and the load path, for every optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
+
+pytestmark = pytest.mark.parametrize("name", SETTINGS)
+SHAPES = [(7, 5), (11,), (), (0,), (3, 4, 2)]
+
+
+def save_and_load(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True), file.getbuffer().nbytes
+
+
+# Declared state
+
+
+def test_state_is_there_before_the_first_step_and_keeps_its_keys(name, device):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params)
+    before = {p: set(optimizer.state[p]) for p in params}
+    assert all(keys >= {"step"} and len(keys) >= 2 for keys in before.values())
+    set_grads(params[:2], seed=0)
+    optimizer.step()
+    assert {p: set(optimizer.state[p]) for p in params} == before
+    for p in params:
+        for key, value in optimizer.state[p].items():
+            assert isinstance(value, torch.Tensor)
+            assert value.device == (torch.device("cpu") if key == "step" else p.device)
+            assert value.shape == (() if key == "step" else p.shape)
+            assert value.dtype == torch.float32
+            assert not value.requires_grad
+    assert [optimizer.state[p]["step"].item() for p in params] == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state"),
+    [
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_state_dtype(name, device, dtype, state):
+    params = parameters((3,), dtype=dtype, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    dtypes = {k: v.dtype for k, v in optimizer.state[params[0]].items()}
+    assert dtypes.pop("step") == torch.float32
+    assert set(dtypes.values()) == {state}
+
+
+def test_capturable_counts_on_the_device_and_changes_no_number(name, device):
+    params, twins = (parameters(*SHAPES, device=device) for _ in range(2))
+    plain, capturable = build(name, params), build(name, twins, capturable=True)
+    run(plain, params, 3)
+    run(capturable, twins, 3)
+    assert all(capturable.state[p]["step"].device == p.device for p in twins)
+    for a, b in zip(params, twins, strict=True):
+        assert torch.equal(a, b)
+
+
+# Gradients
+
+
+def test_gradients_are_never_written(name, device):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        params = parameters(*SHAPES, dtype=dtype, device=device)
+        optimizer = build(name, params)
+        set_grads(params, seed=1)
+        grads = [p.grad for p in params]
+        before = [g.clone() for g in grads]
+        versions = [g._version for g in grads]
+        optimizer.step()
+        for p, g, b, v in zip(params, grads, before, versions, strict=True):
+            assert p.grad is g
+            assert torch.equal(g, b)
+            assert g._version == v
+
+
+def test_a_parameter_without_gradient_keeps_everything(name, device):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    for missing in ([0], [1, 3], list(range(len(params)))):
+        set_grads(params, seed=3)
+        for i in missing:
+            params[i].grad = None
+        before = [snapshot(optimizer, [params[i]]) for i in missing]
+        counts = [optimizer.state[p]["step"].item() for p in params]
+        optimizer.step()
+        assert_identical(
+            sum((snapshot(optimizer, [params[i]]) for i in missing), []), sum(before, [])
+        )
+        for i, p in enumerate(params):
+            assert optimizer.state[p]["step"].item() == counts[i] + (i not in missing)
+
+
+def test_a_parameter_that_skips_steps_matches_one_that_is_alone(name, device):
+    params = parameters((4, 3), (4, 3), device=device)
+    alone = parameters((4, 3), (4, 3), device=device)[1:]
+    both, single = build(name, params), build(name, alone)
+    for t in range(6):
+        set_grads(params, seed=t)
+        alone[0].grad = params[1].grad.clone()
+        if t % 2:
+            params[1].grad = alone[0].grad = None
+        both.step()
+        single.step()
+    assert torch.equal(params[1], alone[0])
+    assert both.state[params[1]]["step"].item() == 3
+
+
+def test_a_backward_through_a_changed_parameter_raises(name, device):
+    (weight,) = parameters((3, 3), device=device)
+    optimizer = build(name, [weight])
+    loss = (weight**2).sum()
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_sparse_gradients_are_refused_and_nothing_changes(name, device):
+    params = parameters((4, 3), (4, 3), device=device)
+    optimizer = build(name, [{"params": params[:1]}, {"params": params[1:]}])
+    set_grads(params, seed=0)
+    params[1].grad = params[1].grad.to_sparse()
+    before = snapshot(optimizer, params)
+    with pytest.raises(TypeError, match=r"sparse=False .*to_dense"):
+        optimizer.step()
+    assert_identical(snapshot(optimizer, params), before)
+
+
+# Step
+
+
+def test_closure_runs_with_gradients_and_its_loss_is_returned(name, device):
+    (weight,) = parameters((3,), device=device)
+    optimizer = build(name, [weight])
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    before = weight.detach().clone()
+    loss = optimizer.step(closure)
+    assert loss.item() == pytest.approx((before**2).sum().item())
+    assert not torch.equal(weight, before)
+    assert optimizer.step() is None
+
+
+def test_lr_zero_moves_state_but_no_parameter(name, device):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params, lr=0.0)
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, 2)
+    assert_identical([p.detach() for p in params], before)
+    moved = {"rmsprop": "square_avg", "adamw": "exp_avg_sq"}[name.split("-")[0]]
+    assert not torch.equal(optimizer.state[params[0]][moved], torch.ones_like(params[0]))
+
+
+def test_maximize_is_minimize_of_the_negated_gradient(name, device):
+    params, twins = (parameters(*SHAPES, device=device) for _ in range(2))
+    down, up = build(name, params), build(name, twins, maximize=True)
+    for t in range(3):
+        set_grads(params, seed=t)
+        for p, q in zip(params, twins, strict=True):
+            q.grad = -p.grad
+        down.step()
+        up.step()
+    assert_identical(snapshot(up, twins), snapshot(down, params))
+
+
+def test_tensor_lr_equals_float_lr_and_is_not_written(name, device):
+    params, twins = (parameters(*SHAPES, device=device) for _ in range(2))
+    lr = torch.tensor(0.0625, device=device)
+    by_float, by_tensor = build(name, params, lr=0.0625), build(name, twins, lr=lr)
+    run(by_float, params, 5)
+    run(by_tensor, twins, 5)
+    assert_identical(snapshot(by_tensor, twins), snapshot(by_float, params))
+    assert lr.item() == 0.0625
+    assert by_tensor.param_groups[0]["lr"] is lr
+    lr.fill_(0.0)
+    before = [p.detach().clone() for p in twins]
+    run(by_tensor, twins, 1, first=5)
+    assert_identical([p.detach() for p in twins], before)
+
+
+def test_hyperparameters_change_between_steps_and_differ_by_group(name, device):
+    params = parameters((5,), (5,), device=device)
+    with torch.no_grad():
+        params[1].copy_(params[0])
+    optimizer = build(name, [{"params": [params[0]]}, {"params": [params[1]], "lr": 0.0}])
+    set_grads(params, seed=0)
+    params[1].grad = params[0].grad.clone()
+    start = params[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(params[0], start)
+    assert torch.equal(params[1], start)
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 0.0, 0.1
+    first = params[0].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[0], first)
+    assert not torch.equal(params[1], start)
+
+
+def test_every_batch_size_is_the_group_s_own(name, device):
+    params = parameters((5,), (5,), device=device)
+    optimizer = build(
+        name, [{"params": [params[0]]}, {"params": [params[1]], "batch_size": 1000}]
+    )
+    set_grads(params, seed=0)
+    params[1].grad = params[0].grad.clone()
+    optimizer.step()
+    key = "square_avg" if name.startswith("rmsprop") else "exp_avg_sq"
+    small, large = (optimizer.state[p][key] for p in params)
+    assert (large > small).all()
+
+
+def test_named_parameters_added_groups_and_repr(name, device):
+    model = torch.nn.Linear(3, 2, device=device)
+    optimizer = build(name, model.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    run(optimizer, list(model.parameters()), 1)
+    (extra,) = parameters((4,), device=device)
+    optimizer.add_param_group({"params": [("extra", extra)], "lr": 0.5})
+    run(optimizer, [*model.parameters(), extra], 2)
+    assert optimizer.state[extra]["step"].item() == 2
+    assert optimizer.state[model.weight]["step"].item() == 3
+    assert "batch_size: 8" in repr(optimizer)
+
+
+def test_schedulers_and_hooks_work(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    for t in range(4):
+        set_grads(params, seed=t)
+        optimizer.step()
+        scheduler.step()
+    assert calls == ["pre", "post"] * 4
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_changed_hyperparameter_is_checked_before_anything_moves(name, device):
+    params = parameters((3,), (3,), device=device)
+    optimizer = build(name, [{"params": params[:1]}, {"params": params[1:]}])
+    set_grads(params, seed=0)
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    optimizer.param_groups[1]["damping"] = float("nan")
+    with pytest.raises(ValueError, match="damping is nan"):
+        optimizer.step()
+    assert_identical(snapshot(optimizer, params), before)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_resume_is_bit_exact(name, device, dtype):
+    params = parameters(*SHAPES, dtype=dtype, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 3)
+    saved, nbytes = save_and_load(optimizer.state_dict())
+    resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = build(name, resumed_params)
+    resumed.load_state_dict(saved)
+    assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
+    run(optimizer, params, 3, first=3)
+    run(resumed, resumed_params, 3, first=3)
+    assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
+
+
+def test_a_checkpoint_is_as_large_as_its_state(name):
+    params = parameters(*[(8, 8)] * 100)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    state = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
+    assert len(pickle.dumps(optimizer.state_dict())) < state + 200_000
+    assert len(pickle.dumps(optimizer)) < state + 100 * 256 + 200_000
+
+
+def test_loading_writes_in_place_and_leaves_the_callers_dict(name, device):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    saved, _ = save_and_load(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    run(optimizer, params, 2, first=2)
+    tensors = {id(v) for p in params for v in optimizer.state[p].values()}
+    optimizer.load_state_dict(state_dict=saved)
+    run(optimizer, params, 1, first=4)
+    assert {id(v) for p in params for v in optimizer.state[p].values()} == tensors
+    assert saved["param_groups"] == kept["param_groups"]
+    for key, state in kept["state"].items():
+        for k, v in state.items():
+            assert torch.equal(saved["state"][key][k], v)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_continues_identically(name, device, how):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 3)
+    twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    twins = twin.param_groups[0]["params"]
+    assert all(a is not b for a, b in zip(params, twins, strict=True))
+    run(optimizer, params, 3, first=3)
+    run(twin, twins, 3, first=3)
+    assert_identical(snapshot(twin, twins), snapshot(optimizer, params))
+
+
+def test_settings_that_a_checkpoint_lacks_stay(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params, maximize=True)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["maximize"]
+    for state in saved["state"].values():
+        state["step"] = 5
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["maximize"] is True
+    assert torch.equal(optimizer.state[params[0]]["step"], torch.tensor(5.0))
+
+
+def corruptions(state_dict):
+    """Broken checkpoints by the words that their error must have."""
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    key = next(k for k in state[0] if k != "step")
+    value = state[0][key]
+
+    def with_state(**changes):
+        changed = {k: v for k, v in {**state[0], **changes}.items() if v is not None}
+        return {"state": {**state, 0: changed}, "param_groups": groups}
+
+    return {
+        "has shape": with_state(**{key: value[:1]}),
+        "would lose bits": with_state(**{key: value.double()}),
+        "has keys": with_state(**{key: None}),
+        "same settings": with_state(surplus=value),
+        "must be a tensor": with_state(**{key: [1.0]}),
+        "none of its groups": {"state": {**state, 99: state[0]}, "param_groups": groups},
+        "groups of": {"state": state, "param_groups": [*groups, groups[0]]},
+        "no batch_size": {
+            "state": state,
+            "param_groups": [{k: v for k, v in groups[0].items() if k != "batch_size"}],
+        },
+        "lr is -1": {"state": state, "param_groups": [{**groups[0], "lr": -1.0}]},
+    }
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(name, device):
+    params = parameters((3, 2), (4,), device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    broken = corruptions(optimizer.state_dict())
+    before = snapshot(optimizer, params)
+    groups = [dict(g) for g in optimizer.param_groups]
+    for words, state_dict in broken.items():
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(state_dict)
+        assert_identical(snapshot(optimizer, params), before)
+        assert [dict(g) for g in optimizer.param_groups] == groups
+
+
+def test_a_checkpoint_of_torch_s_own_optimizers_is_refused(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params)
+    for cls in (torch.optim.AdamW, torch.optim.RMSprop):
+        other = cls(params)
+        set_grads(params, seed=0)
+        other.step()
+        with pytest.raises(ValueError, match=f"not saved by {type(optimizer).__name__}"):
+            optimizer.load_state_dict(other.state_dict())
+
+
+def test_load_hooks_run_in_order(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params)
+    calls = []
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre", "post"]

@@ -1,0 +1,78 @@
+"""Imports flow one way: __init__ -> diag -> _base -> ops -> reference; kernels stand alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "rootfree_fused"
+# What each module may import of the package itself.
+ALLOWED = {
+    "__init__": {"diag"},
+    "diag": {"_base", "_checks", "_state", "ops"},
+    "_base": {"_checks", "_state", "ops"},
+    "_state": set(),
+    "ops": {"_checks", "reference", "reference.diag"},
+    "_checks": set(),
+    "reference.__init__": {"reference.diag"},
+    "reference.diag": set(),
+}
+
+
+def module_files():
+    return {
+        ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path
+        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
+    }
+
+
+def imports(path, package):
+    """Absolute names of what a file imports anywhere, `from x import y` as both x and x.y."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, [parent, node.module]))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def package_of(name):
+    parts = [PACKAGE, *name.split(".")[:-1]]
+    return ".".join(parts)
+
+
+def test_every_module_has_a_place():
+    assert set(module_files()) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_package_imports_flow_one_way(name):
+    path = module_files()[name]
+    modules = set(ALLOWED) | {"reference"}
+    for target in imports(path, package_of(name)):
+        top = target.split(".")[0]
+        assert top not in {"tests", "bench", "kernels", "triton"}, target
+        inside = target.removeprefix(PACKAGE + ".")
+        if target.startswith(PACKAGE + ".") and inside in modules:
+            assert inside in ALLOWED[name], f"{name} imports {inside}"
+
+
+def test_the_specification_imports_only_torch():
+    for target in imports(module_files()["reference.diag"], f"{PACKAGE}.reference"):
+        assert target.split(".")[0] in {"__future__", "math", "torch"}
+
+
+def test_kernels_import_only_torch_and_triton():
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    assert files
+    allowed = {"__future__", "collections", "functools", "math", "typing", "torch", "triton"}
+    for path in files:
+        for target in imports(path, f"{PACKAGE}.kernels"):
+            assert target.split(".")[0] in allowed | {PACKAGE}, f"{path.name} imports {target}"
+            if target.startswith(PACKAGE):
+                assert target.startswith(f"{PACKAGE}.kernels"), f"{path.name} imports {target}"
