@@ -51,9 +51,14 @@ class RootFreeOptimizer(Optimizer):
         return frozenset()
 
     def _update(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: Tensor
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
     ) -> None:
-        """Update parameters and state in place; `steps` holds a count a parameter, this one too."""
+        """Update parameters and states in place; `steps` holds each count, this step included."""
         raise NotImplementedError
 
     # Groups and declared state ----------------------------------------------------------------
@@ -120,8 +125,9 @@ class RootFreeOptimizer(Optimizer):
         work = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
         for index, (params, grads) in enumerate(work):
             if params:
-                steps = self._count_step(index, params)
-                self._update(self.param_groups[index], params, grads, steps)
+                states = [self.state[p] for p in params]
+                steps = self._count_step(index, states)
+                self._update(self.param_groups[index], params, grads, states, steps)
                 ops.mark_changed(params)
         return loss
 
@@ -140,14 +146,18 @@ class RootFreeOptimizer(Optimizer):
         """The parameters that have a gradient, and the gradients; checked before anything moves."""
         if not torch.compiler.is_compiling():
             self._check_if_changed(index, group)
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params]
-        for grad in grads:
+        params, grads = [], []
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
             if grad.layout is not torch.strided:
                 raise TypeError(
                     f"a gradient of shape {tuple(grad.shape)} has layout {grad.layout}; pass dense "
                     "gradients: sparse=False in torch.nn.Embedding, or grad.to_dense()"
                 )
+            params.append(param)
+            grads.append(grad)
         return params, grads
 
     def _check_if_changed(self, index: int, group: Group) -> None:
@@ -157,9 +167,8 @@ class RootFreeOptimizer(Optimizer):
             self._check_group(group)
             self._checked[index] = values
 
-    def _count_step(self, index: int, params: list[Tensor]) -> Tensor:
-        """Add 1 to the step counts of `params`; return them as one tensor."""
-        states = [self.state[p] for p in params]
+    def _count_step(self, index: int, states: list[State]) -> Tensor:
+        """Add 1 to the step counts; return them as one tensor."""
         counts = [state["step"] for state in states]
         if torch.compiler.is_compiling():
             torch._foreach_add_(counts, 1)
@@ -173,14 +182,6 @@ class RootFreeOptimizer(Optimizer):
         if len(stacks) == 1:
             return stacks[0]
         return torch.stack([state["step"].to(stacks[0].device) for state in states])
-
-    def _collect(self, group: Group, params: list[Tensor], key: str) -> list[Tensor]:
-        """One state tensor a parameter, declared now if a changed hyperparameter calls for it."""
-        try:
-            return [self.state[p][key] for p in params]
-        except KeyError:
-            self._declare(group)
-            return [self.state[p][key] for p in params]
 
     # Saving and loading -----------------------------------------------------------------------
 

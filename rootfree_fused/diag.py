@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer
 from ._checks import state_dtype
-from ._state import Initial
+from ._state import Initial, State
 
 
 def _full_like(param: Tensor, value: float) -> Initial:
@@ -106,14 +106,21 @@ class RootFreeRMSprop(RootFreeOptimizer):
         return frozenset() if group["momentum"] else frozenset({"momentum_buffer"})
 
     def _update(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: Tensor
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
     ) -> None:
-        has_buffer = group["momentum"] or "momentum_buffer" in self.state[params[0]]
+        if group["momentum"] and not all("momentum_buffer" in state for state in states):
+            self._declare(group)
+        has_buffer = "momentum_buffer" in states[0]
         torch.ops.rootfree_fused.rmsprop_(
             params,
             grads,
-            self._collect(group, params, "square_avg"),
-            self._collect(group, params, "momentum_buffer") if has_buffer else [],
+            [state["square_avg"] for state in states],
+            [state["momentum_buffer"] for state in states] if has_buffer else [],
             ops.as_scalar_tensor(group["lr"]),
             alpha=group["alpha"],
             damping=group["damping"],
@@ -195,14 +202,19 @@ class RootFreeAdamW(RootFreeOptimizer):
         return {"exp_avg": _full_like(param, 0.0), "exp_avg_sq": _full_like(param, 1.0)}
 
     def _update(
-        self, group: Group, params: list[Tensor], grads: list[Tensor], steps: Tensor
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
     ) -> None:
         beta1, beta2 = group["betas"]
         torch.ops.rootfree_fused.adamw_(
             params,
             grads,
-            self._collect(group, params, "exp_avg"),
-            self._collect(group, params, "exp_avg_sq"),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             steps if group["bias_correction"] else None,
             ops.as_scalar_tensor(group["lr"]),
             beta1=beta1,

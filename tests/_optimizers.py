@@ -30,9 +30,7 @@ def build(name, params, **overrides):
     return cls(params, **{"batch_size": 8, **settings, **overrides})
 
 
-def parameters(
-    *shapes, dtype=torch.float32, device="cpu", seed=0
-) -> list[torch.nn.Parameter]:
+def parameters(*shapes, dtype=torch.float32, device="cpu", seed=0) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))

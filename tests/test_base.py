@@ -18,7 +18,7 @@ def save_and_load(state_dict):
     file = io.BytesIO()
     torch.save(state_dict, file)
     file.seek(0)
-    return torch.load(file, weights_only=True), file.getbuffer().nbytes
+    return torch.load(file, weights_only=True)
 
 
 # Declared state
@@ -95,12 +95,11 @@ def test_a_parameter_without_gradient_keeps_everything(name, device):
         set_grads(params, seed=3)
         for i in missing:
             params[i].grad = None
-        before = [snapshot(optimizer, [params[i]]) for i in missing]
+        skipped = [params[i] for i in missing]
+        before = snapshot(optimizer, skipped)
         counts = [optimizer.state[p]["step"].item() for p in params]
         optimizer.step()
-        assert_identical(
-            sum((snapshot(optimizer, [params[i]]) for i in missing), []), sum(before, [])
-        )
+        assert_identical(snapshot(optimizer, skipped), before)
         for i, p in enumerate(params):
             assert optimizer.state[p]["step"].item() == counts[i] + (i not in missing)
 
@@ -219,9 +218,7 @@ def test_hyperparameters_change_between_steps_and_differ_by_group(name, device):
 
 def test_every_batch_size_is_the_group_s_own(name, device):
     params = parameters((5,), (5,), device=device)
-    optimizer = build(
-        name, [{"params": [params[0]]}, {"params": [params[1]], "batch_size": 1000}]
-    )
+    optimizer = build(name, [{"params": [params[0]]}, {"params": [params[1]], "batch_size": 1000}])
     set_grads(params, seed=0)
     params[1].grad = params[0].grad.clone()
     optimizer.step()
@@ -278,7 +275,7 @@ def test_resume_is_bit_exact(name, device, dtype):
     params = parameters(*SHAPES, dtype=dtype, device=device)
     optimizer = build(name, params)
     run(optimizer, params, 3)
-    saved, nbytes = save_and_load(optimizer.state_dict())
+    saved = save_and_load(optimizer.state_dict())
     resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
     resumed = build(name, resumed_params)
     resumed.load_state_dict(saved)
@@ -301,7 +298,7 @@ def test_loading_writes_in_place_and_leaves_the_callers_dict(name, device):
     params = parameters(*SHAPES, device=device)
     optimizer = build(name, params)
     run(optimizer, params, 2)
-    saved, _ = save_and_load(optimizer.state_dict())
+    saved = save_and_load(optimizer.state_dict())
     kept = copy.deepcopy(saved)
     run(optimizer, params, 2, first=2)
     tensors = {id(v) for p in params for v in optimizer.state[p].values()}

@@ -18,9 +18,7 @@ def test_golden(case, device):
     data, meta = load(case)
     indices = range(len(meta["shapes"]))
     params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
-    settings = {
-        key: meta[key] for key in ("lr", "damping", "weight_decay", "batch_size")
-    }
+    settings = {key: meta[key] for key in ("lr", "damping", "weight_decay", "batch_size")}
     if meta["optimizer"] == "root-free AdamW":
         optimizer = RootFreeAdamW(
             params, betas=meta["betas"], bias_correction=meta["bias_correction"], **settings
@@ -130,7 +128,9 @@ def test_a_batch_size_that_changes_stays_right(device):
     optimizer.param_groups[0]["batch_size"] = 32
     optimizer.step()  # s = 1.5 + (32 / 4 - 1.5) / 2 = 4.75
     expected = torch.full_like(p, 4.75)
-    torch.testing.assert_close(optimizer.state[p]["square_avg"], expected.detach(), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        optimizer.state[p]["square_avg"], expected.detach(), rtol=1e-15, atol=0
+    )
 
 
 def test_the_momentum_buffer_exists_only_with_momentum(device):

@@ -1,8 +1,8 @@
-"""s moves however small its steps are: bfloat16 parameters train with the preconditioner of float64.
+"""s moves however small its steps: bfloat16 parameters train with the s of float64.
 
-The released code keeps its second moment in the dtype of the (bfloat16) gradients. With the published
-CNN settings, 1 - alpha between 1.2e-4 and 1.5e-3, v (1 - c) rounds back to v, so s stays exactly 1
-and the method is momentum SGD: `released_second_moment` shows it beside ours.
+The released code keeps its second moment in the dtype of the (bfloat16) gradients. With the
+published CNN settings, 1 - alpha between 1.2e-4 and 1.5e-3, v (1 - c) rounds back to v, so s stays
+exactly 1 and the method is momentum SGD: `released_second_moment` shows it beside ours.
 """
 
 from __future__ import annotations

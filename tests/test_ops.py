@@ -204,7 +204,7 @@ def test_functions_check_the_same_values(function, name, value, error):
 @pytest.mark.parametrize("cls", [RootFreeRMSprop, RootFreeAdamW])
 def test_batch_size_is_required_and_explained(cls):
     params = parameters((3,), (3,))
-    with pytest.raises(ValueError, match="batch_size is missing.*averaged over examples"):
+    with pytest.raises(ValueError, match=r"batch_size is missing.*averaged over examples"):
         cls(params)
     with pytest.raises(ValueError, match="batch_size is missing"):
         cls([{"params": params[:1], "batch_size": 8}, {"params": params[1:]}])
@@ -292,7 +292,7 @@ def test_the_reference_steps_in_with_one_warning():
         assert len(caught) == 1, caught
         assert "several times slower" in str(caught[0].message)
         assert "install a C++ compiler" in str(caught[0].message)
-        assert torch.allclose(p, torch.full((3,), 1 - 0.1 * (0.1 + 0.19 + 0.271)))
+        assert (p - (1 - 0.1 * (0.1 + 0.19 + 0.271))).abs().max() < 1e-6, p
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
@@ -302,7 +302,9 @@ def test_the_reference_steps_in_with_one_warning():
 
 def test_import_needs_no_triton_and_no_compiler_stack():
     """Importing the package loads neither Triton nor torch's compiler."""
-    script = "import sys, rootfree_fused; print('triton' in sys.modules, 'torch._dynamo' in sys.modules)"
+    script = (
+        "import sys, rootfree_fused; print('triton' in sys.modules, 'torch._dynamo' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -1,5 +1,4 @@
-"""Rung 1: the specification against the released code's trajectories, hand-worked numbers and the
-paper's invariances."""
+"""The specification against the released code's trajectories, hand-worked numbers, invariances."""
 
 from __future__ import annotations
 
