@@ -1,0 +1,34 @@
+# make test    ruff, mypy and the tests        make bench    the benchmarks on this machine
+# Each sets up its own virtual environment first; Python >= 3.10, g++ and make are all it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Without an NVIDIA driver, the torch that continuous integration runs; with one, the newest.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
+
+.PHONY: test bench clean
+
+test: $(VENV)/installed $(VENV)/triton36
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench diag
+	$(BIN)/python -m bench train
+
+$(VENV)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/installed: $(VENV)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info rootfree_fused/*.so
