@@ -50,9 +50,12 @@ class RootFreeOptimizer(Optimizer):
         """Keys of `_state_spec` that need not exist under the group's present settings."""
         return frozenset()
 
+    def _complete(self, group: Group) -> None:
+        """Resolve settings whose default depends on the parameters."""
+
     def _update(
         self,
-        group: Group,
+        index: int,
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
@@ -73,10 +76,13 @@ class RootFreeOptimizer(Optimizer):
         try:
             for i, param in enumerate(group["params"]):
                 check_param(f"params[{i}]", param)
-        except TypeError:
+            self._complete(group)
+            self._declare(group)
+        except (TypeError, ValueError):
             self.param_groups.pop()
+            for param in group["params"]:
+                self.state.pop(param, None)
             raise
-        self._declare(group)
 
     def _check_group(self, group: Group) -> None:
         """Check the hyperparameters of a group and require batch_size."""
@@ -127,7 +133,7 @@ class RootFreeOptimizer(Optimizer):
             if params:
                 states = [self.state[p] for p in params]
                 steps = self._count_step(index, states)
-                self._update(self.param_groups[index], params, grads, states, steps)
+                self._update(index, params, grads, states, steps)
                 ops.mark_changed(params)
         return loss
 
@@ -162,10 +168,12 @@ class RootFreeOptimizer(Optimizer):
 
     def _check_if_changed(self, index: int, group: Group) -> None:
         values = list(group.values())
-        known = self._checked.get(index, [])
+        known, unused = self._checked.get(index, ([], None))
         if len(values) != len(known) or not all(map(operator.is_, values, known)):
             self._check_group(group)
-            self._checked[index] = values
+            if self._unused_state(group) != unused:
+                self._declare(group)
+            self._checked[index] = values, self._unused_state(group)
 
     def _count_step(self, index: int, states: list[State]) -> Tensor:
         """Add 1 to the step counts; return them as one tensor."""
@@ -185,9 +193,13 @@ class RootFreeOptimizer(Optimizer):
 
     # Saving and loading -----------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        """Drop what was derived from settings and values, which a load replaces."""
+        self._checked: dict[int, tuple[list[Any], frozenset[str] | None]] = {}
+
     def _reset_caches(self) -> None:
-        """Everything here is derived from groups and state, and rebuilt when it is missing."""
-        self._checked: dict[int, list[Any]] = {}
+        """Drop everything derived; the next step rebuilds it from groups and state."""
+        self._forget()
         self._stacked_steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,7 +250,7 @@ class RootFreeOptimizer(Optimizer):
         ]
 
         self.param_groups = groups
-        self._checked = {}
+        self._forget()
         for (param, group), state in zip(owners, loaded, strict=True):
             self._write_state(param, group, state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

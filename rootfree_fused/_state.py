@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._checks import state_dtype
 
 State = dict[str, Tensor]
 # Builds a state tensor's first value on a device; on "meta" it is a declaration that costs nothing.
@@ -19,18 +22,47 @@ def initial_step(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
+def full_like(param: Tensor, value: float) -> Initial:
+    """State of a parameter's shape and strides, in its `state_dtype`."""
+    return functools.partial(_build_full_like, param, value)
+
+
+def _build_full_like(param: Tensor, value: float, device: torch.device) -> Tensor:
+    return torch.full_like(
+        param, value, dtype=state_dtype(param), device=device, requires_grad=False
+    )
+
+
+def unused_momentum(group: Mapping[str, Any]) -> frozenset[str]:
+    """State that a group without momentum does without."""
+    return frozenset() if group["momentum"] else frozenset({"momentum_buffer"})
+
+
+def momentum_buffers(states: Sequence[State], momentum: float) -> list[Tensor]:
+    """The momentum buffers, or an empty list where the states have none and need none."""
+    buffers = [state["momentum_buffer"] for state in states if "momentum_buffer" in state]
+    if momentum and len(buffers) < len(states):
+        raise RuntimeError(
+            f"momentum is {momentum} but there are no momentum buffers yet; after changing it from "
+            "0, run one step that is not compiled"
+        )
+    return buffers
+
+
+def stack(states: Sequence[State], key: str) -> Tensor:
+    """Make the states' tensors under `key` views of one tensor, and return that."""
+    stacked = torch.stack([state[key] for state in states])
+    for state, view in zip(states, stacked.unbind(), strict=True):
+        state[key] = view
+    return stacked
+
+
 def stack_steps(states: Sequence[State]) -> list[Tensor]:
-    """Make the states' `step` tensors views of one tensor a device; return those tensors."""
+    """Stack the step counts on each device; return the stacks."""
     by_device: dict[torch.device, list[State]] = defaultdict(list)
     for state in states:
         by_device[state["step"].device].append(state)
-    stacks = []
-    for members in by_device.values():
-        stack = torch.stack([state["step"] for state in members])
-        for state, view in zip(members, stack.unbind(), strict=True):
-            state["step"] = view
-        stacks.append(stack)
-    return stacks
+    return [stack(members, "step") for members in by_device.values()]
 
 
 def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import ops
 from ._base import Group, RootFreeOptimizer
-from ._checks import state_dtype
-from ._state import Initial, State
-
-
-def _full_like(param: Tensor, value: float) -> Initial:
-    """State of a parameter's shape and strides, in float32 or, for float64 parameters, float64."""
-    return functools.partial(_build_full_like, param, value)
-
-
-def _build_full_like(param: Tensor, value: float, device: torch.device) -> Tensor:
-    return torch.full_like(
-        param, value, dtype=state_dtype(param), device=device, requires_grad=False
-    )
+from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 
 
 class RootFreeRMSprop(RootFreeOptimizer):
@@ -100,27 +86,25 @@ class RootFreeRMSprop(RootFreeOptimizer):
         super().__init__(params, defaults)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        return {"square_avg": _full_like(param, 1.0), "momentum_buffer": _full_like(param, 0.0)}
+        return {"square_avg": full_like(param, 1.0), "momentum_buffer": full_like(param, 0.0)}
 
     def _unused_state(self, group: Group) -> frozenset[str]:
-        return frozenset() if group["momentum"] else frozenset({"momentum_buffer"})
+        return unused_momentum(group)
 
     def _update(
         self,
-        group: Group,
+        index: int,
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
         steps: Tensor,
     ) -> None:
-        if group["momentum"] and not all("momentum_buffer" in state for state in states):
-            self._declare(group)
-        has_buffer = "momentum_buffer" in states[0]
+        group = self.param_groups[index]
         torch.ops.rootfree_fused.rmsprop_(
             params,
             grads,
             [state["square_avg"] for state in states],
-            [state["momentum_buffer"] for state in states] if has_buffer else [],
+            momentum_buffers(states, group["momentum"]),
             ops.as_scalar_tensor(group["lr"]),
             alpha=group["alpha"],
             damping=group["damping"],
@@ -199,16 +183,17 @@ class RootFreeAdamW(RootFreeOptimizer):
         super().__init__(params, defaults)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        return {"exp_avg": _full_like(param, 0.0), "exp_avg_sq": _full_like(param, 1.0)}
+        return {"exp_avg": full_like(param, 0.0), "exp_avg_sq": full_like(param, 1.0)}
 
     def _update(
         self,
-        group: Group,
+        index: int,
         params: list[Tensor],
         grads: list[Tensor],
         states: list[State],
         steps: Tensor,
     ) -> None:
+        group = self.param_groups[index]
         beta1, beta2 = group["betas"]
         torch.ops.rootfree_fused.adamw_(
             params,

@@ -12,9 +12,9 @@ PACKAGE = "rootfree_fused"
 # What each module may import of the package itself.
 ALLOWED = {
     "__init__": {"diag"},
-    "diag": {"_base", "_checks", "_state", "ops"},
+    "diag": {"_base", "_state", "ops"},
     "_base": {"_checks", "_state", "ops"},
-    "_state": set(),
+    "_state": {"_checks"},
     "ops": {"_checks", "reference", "reference.diag"},
     "_checks": set(),
     "reference.__init__": {"reference.diag"},
