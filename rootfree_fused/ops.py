@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import _fallback
 from ._checks import check_hyperparameters, check_tensors, describe
-from .reference import diag as reference
 
 WeightDecayMode = Literal["decoupled", "momentum"]
 
@@ -32,6 +32,13 @@ _library.define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor? steps, Tensor lr, *, float beta1, float beta2, "
     "float damping, float weight_decay, float batch_size, bool maximize) -> ()"
+)
+_library.define(
+    "ifshampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
+    "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
+    "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] axes, bool update_factors, "
+    "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
+    "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize) -> ()"
 )
 
 
@@ -231,35 +238,6 @@ def _import(name: str) -> ModuleType | ImportError:
         return error
 
 
-def _rmsprop_reference_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    **scalars: Any,
-) -> None:
-    _warn_if_slow(params)
-    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
-    for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
-        reference.rmsprop_(p, g, s, buf, lr=lr.double(), **scalars)
-
-
-def _adamw_reference_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: Tensor | None,
-    lr: Tensor,
-    **scalars: Any,
-) -> None:
-    _warn_if_slow(params)
-    counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
-    for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
-        reference.adamw_(p, g, m, s, t, lr=lr.double(), **scalars)
-
-
 def _warn_if_slow(params: list[Tensor]) -> None:
     device = params[0].device.type if params else ""
     kernels = {"cpu": _extension, "cuda": _kernels}.get(device)
@@ -280,21 +258,25 @@ def _warn_reference(device: str, missing: ImportError) -> None:
     )
 
 
-def _on_cuda(name: str, reference_: Callable[..., None]) -> Callable[..., None]:
-    def launch(*tensors: Any, **scalars: Any) -> None:
+def _slowly(name: str) -> Callable[..., None]:
+    def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+        _warn_if_slow(params)
+        getattr(_fallback, name)(params, *tensors, **scalars)
+
+    return run
+
+
+def _on_cuda(name: str) -> Callable[..., None]:
+    def run(*tensors: Any, **scalars: Any) -> None:
         kernels = _kernels()
-        run = reference_ if isinstance(kernels, ImportError) else getattr(kernels, name)
-        run(*tensors, **scalars)
+        body = _slowly(name) if isinstance(kernels, ImportError) else getattr(kernels, name)
+        body(*tensors, **scalars)
 
-    return launch
+    return run
 
 
-_references: dict[str, Callable[..., None]] = {
-    "rmsprop_": _rmsprop_reference_,
-    "adamw_": _adamw_reference_,
-}
-for _name, _reference_ in _references.items():
-    _library.impl(_name, _reference_, "CompositeExplicitAutograd")
-    _library.impl(_name, _on_cuda(_name, _reference_), "CUDA")
+for _name in ("rmsprop_", "adamw_", "ifshampoo_"):
+    _library.impl(_name, _slowly(_name), "CompositeExplicitAutograd")
+    _library.impl(_name, _on_cuda(_name), "CUDA")
     torch.library.register_fake(f"rootfree_fused::{_name}", lambda *_, **__: None, lib=_library)
 _extension()
