@@ -1,0 +1,71 @@
+// The arguments of one operator call, read off the dispatcher's stack in schema order.
+#pragma once
+
+#include <Python.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace rootfree_fused {
+
+using TensorHandles = std::vector<AtenTensorHandle>;
+
+// Owns the tensors. Returning a tensor to Python takes the GIL, and TORCH_BOX would take it once a
+// tensor and allocate a shared_ptr for each: half the time of a call on 1,000 small tensors.
+class Arguments {
+ public:
+  Arguments(StableIValue* stack, uint64_t count, uint64_t expected) : next_(stack) {
+    STD_TORCH_CHECK(count == expected, "the schema has ", count, " arguments, the kernel ", expected,
+                    ": rebuild the extension");
+  }
+  Arguments(const Arguments&) = delete;
+  Arguments& operator=(const Arguments&) = delete;
+  ~Arguments() {
+    const PyGILState_STATE gil = PyGILState_Ensure();
+    for (AtenTensorHandle tensor : owned_) aoti_torch_delete_tensor_object(tensor);
+    PyGILState_Release(gil);
+  }
+
+  template <class T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+  AtenTensorHandle next_tensor() {
+    owned_.push_back(next<AtenTensorHandle>());
+    return owned_.back();
+  }
+
+  // Null for None.
+  AtenTensorHandle next_optional_tensor() {
+    const auto value = next<std::optional<AtenTensorHandle>>();
+    if (!value) return nullptr;
+    owned_.push_back(*value);
+    return *value;
+  }
+
+  TensorHandles next_tensors() {
+    const auto list = next<StableListHandle>();
+    size_t size;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TensorHandles tensors(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      tensors[i] = torch::stable::detail::to<AtenTensorHandle>(item);
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    owned_.insert(owned_.end(), tensors.begin(), tensors.end());
+    return tensors;
+  }
+
+ private:
+  StableIValue* next_;
+  TensorHandles owned_;
+};
+
+}  // namespace rootfree_fused

@@ -1,0 +1,280 @@
+// Root-free RMSProp and AdamW on lists of CPU tensors: one parallel region over blocks of all of them.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "arguments.h"
+#include "isa.h"
+#include "operands.h"
+#include "update.h"
+
+namespace rootfree_fused {
+namespace {
+
+// Threads split at multiples of a block, so that an element has the same place in a vector or a tail
+// for every number of threads. Strided operands are gathered by as much.
+constexpr int64_t block_size = 1024;
+constexpr int64_t blocks_per_thread = 32;
+
+template <class Options>
+using Body = void (*)(const Options&, const PerOperand<char*>& data, int64_t begin, int64_t end);
+
+template <class Options>
+struct Task {
+  const Options* options;
+  Body<Options> body;
+  PerOperand<char*> data;  // STATE1 is null where there is no momentum buffer
+  int64_t numel, first_block;
+  std::vector<Axis> axes;  // from outer to inner; empty where all operands are dense in one order
+  PerOperand<int64_t> element_size;  // where there are axes
+};
+
+template <bool two_states, class Rule, class P, class G, class T>
+ROOTFREE_INLINE void update_each(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
+                                 int64_t begin, int64_t end) {
+  ROOTFREE_INDEPENDENT_ITERATIONS
+  for (int64_t i = begin; i < end; ++i) {
+    T p = static_cast<T>(param[i]), s0 = state0[i], s1 = two_states ? state1[i] : T(0);
+    update(rule, p, static_cast<T>(grad[i]), s0, s1);
+    param[i] = static_cast<P>(p);
+    state0[i] = s0;
+    if (two_states) state1[i] = s1;
+  }
+}
+
+template <class Rule, class P, class G, class T>
+struct Bodies {
+  using Options = typename Rule::Options;
+  using Data = PerOperand<char*>;
+
+  static ROOTFREE_INLINE void body(const Options& options, const Data& data, int64_t begin,
+                                   int64_t end) {
+    const Rule rule(options);
+    auto* param = reinterpret_cast<P*>(data[PARAM]);
+    auto* grad = reinterpret_cast<const G*>(data[GRAD]);
+    auto* state0 = reinterpret_cast<T*>(data[STATE0]);
+    auto* state1 = reinterpret_cast<T*>(data[STATE1]);
+    if (Rule::needs_state1 || state1) {
+      update_each<true>(rule, param, grad, state0, state1, begin, end);
+    } else {
+      update_each<false>(rule, param, grad, state0, state1, begin, end);
+    }
+  }
+  static void baseline(const Options& options, const Data& data, int64_t begin, int64_t end) {
+    body(options, data, begin, end);
+  }
+  ROOTFREE_AVX2
+  static void avx2(const Options& options, const Data& data, int64_t begin, int64_t end) {
+    body(options, data, begin, end);
+  }
+  ROOTFREE_AVX512
+  static void avx512(const Options& options, const Data& data, int64_t begin, int64_t end) {
+    body(options, data, begin, end);
+  }
+  static Body<Options> current() {
+    constexpr Body<Options> bodies[ISA_COUNT] = {baseline, avx2, avx512};
+    return bodies[isa_in_use()];
+  }
+};
+
+// One property of a tensor, by its getter in the stable ABI.
+template <class T>
+T get(AOTITorchError (*getter)(AtenTensorHandle, T*), AtenTensorHandle tensor) {
+  T value;
+  STABLE_TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
+  return value;
+}
+
+int32_t dtype(AtenTensorHandle tensor) { return get(aoti_torch_get_dtype, tensor); }
+
+bool is_cpu(AtenTensorHandle tensor) {
+  return get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu();
+}
+
+template <template <class> class Rule>
+Body<typename Rule<float>::Options> select_body(int32_t param, int32_t grad, int32_t state,
+                                                size_t i) {
+  using c10::BFloat16;
+  using c10::Half;
+  using F32 = Rule<float>;
+  static const int32_t f64 = aoti_torch_dtype_float64(), f32 = aoti_torch_dtype_float32(),
+                       bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+  if (state == f32) {
+    if (param == f32 && grad == f32) return Bodies<F32, float, float, float>::current();
+    if (param == bf16 && grad == bf16) return Bodies<F32, BFloat16, BFloat16, float>::current();
+    if (param == bf16 && grad == f32) return Bodies<F32, BFloat16, float, float>::current();
+    if (param == f16 && grad == f16) return Bodies<F32, Half, Half, float>::current();
+    if (param == f16 && grad == f32) return Bodies<F32, Half, float, float>::current();
+  }
+  if (state == f64) {
+    using F64 = Rule<double>;
+    if (param == f64 && grad == f64) return Bodies<F64, double, double, double>::current();
+    if (param == f64 && grad == f32) return Bodies<F64, double, float, double>::current();
+  }
+  STD_TORCH_CHECK(false, "there is no kernel for the dtypes of params[", i,
+                  "], its gradient and its state");
+}
+
+int64_t block_count(int64_t numel) { return (numel + block_size - 1) / block_size; }
+
+// Checks everything, so that an error leaves every tensor as it was.
+template <template <class> class Rule, class Options>
+std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
+                                const std::vector<Options>& options) {
+  const size_t count = lists[PARAM].size();
+  const bool has_state1 = Rule<float>::needs_state1 || !lists[STATE1].empty();
+  STD_TORCH_CHECK(lists[GRAD].size() == count && lists[STATE0].size() == count &&
+                      (!has_state1 || lists[STATE1].size() == count),
+                  "the lists of tensors differ in length");
+  std::vector<Task<Options>> tasks;
+  tasks.reserve(count);
+  int64_t blocks = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const AtenTensorHandle param = lists[PARAM][i];
+    const int64_t dim = get(aoti_torch_get_dim, param);
+    const int64_t* sizes = get(aoti_torch_get_sizes, param);
+    Task<Options> task{};
+    PerOperand<int32_t> dtypes{};
+    bool contiguous = true;
+    for (int k = 0; k < (has_state1 ? OPERANDS : STATE1); ++k) {
+      const AtenTensorHandle tensor = lists[k][i];
+      STD_TORCH_CHECK(
+          get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu() &&
+              get(aoti_torch_get_dim, tensor) == dim &&
+              std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
+          "params[", i, "], its gradient and its state must be CPU tensors of one shape");
+      contiguous = contiguous && get(aoti_torch_is_contiguous, tensor);
+      dtypes[k] = get(aoti_torch_get_dtype, tensor);
+      // Through the const pointer a copy-on-write gradient stays shared.
+      task.data[k] = static_cast<char*>(
+          k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
+                    : get(torch_get_mutable_data_ptr, tensor));
+    }
+    STD_TORCH_CHECK(!has_state1 || dtypes[STATE0] == dtypes[STATE1], "the states of params[", i,
+                    "] differ in dtype");
+    task.body = select_body<Rule>(dtypes[PARAM], dtypes[GRAD], dtypes[STATE0], i);
+    task.options = &options[options.size() == 1 ? 0 : i];
+    task.numel = get(aoti_torch_get_numel, param);
+    if (task.numel == 0) continue;
+    if (!contiguous) {
+      PerOperand<const int64_t*> strides;
+      for (int k = 0; k < OPERANDS; ++k) {
+        const bool missing = k == STATE1 && !has_state1;
+        strides[k] = get(aoti_torch_get_strides, missing ? param : lists[k][i]);
+        task.element_size[k] = missing ? 0 : aoti_torch_dtype_element_size(dtypes[k]);
+      }
+      task.axes = shared_axes(dim, sizes, strides);
+    }
+    task.first_block = blocks;
+    blocks += block_count(task.numel);
+    tasks.push_back(std::move(task));
+  }
+  return tasks;
+}
+
+template <class Options>
+void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
+  alignas(64) char buffers[OPERANDS][block_size * sizeof(double)];
+  PerOperand<char*> dense;
+  for (int k = 0; k < OPERANDS; ++k) dense[k] = task.data[k] ? buffers[k] : nullptr;
+  for (; begin < end; begin += block_size) {
+    const int64_t stop = std::min(end, begin + block_size);
+    for (int k : {PARAM, GRAD, STATE0, STATE1}) {
+      if (!dense[k]) continue;
+      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
+                                  stop);
+    }
+    task.body(*task.options, dense, 0, stop - begin);
+    for (int k : {PARAM, STATE0, STATE1}) {
+      if (!dense[k]) continue;
+      copy_elements<Copy::SCATTER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
+                                   stop);
+    }
+  }
+}
+
+template <class Options>
+void run(const std::vector<Task<Options>>& tasks) {
+  if (tasks.empty()) return;
+  const int64_t blocks = tasks.back().first_block + block_count(tasks.back().numel);
+  torch::stable::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
+    const auto before = [](int64_t block, const auto& task) { return block < task.first_block; };
+    auto task = std::upper_bound(tasks.begin(), tasks.end(), begin, before) - 1;
+    for (; task != tasks.end() && task->first_block < end; ++task) {
+      const int64_t first = std::max<int64_t>(0, begin - task->first_block) * block_size;
+      const int64_t last = std::min(task->numel, (end - task->first_block) * block_size);
+      if (task->axes.empty()) {
+        task->body(*task->options, task->data, first, last);
+      } else {
+        run_strided(*task, first, last);
+      }
+    }
+  });
+}
+
+double read_lr(AtenTensorHandle lr) {
+  const bool is_double = dtype(lr) == aoti_torch_dtype_float64();
+  STD_TORCH_CHECK(is_cpu(lr) && get(aoti_torch_get_numel, lr) == 1 &&
+                      (is_double || dtype(lr) == aoti_torch_dtype_float32()),
+                  "lr must be one float32 or float64 on the CPU");
+  const void* data = get(torch_get_const_data_ptr, lr);
+  return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+}
+
+// One set of options for all parameters without bias correction, else one for each.
+std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle steps, size_t count) {
+  if (!steps) return {options};
+  STD_TORCH_CHECK(is_cpu(steps) && dtype(steps) == aoti_torch_dtype_float32() &&
+                      get(aoti_torch_get_dim, steps) == 1 &&
+                      get(aoti_torch_get_numel, steps) == static_cast<int64_t>(count),
+                  "steps must be a 1-D float32 CPU tensor with one entry for each parameter");
+  const auto* data = static_cast<const float*>(get(torch_get_const_data_ptr, steps));
+  const int64_t stride = *get(aoti_torch_get_strides, steps);
+  std::vector<AdamwOptions> all(count, options);
+  for (size_t i = 0; i < count; ++i) {
+    all[i].bias_correction1 = bias_correction(options.beta1, data[i * stride]);
+    all[i].bias_correction2 = bias_correction(options.beta2, data[i * stride]);
+  }
+  return all;
+}
+
+}  // namespace
+
+void rmsprop_(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  Arguments arguments(stack, argument_count, 12);
+  PerOperand<TensorHandles> lists;
+  for (auto& list : lists) list = arguments.next_tensors();
+  const AtenTensorHandle lr = arguments.next_tensor();
+  RmspropOptions options;
+  options.alpha = arguments.next<double>();
+  options.damping = arguments.next<double>();
+  options.weight_decay = arguments.next<double>();
+  options.momentum = arguments.next<double>();
+  options.batch_size = arguments.next<double>();
+  options.decoupled = arguments.next<bool>();
+  options.maximize = arguments.next<bool>();
+  options.lr = read_lr(lr);
+  run(plan<Rmsprop>(lists, std::vector{options}));
+}
+
+void adamw_(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  Arguments arguments(stack, argument_count, 12);
+  PerOperand<TensorHandles> lists;
+  for (auto& list : lists) list = arguments.next_tensors();
+  const AtenTensorHandle steps = arguments.next_optional_tensor();
+  const AtenTensorHandle lr = arguments.next_tensor();
+  AdamwOptions options;
+  options.beta1 = arguments.next<double>();
+  options.beta2 = arguments.next<double>();
+  options.damping = arguments.next<double>();
+  options.weight_decay = arguments.next<double>();
+  options.batch_size = arguments.next<double>();
+  options.maximize = arguments.next<bool>();
+  options.lr = read_lr(lr);
+  run(plan<Adamw>(lists, at_steps(options, steps, lists[PARAM].size())));
+}
+
+}  // namespace rootfree_fused

@@ -1,0 +1,97 @@
+// The root-free diagonal updates on one element; see rootfree_fused/reference/diag.py. One source
+// serves vectors and tails: the compiler vectorizes the loops that call it. Scalars are derived in
+// double, then rounded once to the compute type T.
+#pragma once
+
+#include <cmath>
+
+#include "isa.h"
+
+namespace rootfree_fused {
+
+// start + weight (end - start): two fused multiply-adds, exact at weight 0 and at weight 1.
+template <class T>
+ROOTFREE_INLINE T lerp(T start, T end, T weight) {
+  return start - weight * start + weight * end;
+}
+
+struct RmspropOptions {
+  double lr, alpha, damping, weight_decay, momentum, batch_size;
+  bool decoupled, maximize;
+};
+
+template <class T>
+struct Rmsprop {
+  using Options = RmspropOptions;
+  static constexpr bool needs_state1 = false;
+  T lr, square_avg_weight, damping, momentum, batch_size, sign;
+  T coupled_decay, decoupled_decay;  // one of them is 0
+
+  explicit Rmsprop(const Options& o)
+      : lr(o.lr),
+        square_avg_weight(1 - o.alpha),
+        damping(o.damping),
+        momentum(o.momentum),
+        batch_size(o.batch_size),
+        sign(o.maximize ? -1 : 1),
+        coupled_decay(o.decoupled ? 0 : o.weight_decay),
+        decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
+};
+
+// s   <- s + (1 - alpha) (B g^2 - s)
+// u    = g / (s + damping)
+// u   <- u + weight_decay p       unless decoupled
+// p   <- p - lr weight_decay p    if decoupled
+// buf <- momentum buf + u
+// p   <- p - lr buf
+template <class T>
+ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T& s, T& buf) {
+  s = lerp(s, h.batch_size * g * g, h.square_avg_weight);
+  T u = h.sign * g / (s + h.damping);
+  u += h.coupled_decay * p;
+  p -= h.decoupled_decay * p;
+  buf = h.momentum * buf + u;
+  p -= h.lr * buf;
+}
+
+struct AdamwOptions {
+  double lr, beta1, beta2, damping, weight_decay, batch_size;
+  bool maximize;
+  double bias_correction1 = 1.0, bias_correction2 = 1.0;
+};
+
+// 1 - beta^step, without cancellation.
+inline double bias_correction(double beta, double step) {
+  return beta == 0.0 ? 1.0 : -std::expm1(step * std::log(beta));
+}
+
+template <class T>
+struct Adamw {
+  using Options = AdamwOptions;
+  static constexpr bool needs_state1 = true;
+  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, sign;
+
+  // (lr/bc1) m / (s/bc2 + damping) is evaluated as (lr bc2/bc1) m / (s + bc2 damping).
+  explicit Adamw(const Options& o)
+      : step_size(o.lr * o.bias_correction2 / o.bias_correction1),
+        exp_avg_weight(1 - o.beta1),
+        exp_avg_sq_weight(1 - o.beta2),
+        damping(o.bias_correction2 * o.damping),
+        weight_decay(o.lr * o.weight_decay),
+        batch_size(o.batch_size),
+        sign(o.maximize ? -1 : 1) {}
+};
+
+// p <- p - lr weight_decay p
+// m <- m + (1 - beta1) (g - m)
+// s <- s + (1 - beta2) (B g^2 - s)
+// p <- p - (lr/bc1) m / (s/bc2 + damping)
+template <class T>
+ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
+  p -= h.weight_decay * p;
+  m = lerp(m, h.sign * g, h.exp_avg_weight);
+  s = lerp(s, h.batch_size * g * g, h.exp_avg_sq_weight);
+  p -= h.step_size * m / (s + h.damping);
+}
+
+}  // namespace rootfree_fused

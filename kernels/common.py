@@ -1,0 +1,199 @@
+"""Launch plans: which programs update which tensors, in tables that kernels read on the device.
+
+A plan is cached under everything that it was built from (addresses, lengths, dtypes, strides), so a
+stale one is never found; when an address changes, the next step builds and sends a new one. Nothing
+here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+_MAX_PLANS = 128
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class DeviceTable:
+    """A small host tensor and its copy on one device.
+
+    The copy is ordered with the work of the stream that was current when it was made, so another
+    stream gets one of its own. A CUDA graph reads its tables at every replay: what a capture uses
+    is kept for ever. A copy that a capture finds is complete, because torch.cuda.graph synchronizes
+    first; one that it has to make becomes a node of the graph, from pageable memory, because a
+    capture may not allocate pinned memory.
+    """
+
+    _captured: list[tuple[Tensor, Tensor]] = []  # noqa: RUF012 (shared by all tables)
+
+    def __init__(self, host: Tensor, device: torch.device) -> None:
+        self._host = host
+        self._device = device
+        self._copy: Tensor | None = None
+        self._stream: int | None = None
+
+    def on_device(self) -> Tensor:
+        """The copy for the current stream; the current device is the table's."""
+        if self._device.type == "cpu":
+            return self._host
+        if torch.cuda.is_current_stream_capturing():
+            copy = self._copy
+            if copy is None:
+                copy = self._host.to(self._device, non_blocking=True)
+            self._captured.append((self._host, copy))
+            return copy
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        if self._copy is None or self._stream != stream:
+            self._copy = self._host.pin_memory().to(self._device, non_blocking=True)
+            self._stream = stream
+        return self._copy
+
+
+class Launch(NamedTuple):
+    """One launch: all tensors of a device, a parameter dtype and a gradient dtype.
+
+    chunks: int32, (programs,); the row that a program works on. Elements of a row are cut into
+        chunks of `block`, one a program, in order.
+    rows: int64, (tensors, 8); the addresses of the parameter, the gradient and one or two states,
+        the length, the first program, the number of elements in aligned full chunks, and the
+        tensor's place in the caller's lists.
+    """
+
+    device: torch.device
+    param_dtype: tl.dtype
+    grad_dtype: tl.dtype
+    chunks: DeviceTable
+    rows: DeviceTable
+    programs: int
+
+
+class Plan(NamedTuple):
+    """Launches, or else the places of tensors that have to go through contiguous copies first."""
+
+    launches: list[Launch]
+    copied: list[int]
+
+
+_plans: dict[Any, Plan] = {}
+
+
+def find_plan(lists: Sequence[Sequence[Tensor]], *, block: int, vector: int) -> Plan:
+    """The plan for params, grads and one or two lists of states.
+
+    A row's chunks count as aligned where `vector` elements of each tensor can be moved at once.
+    """
+    addresses = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in lists])
+    lengths = tuple(map(Tensor.numel, lists[0]))
+    dtypes = tuple([p.dtype for p in lists[0]]), tuple([g.dtype for g in lists[1]])
+    contiguous = all([all(map(Tensor.is_contiguous, tensors)) for tensors in lists])
+    layouts = () if contiguous else tuple([(t.shape, t.stride()) for ts in lists for t in ts])
+    key = (lists[0][0].device, addresses, lengths, dtypes, layouts, block)
+    plan = _plans.get(key)
+    if plan is None:
+        rows = [] if contiguous else zip(*lists, strict=True)
+        copied = [i for i, row in enumerate(rows) if not _share_memory_order(row)]
+        launches = [] if copied else _build(lists, addresses, lengths, block, vector)
+        if len(_plans) >= _MAX_PLANS:
+            del _plans[next(iter(_plans))]
+        plan = _plans[key] = Plan(launches, copied)
+    return plan
+
+
+def _share_memory_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether equal offsets mean equal elements, and no tensor has gaps."""
+    orders = {_memory_order(tensor) for tensor in tensors}
+    return len(orders) == 1 and None not in orders
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides of the axes that have any; None where the elements do not fill their memory."""
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    axes = [(stride, size) for stride, size in axes if size != 1]
+    expected = 1
+    for stride, size in sorted(axes):
+        if stride != expected and tensor.numel() > 0:
+            return None
+        expected *= size
+    return tuple([stride for stride, _ in axes])
+
+
+def _build(
+    lists: Sequence[Sequence[Tensor]],
+    addresses: tuple[tuple[int, ...], ...],
+    lengths: tuple[int, ...],
+    block: int,
+    vector: int,
+) -> list[Launch]:
+    devices = [map(Tensor.get_device, tensors) for tensors in lists]
+    dtypes = [[t.dtype for t in tensors] for tensors in lists]
+    kinds = list(zip(*devices, *dtypes, strict=True))
+    address = torch.tensor(addresses, device="cpu", dtype=torch.int64).T
+    length = torch.tensor(lengths, device="cpu", dtype=torch.int64)
+    programs = (length + block - 1) // block
+    launches = []
+    for kind in dict.fromkeys(kinds):
+        first = kinds.index(kind)
+        _check_kind(kind[: len(lists)], kind[len(lists) :], first)
+        param, grad = lists[0][first], lists[1][first]
+        at_once = vector * torch.tensor([ts[first].itemsize for ts in lists], device="cpu")
+        aligned = (address % at_once == 0).all(1)
+        table = torch.zeros(len(kinds), 8, device="cpu", dtype=torch.int64)
+        table[:, : len(lists)] = address
+        table[:, 4] = length
+        table[:, 6] = torch.where(aligned, length // block * block, 0)
+        table[:, 7] = torch.arange(len(kinds), device="cpu")
+        places = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device="cpu")
+        rows, counts = table[places], programs[places]
+        rows[:, 5] = counts.cumsum(0) - counts
+        launches.append(
+            Launch(
+                param.device,
+                _DTYPES[param.dtype],
+                _DTYPES[grad.dtype],
+                _chunk_table(param.device, tuple(counts.tolist())),
+                DeviceTable(rows, param.device),
+                int(counts.sum()),
+            )
+        )
+    return launches
+
+
+def _check_kind(devices: tuple[int, ...], dtypes: tuple[torch.dtype, ...], i: int) -> None:
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f"params[{i}], its gradient and its state are on different devices: "
+            f"{', '.join(map(str, devices))} (-1 is the CPU); move them to one"
+        )
+    param, grad, *states = dtypes
+    if param not in _DTYPES or grad not in (param, torch.float32) or set(states) != {torch.float32}:
+        raise TypeError(
+            f"params[{i}], its gradient and its state are {', '.join(map(str, dtypes))}; the "
+            "Triton kernels take parameters in float32, bfloat16 or float16, gradients in the same "
+            "dtype or float32, and state in float32"
+        )
+
+
+@lru_cache(maxsize=64)
+def _chunk_table(device: torch.device, programs: tuple[int, ...]) -> DeviceTable:
+    rows = torch.arange(len(programs), device="cpu", dtype=torch.int32)
+    return DeviceTable(rows.repeat_interleave(torch.tensor(programs, device="cpu")), device)
+
+
+@lru_cache(maxsize=256)
+def scalar_table(device: torch.device, scalars: tuple[float, ...]) -> DeviceTable:
+    """The scalars, rounded to float32."""
+    return DeviceTable(torch.tensor(scalars, device="cpu", dtype=torch.float32), device)
+
+
+def readable(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor itself where it is on the device, so that a captured graph reads it live."""
+    if tensor.device == device:
+        return tensor
+    if tensor.is_cpu:
+        return DeviceTable(tensor.clone(), device).on_device()
+    return tensor.to(device)
