@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import ops
@@ -92,6 +93,7 @@ class IFShampoo(RootFreeOptimizer):
         super()._reset_caches()
         self._plans: dict[int, Plan] = {}
 
+    @_disable_dynamo
     def _update(
         self,
         index: int,

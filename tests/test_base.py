@@ -36,8 +36,9 @@ def test_state_is_there_before_the_first_step_and_keeps_its_keys(name, device):
         for key, value in optimizer.state[p].items():
             assert isinstance(value, torch.Tensor)
             assert value.device == (torch.device("cpu") if key == "step" else p.device)
-            assert value.shape == (() if key == "step" else p.shape)
-            assert value.dtype == torch.float32
+            if not key.startswith("factor"):
+                assert value.shape == (() if key == "step" else p.shape)
+                assert value.dtype == torch.float32
             assert not value.requires_grad
     assert [optimizer.state[p]["step"].item() for p in params] == [1, 1, 0, 0, 0]
 
@@ -54,9 +55,9 @@ def test_state_dtype(name, device, dtype, state):
     params = parameters((3,), dtype=dtype, device=device)
     optimizer = build(name, params)
     run(optimizer, params, 2)
-    dtypes = {k: v.dtype for k, v in optimizer.state[params[0]].items()}
-    assert dtypes.pop("step") == torch.float32
-    assert set(dtypes.values()) == {state}
+    kept = {k: v for k, v in optimizer.state[params[0]].items() if not k.startswith("factor")}
+    assert kept.pop("step").dtype == torch.float32
+    assert {value.dtype for value in kept.values()} <= {state}
 
 
 def test_capturable_counts_on_the_device_and_changes_no_number(name, device):
@@ -167,8 +168,10 @@ def test_lr_zero_moves_state_but_no_parameter(name, device):
     before = [p.detach().clone() for p in params]
     run(optimizer, params, 2)
     assert_identical([p.detach() for p in params], before)
-    moved = {"rmsprop": "square_avg", "adamw": "exp_avg_sq"}[name.split("-")[0]]
-    assert not torch.equal(optimizer.state[params[0]][moved], torch.ones_like(params[0]))
+    start = build(name, parameters(*SHAPES, device=device)).state.values()
+    for old, p in zip(start, params[:2], strict=False):
+        state = optimizer.state[p]
+        assert any(not torch.equal(state[k], old[k]) for k in old if k != "step")
 
 
 def test_maximize_is_minimize_of_the_negated_gradient(name, device):
@@ -222,8 +225,11 @@ def test_every_batch_size_is_the_group_s_own(name, device):
     set_grads(params, seed=0)
     params[1].grad = params[0].grad.clone()
     optimizer.step()
-    key = "square_avg" if name.startswith("rmsprop") else "exp_avg_sq"
+    key = {"rmsprop": "square_avg", "adamw": "exp_avg_sq", "ifshampoo": "square_avg"}
+    key = "factor_0" if name == "ifshampoo-axes" else key[name.split("-")[0]]
     small, large = (optimizer.state[p][key] for p in params)
+    if key == "factor_0":  # the inverse factor: larger where less was seen
+        small, large = large.diag(), small.diag()
     assert (large > small).all()
 
 
@@ -289,9 +295,11 @@ def test_a_checkpoint_is_as_large_as_its_state(name):
     params = parameters(*[(8, 8)] * 100)
     optimizer = build(name, params)
     run(optimizer, params, 2)
-    state = sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values())
-    assert len(pickle.dumps(optimizer.state_dict())) < state + 200_000
-    assert len(pickle.dumps(optimizer)) < state + 100 * 256 + 200_000
+    tensors = [v for state in optimizer.state.values() for v in state.values()]
+    nbytes = sum(v.numel() * v.element_size() for v in tensors)
+    overhead = 1000 * len(tensors)  # what pickle says of a tensor besides its bytes
+    assert len(pickle.dumps(optimizer.state_dict())) < nbytes + overhead
+    assert len(pickle.dumps(optimizer)) < nbytes + 100 * (256 + 1000) + overhead
 
 
 def test_loading_writes_in_place_and_leaves_the_callers_dict(name, device):

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 import torch
 from _optimizers import (
-    SETTINGS,
+    DIAGONAL,
     assert_identical,
     build,
     parameters,
@@ -79,7 +79,7 @@ def test_meta_tensors_cost_nothing(call):
     assert operator(*args, **kwargs) is None
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", DIAGONAL)
 def test_compiled_step_is_the_eager_step(name, device):
     """Whole step in one graph, the same bits, and a scheduled Tensor lr without a recompile."""
     torch._dynamo.reset()
