@@ -134,7 +134,7 @@ class Bucket:
 
     def is_intact(self, states: Sequence[State]) -> bool:
         """Whether the members' state tensors still are the views that were stacked."""
-        found = [states[i][key] for key in self.keys for i in self.members]
+        found = [states[i].get(key) for key in self.keys for i in self.members]
         return all(map(operator.is_, found, self.views))
 
     def is_due_as_one(self, due: Sequence[bool]) -> bool:

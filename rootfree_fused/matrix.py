@@ -24,6 +24,8 @@ class IFShampoo(RootFreeOptimizer):
     TODO
     """
 
+    _fixed = ("factor_dtype",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -69,7 +71,7 @@ class IFShampoo(RootFreeOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _prepare_group(self, group: Group) -> None:
+    def _complete(self, group: Group) -> None:
         if group["factor_dtype"] is None and group["params"]:
             group["factor_dtype"] = default_dtype(group["params"][0])
 

@@ -34,7 +34,8 @@ def interpreted(*modules: ModuleType):
     """Run the kernels of these modules in Triton's interpreter, on CPU tensors.
 
     TRITON_INTERPRET=1 does the same for a whole process, which then cannot compile anything. Here
-    bfloat16 is also rounded to nearest, as a GPU does; the interpreter alone truncates.
+    bfloat16 is also rounded to nearest and multiplied as numbers, as a GPU does; the interpreter
+    alone truncates, and multiplies the bit patterns.
     """
     changed = [
         (module, name, value, interpreter.InterpretedFunction(value.fn))
@@ -44,6 +45,8 @@ def interpreted(*modules: ModuleType):
     ]
     convert = interpreter._convert_float
     changed.append((interpreter, convert.__name__, convert, _rounding_to_nearest(convert)))
+    dot = interpreter.InterpreterBuilder.create_dot
+    changed.append((interpreter.InterpreterBuilder, dot.__name__, dot, _multiplying_numbers(dot)))
     for module, name, _, replacement in changed:
         setattr(module, name, replacement)
     try:
@@ -61,6 +64,19 @@ def _rounding_to_nearest(convert_float):
         return rounded.view(torch.uint16).numpy()
 
     return convert
+
+
+def _multiplying_numbers(create_dot):
+    def widened(operand):
+        if operand.dtype.scalar != triton.language.bfloat16:
+            return operand
+        data = (operand.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(data, triton.language.float32)
+
+    def dot(self, a, b, *args):
+        return create_dot(self, widened(a), widened(b), *args)
+
+    return dot
 
 
 class Recorder:
