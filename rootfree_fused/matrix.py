@@ -21,7 +21,72 @@ Structure = Literal["auto", "dense", "diagonal"]
 class IFShampoo(RootFreeOptimizer):
     r"""Inverse-free Shampoo without roots (IF-Shampoo).
 
-    TODO
+    A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at the identity, so
+    that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix products alone. With the
+    gradient G of a loss averaged over B terms and M_n the mode-n unfolding of
+    G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors::
+
+        H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
+                     + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }
+        m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
+        K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
+
+    and every step, with the newest factors::
+
+        P    = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T)
+        buf <- momentum buf + P
+        p   <- (1 - lr weight_decay) p - lr buf
+
+    or, with ``weight_decay_mode="momentum"``, as released, ``buf <- momentum buf + P +
+    weight_decay p``. Axes of size 1 are dropped. Vectors and scalars take the update of
+    :class:`RootFreeRMSprop`, or a factor as released with ``vector_method="factor"``.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
+            float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes`` and
+            ``vector_method``, which decide what state there is, may change between steps.
+        lr: step size. A 0-d tensor is read, never written. The paper's beta_1.
+        momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
+        damping: weight of the identity, in the unit of a squared gradient times the batch size;
+            sirfshampoo's lam.
+        weight_decay: per unit of lr; sirfshampoo's kappa.
+        batch_size: the number B of loss terms that the gradient averages: the global batch size
+            for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
+            for a summed loss. Required here or in every group.
+        factor_lr: step size of the factors; sirfshampoo's beta2, the released code's lr_cov. A
+            factor grows by at most factor_lr / sqrt(d) an update, so warm-up takes about
+            sqrt(d) / factor_lr updates.
+        factor_momentum: decay of m_n, in [0, 1); sirfshampoo's alpha2, the released code's beta2.
+        update_interval: update the factors every so many steps.
+        update_schedule: "constant", or "log4", as released: after an update at step k wait
+            min(max(floor(log4(k + 1)), 1), update_interval) steps.
+        structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
+            tuple of them, one an axis.
+        max_dense_dim: the largest axis that may have a dense factor.
+        merge_axes: see a tensor of three axes or more as the matrix (first axis, all others).
+        vector_method: "rmsprop" or "factor".
+        alpha: decay of root-free RMSProp's s for vectors.
+        factor_dtype: dtype of the products: torch.bfloat16, torch.float32 or torch.float64. None
+            chooses bfloat16 where the device multiplies it natively, float64 for float64
+            parameters, and float32 elsewhere; the group then shows which.
+        weight_decay_mode: "decoupled" or "momentum".
+        maximize: ascend instead of descend.
+        capturable: keep ``step`` on the parameter's device.
+
+    State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the
+    parameter's shape, float32, or float64 for float64 parameters), and per axis ``factor_N`` and
+    ``factor_momentum_N``, of shape (d, d), or (d,) in float32 where diagonal. A bfloat16 factor has
+    the bits that its products do not read in ``factor_N_residual`` (int16), so that steps below a
+    bfloat16 rounding are not lost. Vectors have ``square_avg`` instead.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
+            supported or does not fit a shape, an axis too large for a dense factor.
+        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+
+    Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
+    Fig. 3, and its released code.
     """
 
     _fixed = ("factor_dtype",)
