@@ -47,11 +47,15 @@ def interpreted(*modules: ModuleType):
     changed.append((interpreter, convert.__name__, convert, _rounding_to_nearest(convert)))
     dot = interpreter.InterpreterBuilder.create_dot
     changed.append((interpreter.InterpreterBuilder, dot.__name__, dot, _multiplying_numbers(dot)))
+    patch, scopes = interpreter._patch_lang, []
+    changed.append((interpreter, patch.__name__, patch, _patching_once(patch, scopes)))
     for module, name, _, replacement in changed:
         setattr(module, name, replacement)
     try:
         yield
     finally:
+        for scope in reversed(scopes):
+            scope.restore()
         for module, name, value, _ in changed:
             setattr(module, name, value)
 
@@ -64,6 +68,23 @@ def _rounding_to_nearest(convert_float):
         return rounded.view(torch.uint16).numpy()
 
     return convert
+
+
+def _patching_once(patch_lang, scopes):
+    """The interpreter rebinds all of triton.language at every call of a function, half its time."""
+    seen = set()
+
+    def patch(fn):
+        modules = (triton.language, triton.language.core)
+        found = {m.__name__ for m in modules if any(m is v for v in fn.__globals__.values())}
+        if not found <= seen:
+            seen.update(found)
+            scopes.append(patch_lang(fn))
+            # Triton 3.6 asks for int() of an array of one element, which NumPy 2.4 refuses.
+            triton.language.tensor.__index__ = lambda self: self.handle.data.item()
+        return interpreter._LangPatchScope()
+
+    return patch
 
 
 def _multiplying_numbers(create_dot):
