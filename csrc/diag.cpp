@@ -17,7 +17,8 @@ namespace {
 // Threads split at multiples of a block, so that an element has the same place in a vector or a tail
 // for every number of threads. Strided operands are gathered by as much.
 constexpr int64_t block_size = 1024;
-constexpr int64_t blocks_per_thread = 32;
+// Fewer are not worth waking a thread for: ATen's grain size, in blocks.
+constexpr int64_t min_blocks_per_thread = 32;
 
 template <class Options>
 using Body = void (*)(const Options&, const PerOperand<char*>& data, int64_t begin, int64_t end);
@@ -142,12 +143,11 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
     for (int k = 0; k < (has_state1 ? OPERANDS : STATE1); ++k) {
       const AtenTensorHandle tensor = lists[k][i];
       STD_TORCH_CHECK(
-          get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu() &&
-              get(aoti_torch_get_dim, tensor) == dim &&
+          is_cpu(tensor) && get(aoti_torch_get_dim, tensor) == dim &&
               std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
           "params[", i, "], its gradient and its state must be CPU tensors of one shape");
       contiguous = contiguous && get(aoti_torch_is_contiguous, tensor);
-      dtypes[k] = get(aoti_torch_get_dtype, tensor);
+      dtypes[k] = dtype(tensor);
       // Through the const pointer a copy-on-write gradient stays shared.
       task.data[k] = static_cast<char*>(
           k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
@@ -158,7 +158,6 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
     task.body = select_body<Rule>(dtypes[PARAM], dtypes[GRAD], dtypes[STATE0], i);
     task.options = &options[options.size() == 1 ? 0 : i];
     task.numel = get(aoti_torch_get_numel, param);
-    if (task.numel == 0) continue;
     if (!contiguous) {
       PerOperand<const int64_t*> strides;
       for (int k = 0; k < OPERANDS; ++k) {
@@ -167,6 +166,10 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
         task.element_size[k] = missing ? 0 : aoti_torch_dtype_element_size(dtypes[k]);
       }
       task.axes = shared_axes(dim, sizes, strides);
+      for (const Axis& axis : task.axes) {
+        STD_TORCH_CHECK(axis.strides[PARAM] && axis.strides[STATE0] && axis.strides[STATE1],
+                        "params[", i, "] or its state is expanded: elements share their memory");
+      }
     }
     task.first_block = blocks;
     blocks += block_count(task.numel);
@@ -200,7 +203,7 @@ template <class Options>
 void run(const std::vector<Task<Options>>& tasks) {
   if (tasks.empty()) return;
   const int64_t blocks = tasks.back().first_block + block_count(tasks.back().numel);
-  torch::stable::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, blocks, min_blocks_per_thread, [&](int64_t begin, int64_t end) {
     const auto before = [](int64_t block, const auto& task) { return block < task.first_block; };
     auto task = std::upper_bound(tasks.begin(), tasks.end(), begin, before) - 1;
     for (; task != tasks.end() && task->first_block < end; ++task) {

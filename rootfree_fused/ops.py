@@ -281,12 +281,35 @@ def _warn_reference(device: str, missing: ImportError) -> None:
 
 
 def _on_cuda(name: str, reference_: Callable[..., None]) -> Callable[..., None]:
-    def launch(*tensors: Any, **scalars: Any) -> None:
-        kernels = _kernels()
-        run = reference_ if isinstance(kernels, ImportError) else getattr(kernels, name)
-        run(*tensors, **scalars)
+    """The Triton body; parameters that it does not serve go where they are served."""
 
-    return launch
+    def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+        kernels = _kernels()
+        body = reference_ if isinstance(kernels, ImportError) else getattr(kernels, name)
+        served = [p.is_cuda and p.dtype is not torch.float64 for p in params]
+        if all(served):
+            body(params, *tensors, **scalars)
+            return
+        *states, lr = tensors
+        for part, part_body, part_lr in (
+            (served, body, lr),
+            ([p.is_cuda and p.dtype is torch.float64 for p in params], reference_, lr),
+            ([not p.is_cuda for p in params], getattr(torch.ops.rootfree_fused, name), lr.cpu()),
+        ):
+            if any(part):
+                picked = [_select(values, part) for values in (params, *states)]
+                part_body(*picked, part_lr, **scalars)
+
+    return run
+
+
+def _select(values: Any, part: list[bool]) -> Any:
+    """The entries of a list, or of the 1-D tensor of steps, that belong to a part of the call."""
+    if isinstance(values, Tensor):
+        return values[torch.tensor(part, device=values.device)]
+    return (
+        [value for value, chosen in zip(values, part, strict=True) if chosen] if values else values
+    )
 
 
 _references: dict[str, Callable[..., None]] = {

@@ -291,18 +291,16 @@ def test_a_copy_on_write_gradient_stays_shared():
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_every_16_bit_number_is_read_exactly(dtype):
-    """With lr = 0 a parameter is read, widened, rounded and written."""
+    """A step with lr = 0 leaves the parameter, one with beta1 = 0 leaves the gradient in m."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[~every.isinf()]
-    params, grads, s = [every.clone()], [every.clone()], [torch.ones(len(every))]
-    scalars = {**RMSPROP, "alpha": 0.0, "damping": 0.0, "batch_size": 1.0}
-    call("rmsprop_", params, grads, [s], None, scalars, lr=0.0)
-    assert torch.equal(
-        params[0].isnan(), every.isnan() | (every == 0) | every.float().square().eq(0)
-    )
-    kept = ~params[0].isnan()
-    assert torch.equal(params[0][kept], every[kept])
-    assert torch.equal(s[0][kept], every[kept].float().square())
+    param, zeros, m, s = every.clone(), torch.zeros_like(every), *torch.ones(2, len(every))
+    scalars = {**ADAMW, "beta1": 0.0, "weight_decay": 0.0}
+    call("adamw_", [param], [zeros], [[m], [s]], None, scalars, lr=0.0)
+    call("adamw_", [zeros], [every], [[m], [s]], None, scalars)
+    for actual in (param, m):
+        assert torch.equal(actual.isnan(), every.isnan())
+        assert torch.equal(actual.nan_to_num(), every.to(actual.dtype).nan_to_num())
 
 
 @pytest.mark.usefixtures("isa")
@@ -322,6 +320,19 @@ def test_parameters_are_rounded_once_to_nearest_even(dtype):
     expected = (-x).to(dtype)
     assert torch.equal(params[0].isnan(), expected.isnan())
     assert torch.equal(params[0].nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_thousand_small_steps_do_not_drift():
+    """s moves by 1e-4 of its distance a step; alpha itself rounded to float32 would bias it."""
+    scalars = {**RMSPROP, "alpha": 1 - 1e-4}
+    actual, eager, truth = (torch.ones(1000, dtype=dtype) for dtype in (F32, F32, F64))
+    for _ in range(1000):
+        p, g = torch.randn(2, 1000)
+        call("rmsprop_", [p.clone()], [g], [[actual]], None, scalars)
+        for s in (eager, truth):
+            reference.rmsprop_(p.clone(), g, s, None, lr=0.5, **scalars)
+    assert_no_worse_than(actual, eager, truth)
 
 
 @pytest.mark.usefixtures("isa")
@@ -409,6 +420,8 @@ MISUSE = {
         r"dtypes.*params\[1\]",
     ),
     "states of two dtypes": ({"s": first_and(torch.rand(4, 8, dtype=F64))}, r"params\[1\] differ"),
+    "an expanded parameter": ({"params": first_and(torch.rand(8).expand(4, 8))}, "expanded"),
+    "an expanded state": ({"s": first_and(torch.rand(4, 1).expand(4, 8))}, "expanded"),
     "integer parameters": ({"params": first_and(torch.ones(4, 8, dtype=torch.int32))}, "dtypes"),
     "a step too few": ({"steps": torch.ones(1)}, "steps"),
     "integer steps": ({"steps": torch.ones(2, dtype=torch.int64)}, "steps"),

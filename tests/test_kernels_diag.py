@@ -9,9 +9,9 @@ from _comparison import assert_no_worse_than
 pytest.importorskip("triton")
 
 from _offline import interpreted
+from rootfree_fused.kernels import common, diag
 from triton.runtime.interpreter import InterpretedFunction
 
-from rootfree_fused.kernels import common, diag
 from rootfree_fused.reference import diag as reference
 
 BLOCK = diag.BLOCK
@@ -48,6 +48,8 @@ CASES = {
     "adamw bias correction": (ADAMW, True),
 }
 
+# The interpreter is numpy, which reports the infinities that some of the tests put in.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -264,6 +266,16 @@ def test_dtypes_may_mix(device):
         lists.check()
 
 
+@pytest.mark.parametrize("decay", [1 - 1e-4, 0.0])
+def test_many_small_steps_do_not_drift(decay, device):
+    """s moves by 1e-4 of its distance a step; alpha itself rounded to float32 would bias it."""
+    lists = Lists("rmsprop", [(1000,)], device, (F32, F32))
+    lists.scalars = {**RMSPROP, "alpha": decay, "weight_decay": 0.0}
+    for _ in range(500 if decay else 1):
+        lists.step()
+    lists.check()
+
+
 @pytest.mark.parametrize("betas", [(0.0, 0.5), (0.9, 0.99), (0.999, 0.9999), (0.9999, 0.0)])
 def test_bias_correction_does_not_cancel(betas, device):
     """Twice the usual factor: each of the two corrections is right to 2 ulp, the eager one to 1/2.
@@ -358,7 +370,7 @@ def test_tables_are_never_stale(device):
                 lists.specify(lists.eager, [g.clone()], lr)
                 lists.specify(lists.truth, [g.double()], lr)
                 lists.launch([g], lr)
-                lists.check()
+                lists.check(factor=4.0)  # a stale table is wrong everywhere
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

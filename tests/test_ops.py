@@ -133,6 +133,20 @@ def test_empty_lists_are_nothing_to_do():
     ops.adamw_([], [], [], [], lr=0.1, batch_size=1)
 
 
+@pytest.mark.parametrize("call", operator_calls("cpu"))
+def test_the_cuda_body_sends_cpu_parameters_to_the_cpu_body(call):
+    name = call.split()[0]
+    (expected, kwargs), (args, _) = (operator_calls("cpu")[call] for _ in range(2))
+    for group, values in zip(args, expected, strict=True):
+        for tensor, value in zip(group, values, strict=True) if isinstance(group, list) else ():
+            tensor.copy_(value)
+    getattr(torch.ops.rootfree_fused, name)(*expected, **kwargs)
+    ops._on_cuda(name, ops._references[name])(*args, **kwargs)
+    for group, values in zip(args, expected, strict=True):
+        if isinstance(group, list):
+            assert_identical(group, values)
+
+
 # Bad input
 
 BAD_VALUES = [
