@@ -17,8 +17,8 @@ namespace {
 // Threads split at multiples of a block, so that an element has the same place in a vector or a tail
 // for every number of threads. Strided operands are gathered by as much.
 constexpr int64_t block_size = 1024;
-// Fewer are not worth waking a thread for: ATen's grain size, in blocks.
-constexpr int64_t min_blocks_per_thread = 32;
+// Fewer elements are not worth waking a thread for; ATen's grain size.
+constexpr int64_t min_elements_per_thread = 32768;
 
 template <class Options>
 using Body = void (*)(const Options&, const PerOperand<char*>& data, int64_t begin, int64_t end);
@@ -203,7 +203,11 @@ template <class Options>
 void run(const std::vector<Task<Options>>& tasks) {
   if (tasks.empty()) return;
   const int64_t blocks = tasks.back().first_block + block_count(tasks.back().numel);
-  torch::stable::parallel_for(0, blocks, min_blocks_per_thread, [&](int64_t begin, int64_t end) {
+  int64_t elements = 0;
+  for (const auto& task : tasks) elements += task.numel;
+  // In blocks as full as these are on average.
+  const int64_t grain_size = blocks * min_elements_per_thread / std::max<int64_t>(elements, 1);
+  torch::stable::parallel_for(0, blocks, grain_size, [&](int64_t begin, int64_t end) {
     const auto before = [](int64_t block, const auto& task) { return block < task.first_block; };
     auto task = std::upper_bound(tasks.begin(), tasks.end(), begin, before) - 1;
     for (; task != tasks.end() && task->first_block < end; ++task) {

@@ -6,6 +6,7 @@
 
 #define ROOTFREE_INLINE inline __attribute__((always_inline))
 
+// Before a loop in which no iteration reads what another one writes.
 #if defined(__clang__)
 #define ROOTFREE_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
 #else

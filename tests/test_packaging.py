@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import zipfile
 from pathlib import Path
@@ -63,9 +64,11 @@ def run_installed(wheel, folder):
     site = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(pip, check=True, capture_output=True)
+    # -S: an editable installation in this environment would lend its extension.
+    path = os.pathsep.join([str(site), sysconfig.get_path("purelib")])
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SCRIPT)],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        [sys.executable, "-S", "-W", "ignore", "-c", textwrap.dedent(SCRIPT)],
+        env={**os.environ, "PYTHONPATH": path},
         cwd=folder,
         capture_output=True,
         text=True,
