@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -128,20 +129,21 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
 ) -> dict[str, Timing]:
-    """Time every entry once a round, each round begun by the next entry, after one warm-up round.
+    """Time every entry once a round, in a random order, after one warm-up round.
 
-    Noise that lasts longer than a round then falls on all entries alike.
+    Noise that lasts longer than a round falls on all entries alike, and so does what the entry
+    before leaves in the caches.
     """
     names = list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         timer(runs[name])
     deadline = time.perf_counter() + seconds
+    order = random.Random(0)
     for i in range(max_rounds):
         if i >= min_rounds and time.perf_counter() > deadline:
             break
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             samples[name].append(timer(runs[name]))
     return {name: summarize(values) for name, values in samples.items()}
 

@@ -1,4 +1,4 @@
-// Root-free RMSProp and AdamW on lists of CPU tensors: one parallel region over blocks of all of them.
+// Root-free RMSProp and AdamW on lists of CPU tensors: one parallel region over blocks of them all.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -14,8 +14,8 @@
 namespace rootfree_fused {
 namespace {
 
-// Threads split at multiples of a block, so that an element has the same place in a vector or a tail
-// for every number of threads. Strided operands are gathered by as much.
+// Threads split at multiples of a block, so that the place of an element in a vector or a tail does
+// not depend on their number. Strided operands are gathered a block at a time.
 constexpr int64_t block_size = 1024;
 // Fewer elements are not worth waking a thread for; ATen's grain size.
 constexpr int64_t min_elements_per_thread = 32768;
@@ -85,7 +85,7 @@ struct Bodies {
 template <class T>
 T get(AOTITorchError (*getter)(AtenTensorHandle, T*), AtenTensorHandle tensor) {
   T value;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
+  TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
   return value;
 }
 
@@ -187,14 +187,14 @@ void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
     const int64_t stop = std::min(end, begin + block_size);
     for (int k : {PARAM, GRAD, STATE0, STATE1}) {
       if (!dense[k]) continue;
-      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
-                                  stop);
+      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k,
+                                  begin, stop);
     }
     task.body(*task.options, dense, 0, stop - begin);
     for (int k : {PARAM, STATE0, STATE1}) {
       if (!dense[k]) continue;
-      copy_elements<Copy::SCATTER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
-                                   stop);
+      copy_elements<Copy::SCATTER>(task.element_size[k], task.data[k], dense[k], task.axes, k,
+                                   begin, stop);
     }
   }
 }
@@ -232,7 +232,8 @@ double read_lr(AtenTensorHandle lr) {
 }
 
 // One set of options for all parameters without bias correction, else one for each.
-std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle steps, size_t count) {
+std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle steps,
+                                   size_t count) {
   if (!steps) return {options};
   STD_TORCH_CHECK(is_cpu(steps) && dtype(steps) == aoti_torch_dtype_float32() &&
                       get(aoti_torch_get_dim, steps) == 1 &&

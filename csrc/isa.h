@@ -1,5 +1,5 @@
-// Instruction sets. A loop is compiled once for each and the best that the machine has is chosen when
-// it runs: a wheel built on one machine works on another.
+// Instruction sets. A loop is compiled once for each, and the best that the machine has is chosen
+// when it runs: a wheel built on one machine works on another.
 #pragma once
 
 #include <atomic>

@@ -9,7 +9,7 @@
 
 namespace rootfree_fused {
 
-// start + weight (end - start), as torch.lerp from the nearer end: exact at weight 0 and at weight 1.
+// start + weight (end - start), as torch.lerp from the nearer end: exact at weight 0 and weight 1.
 template <class T>
 ROOTFREE_INLINE T lerp(T start, T end, T weight) {
   const T nearer = weight < T(0.5) ? start : end;

@@ -54,7 +54,7 @@ def test_percentiles_interpolate_between_sorted_samples():
     assert timing == common.Timing(median=3.5, p20=2.0, p80=5.0, samples=6)
 
 
-def test_interleaving_rotates_who_begins_and_drops_the_warm_up():
+def test_interleaving_shuffles_every_round_and_drops_the_warm_up():
     calls = []
     runs = {name: partial(calls.append, name) for name in "abc"}
 
@@ -62,10 +62,13 @@ def test_interleaving_rotates_who_begins_and_drops_the_warm_up():
         run()
         return float(len(calls))
 
-    times = common.interleave(runs, timer, seconds=0.0, min_rounds=4)
-    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert times["a"] == common.summarize([4.0, 9.0, 11.0, 13.0])
-    assert times["a"].samples == 4
+    times = common.interleave(runs, timer, seconds=0.0, min_rounds=20)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == "abc"
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    positions = [1.0 + i for i, name in enumerate(calls) if name == "a"]
+    assert times["a"] == common.summarize(positions[1:])
 
 
 def test_interleaving_stops_at_the_last_round():

@@ -8,6 +8,17 @@ import threading
 import pytest
 import torch
 from _comparison import assert_no_worse_than
+from _layouts import (
+    channels_last,
+    cropped,
+    expanded,
+    expanded_rows,
+    gapped,
+    misaligned,
+    reversed_axes,
+    transposed,
+)
+from _operators import ADAMW, RMSPROP
 
 from rootfree_fused import ops
 from rootfree_fused.reference import diag as reference
@@ -17,23 +28,6 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F64, F64), (F64, F32)]
 SIZES = [0, 1, 7, 31, 33, 1023, 1025, 100003]
 
-RMSPROP = {
-    "alpha": 0.9,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "momentum": 0.9,
-    "batch_size": 8.0,
-    "decoupled": True,
-    "maximize": False,
-}
-ADAMW = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "batch_size": 8.0,
-    "maximize": False,
-}
 # name: (operator, scalars, states, whether steps are given)
 UPDATES = {
     "rmsprop": ("rmsprop_", RMSPROP, 2, False),
@@ -195,44 +189,6 @@ def test_mixed_dtypes_and_layouts_in_one_list(update):
 
 
 # Layouts
-
-
-def gapped(t):
-    """Every second element of a larger tensor; the others are 7."""
-    base = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 7.0, dtype=t.dtype)
-    base[..., ::2] = t
-    return base[..., ::2]
-
-
-def transposed(t):
-    return t.mT.contiguous().mT
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def misaligned(t):
-    """One element off the alignment of an allocation."""
-    base = torch.empty(t.numel() + 1, dtype=t.dtype)
-    return base[1:].view(t.shape).copy_(t)
-
-
-def cropped(t):
-    base = torch.full([n + 2 for n in t.shape], 7.0, dtype=t.dtype)
-    return base[tuple(slice(1, -1) for _ in t.shape)].copy_(t)
-
-
-def reversed_axes(t):
-    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
-
-
-def expanded(t):
-    return t.flatten()[:1].view(()).expand(t.shape)
-
-
-def expanded_rows(t):
-    return t[..., :1].expand(t.shape)
 
 
 SHAPE = (5, 3, 40, 70)  # 42,000 elements: more than one thread takes

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from _operators import ADAMW, RMSPROP
 from _optimizers import (
     SETTINGS,
     assert_identical,
@@ -22,23 +23,6 @@ from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, ops
 
 NAN, INF = float("nan"), float("inf")
 LR = torch.tensor(0.1, dtype=torch.float64)
-RMSPROP = {
-    "alpha": 0.9,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "momentum": 0.9,
-    "batch_size": 8.0,
-    "decoupled": True,
-    "maximize": False,
-}
-ADAMW = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "batch_size": 8.0,
-    "maximize": False,
-}
 
 
 def tensors(device, *shapes, dtype=torch.float32):
