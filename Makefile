@@ -15,20 +15,26 @@ test: $(VENV)/installed $(VENV)/triton36
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest tests/test_kernels_diag.py tests/test_offline_diag.py
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag
 	$(BIN)/python -m bench train
 
-$(VENV)/python:
+$(VENV)/base:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \"Python >= 3.10 is needed; make PYTHON=python3.x\")"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	touch $@
 
-$(VENV)/installed: $(VENV)/python $(SOURCES)
+$(VENV)/installed: $(VENV)/base $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton]"
 	touch $@
+
+# The oldest Triton that is supported, beside the newest in the environment itself.
+$(VENV)/triton36: $(VENV)/base
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 clean:
 	rm -rf $(VENV) build *.egg-info rootfree_fused/*.so

@@ -19,8 +19,8 @@ using TensorHandles = std::vector<AtenTensorHandle>;
 class Arguments {
  public:
   Arguments(StableIValue* stack, uint64_t count, uint64_t expected) : next_(stack) {
-    STD_TORCH_CHECK(count == expected, "the schema has ", count, " arguments, the kernel ", expected,
-                    ": rebuild the extension");
+    STD_TORCH_CHECK(count == expected, "the schema has ", count, " arguments, the kernel has ",
+                    expected, "; reinstall rootfree_fused");
   }
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
@@ -51,14 +51,14 @@ class Arguments {
   TensorHandles next_tensors() {
     const auto list = next<StableListHandle>();
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     TensorHandles tensors(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
       tensors[i] = torch::stable::detail::to<AtenTensorHandle>(item);
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
     owned_.insert(owned_.end(), tensors.begin(), tensors.end());
     return tensors;
   }

@@ -1,4 +1,4 @@
-// Root-free RMSProp and AdamW on lists of CPU tensors: one parallel region over blocks of all of them.
+// Root-free RMSProp and AdamW on lists of CPU tensors: one parallel region over blocks of them all.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -14,10 +14,11 @@
 namespace rootfree_fused {
 namespace {
 
-// Threads split at multiples of a block, so that an element has the same place in a vector or a tail
-// for every number of threads. Strided operands are gathered by as much.
+// Threads split at multiples of a block, so that the place of an element in a vector or a tail does
+// not depend on their number. Strided operands are gathered a block at a time.
 constexpr int64_t block_size = 1024;
-constexpr int64_t blocks_per_thread = 32;
+// Fewer elements are not worth waking a thread for; ATen's grain size.
+constexpr int64_t min_elements_per_thread = 32768;
 
 template <class Options>
 using Body = void (*)(const Options&, const PerOperand<char*>& data, int64_t begin, int64_t end);
@@ -84,7 +85,7 @@ struct Bodies {
 template <class T>
 T get(AOTITorchError (*getter)(AtenTensorHandle, T*), AtenTensorHandle tensor) {
   T value;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
+  TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
   return value;
 }
 
@@ -142,12 +143,11 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
     for (int k = 0; k < (has_state1 ? OPERANDS : STATE1); ++k) {
       const AtenTensorHandle tensor = lists[k][i];
       STD_TORCH_CHECK(
-          get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu() &&
-              get(aoti_torch_get_dim, tensor) == dim &&
+          is_cpu(tensor) && get(aoti_torch_get_dim, tensor) == dim &&
               std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
           "params[", i, "], its gradient and its state must be CPU tensors of one shape");
       contiguous = contiguous && get(aoti_torch_is_contiguous, tensor);
-      dtypes[k] = get(aoti_torch_get_dtype, tensor);
+      dtypes[k] = dtype(tensor);
       // Through the const pointer a copy-on-write gradient stays shared.
       task.data[k] = static_cast<char*>(
           k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
@@ -158,7 +158,6 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
     task.body = select_body<Rule>(dtypes[PARAM], dtypes[GRAD], dtypes[STATE0], i);
     task.options = &options[options.size() == 1 ? 0 : i];
     task.numel = get(aoti_torch_get_numel, param);
-    if (task.numel == 0) continue;
     if (!contiguous) {
       PerOperand<const int64_t*> strides;
       for (int k = 0; k < OPERANDS; ++k) {
@@ -167,6 +166,10 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
         task.element_size[k] = missing ? 0 : aoti_torch_dtype_element_size(dtypes[k]);
       }
       task.axes = shared_axes(dim, sizes, strides);
+      for (const Axis& axis : task.axes) {
+        STD_TORCH_CHECK(axis.strides[PARAM] && axis.strides[STATE0] && axis.strides[STATE1],
+                        "params[", i, "] or its state is expanded: elements share their memory");
+      }
     }
     task.first_block = blocks;
     blocks += block_count(task.numel);
@@ -184,14 +187,14 @@ void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
     const int64_t stop = std::min(end, begin + block_size);
     for (int k : {PARAM, GRAD, STATE0, STATE1}) {
       if (!dense[k]) continue;
-      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
-                                  stop);
+      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k,
+                                  begin, stop);
     }
     task.body(*task.options, dense, 0, stop - begin);
     for (int k : {PARAM, STATE0, STATE1}) {
       if (!dense[k]) continue;
-      copy_elements<Copy::SCATTER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
-                                   stop);
+      copy_elements<Copy::SCATTER>(task.element_size[k], task.data[k], dense[k], task.axes, k,
+                                   begin, stop);
     }
   }
 }
@@ -200,7 +203,11 @@ template <class Options>
 void run(const std::vector<Task<Options>>& tasks) {
   if (tasks.empty()) return;
   const int64_t blocks = tasks.back().first_block + block_count(tasks.back().numel);
-  torch::stable::parallel_for(0, blocks, blocks_per_thread, [&](int64_t begin, int64_t end) {
+  int64_t elements = 0;
+  for (const auto& task : tasks) elements += task.numel;
+  // In blocks as full as these are on average.
+  const int64_t grain_size = blocks * min_elements_per_thread / std::max<int64_t>(elements, 1);
+  torch::stable::parallel_for(0, blocks, grain_size, [&](int64_t begin, int64_t end) {
     const auto before = [](int64_t block, const auto& task) { return block < task.first_block; };
     auto task = std::upper_bound(tasks.begin(), tasks.end(), begin, before) - 1;
     for (; task != tasks.end() && task->first_block < end; ++task) {
@@ -225,7 +232,8 @@ double read_lr(AtenTensorHandle lr) {
 }
 
 // One set of options for all parameters without bias correction, else one for each.
-std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle steps, size_t count) {
+std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle steps,
+                                   size_t count) {
   if (!steps) return {options};
   STD_TORCH_CHECK(is_cpu(steps) && dtype(steps) == aoti_torch_dtype_float32() &&
                       get(aoti_torch_get_dim, steps) == 1 &&

@@ -1,11 +1,12 @@
-// Instruction sets. A loop is compiled once for each and the best that the machine has is chosen when
-// it runs: a wheel built on one machine works on another.
+// Instruction sets. A loop is compiled once for each, and the best that the machine has is chosen
+// when it runs: a wheel built on one machine works on another.
 #pragma once
 
 #include <atomic>
 
 #define ROOTFREE_INLINE inline __attribute__((always_inline))
 
+// Before a loop in which no iteration reads what another one writes.
 #if defined(__clang__)
 #define ROOTFREE_INDEPENDENT_ITERATIONS _Pragma("clang loop vectorize(assume_safety)")
 #else

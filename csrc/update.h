@@ -9,10 +9,11 @@
 
 namespace rootfree_fused {
 
-// start + weight (end - start): two fused multiply-adds, exact at weight 0 and at weight 1.
+// start + weight (end - start), as torch.lerp from the nearer end: exact at weight 0 and weight 1.
 template <class T>
 ROOTFREE_INLINE T lerp(T start, T end, T weight) {
-  return start - weight * start + weight * end;
+  const T nearer = weight < T(0.5) ? start : end;
+  return nearer + (weight < T(0.5) ? weight : weight - 1) * (end - start);
 }
 
 struct RmspropOptions {

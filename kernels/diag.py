@@ -6,7 +6,7 @@ Per element, in float32 registers (reference/diag.py is the specification; B is 
                 u    = g / (s + damping) + coupled p
                 p   <- p - lr decoupled p
                 buf <- momentum buf + u                   (buf = u where there are no buffers)
-                p   <- p - lr buf
+                p   <- p - lr buf      (coupled or decoupled is weight_decay, the other 0)
 
     adamw_      p <- p - lr weight_decay p
                 m <- m + (1 - beta1) (g - m)
@@ -36,8 +36,8 @@ from torch import Tensor
 from .common import find_plan, readable, scalar_table
 
 # One row serves every dtype and device; not yet measured on a GPU. The SASS for sm_80, sm_90 and
-# sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 80 registers, so
-# 6 to 10 programs and 64 to 130 KB in flight on a multiprocessor, where bandwidth times 0.8 us of
+# sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so
+# 7 to 10 programs and 64 to 130 KB in flight on a multiprocessor, where bandwidth times 0.8 us of
 # latency is 20 KB (H100) or 45 KB (B200). 16 elements a thread, not 8, take 96 to 168 registers for
 # no more bytes in flight; 2048 elements on 8 warps are the same code with a coarser tail.
 BLOCK = 1024
@@ -193,6 +193,7 @@ def _launch(
     if plan.copied:
         _launch_on_copies(plan.copied, update, lists, lr, steps, scalars)
         return
+    # Scalar 0 is lr, unless lr is read where it is.
     values = (float(lr) if lr.is_cpu else 0.0, *scalars)
     for device, param_dtype, grad_dtype, chunks, rows, programs in plan.launches:
         if programs == 0:

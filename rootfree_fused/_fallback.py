@@ -105,3 +105,31 @@ def ifshampoo_(
                 decoupled=decoupled,
             )
         first = last
+
+
+def take_bucket(
+    bucket: int,
+    params: list[Tensor],
+    grads: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    factor_momenta: list[Tensor],
+    products: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *others: Any,
+    axes: list[int],
+) -> tuple[Any, ...]:
+    """The tensors of one bucket out of those of a call of `ifshampoo_`."""
+    first = sum(axes[:bucket])
+    here = slice(first, first + axes[bucket])
+    starts = [sum(axes[:i]) for i in range(bucket + 1)]
+    sizes = [factors[start].shape[0] for start in starts]
+    members = slice(sum(sizes[:-1]), sum(sizes))
+    per_axis = (factors, residuals, factor_momenta, products)
+    return (
+        params[members],
+        grads[members],
+        *(tensors[here] for tensors in per_axis),
+        momentum_buffers[members],
+        *others,
+    )

@@ -172,26 +172,23 @@ def build_plan(
     due: Sequence[bool],
     states: Sequence[State],
     interval: int,
-    device: torch.device,
 ) -> Plan:
-    """Stack the factor state of parameters of equal layouts that update their factors together."""
-    members: dict[tuple[Layout, bool], list[int]] = defaultdict(list)
+    """Stack the factor state of parameters of one layout and device that are due together."""
+    members: dict[tuple[Layout, torch.device, bool], list[int]] = defaultdict(list)
     vectors = []
     for i, layout in enumerate(layouts):
         if layout is None:
             vectors.append(i)
         else:
-            members[layout, due[i]].append(i)
+            members[layout, states[i]["factor_0"].device, due[i]].append(i)
     buckets = [
-        _build_bucket(layout, places, [states[i] for i in places], interval, device)
-        for (layout, _), places in members.items()
+        _build_bucket(layout, places, [states[i] for i in places], interval)
+        for (layout, _, _), places in members.items()
     ]
     return Plan(vectors, buckets)
 
 
-def _build_bucket(
-    layout: Layout, places: list[int], states: list[State], interval: int, device: torch.device
-) -> Bucket:
+def _build_bucket(layout: Layout, places: list[int], states: list[State], interval: int) -> Bucket:
     axes = range(len(layout.sizes))
     factors = [stack(states, f"factor_{n}") for n in axes]
     empty = [factor.new_empty(0) for factor in factors]
@@ -203,6 +200,7 @@ def _build_bucket(
     ]
     residuals = [stack(states, f"factor_{n}_residual") if split[n] else empty[n] for n in axes]
     momenta = [stack(states, f"factor_momentum_{n}") for n in axes]
+    device = factors[0].device
     products = [
         torch.empty_like(factors[n]) if caches_product(layout, n, interval, device) else empty[n]
         for n in axes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, Literal
 
 import torch
@@ -174,17 +175,18 @@ class IFShampoo(RootFreeOptimizer):
         plan = self._plans.get(index)
         if plan is None or not plan.fits(states, due):
             layouts = [layout_of(p.shape, group) for p in params]
-            plan = build_plan(layouts, due, states, group["update_interval"], params[0].device)
+            plan = build_plan(layouts, due, states, group["update_interval"])
             self._plans[index] = plan
 
         lists = params, grads, states
         if plan.vectors:
             _update_vectors(group, *_pick(plan.vectors, *lists))
-        for update in (False, True):
-            buckets = [bucket for bucket in plan.buckets if due[bucket.members[0]] is update]
-            if buckets:
-                members = [i for bucket in buckets for i in bucket.members]
-                _update_matrices(group, buckets, update, *_pick(members, *lists))
+        calls: dict[tuple[bool, str], list[Bucket]] = defaultdict(list)
+        for bucket in plan.buckets:
+            calls[due[bucket.members[0]], bucket.factors[0].device.type].append(bucket)
+        for (update, _), buckets in calls.items():
+            members = [i for bucket in buckets for i in bucket.members]
+            _update_matrices(group, buckets, update, *_pick(members, *lists))
 
     def _due(self, index: int, group: Group, steps: Tensor) -> list[bool]:
         """Which parameters update their factors at this step."""

@@ -7,17 +7,13 @@ specification (reference/) on every other device and wherever one of the two is 
 
 from __future__ import annotations
 
-import functools
-import importlib
-import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from . import _fallback
+from . import _dispatch
 from ._checks import check_hyperparameters, check_tensors, describe
 
 WeightDecayMode = Literal["decoupled", "momentum"]
@@ -192,15 +188,7 @@ def adamw_(
 
 def backends() -> dict[str, str]:
     """What runs on each device, for example {"cpu": "C++ (avx512)", "cuda": "Triton 3.6.0"}."""
-    extension, kernels = _extension(), _kernels()
-    return {
-        "cpu": f"reference: {extension}"
-        if isinstance(extension, ImportError)
-        else f"C++ ({torch.ops.rootfree_fused.cpu_isa()})",
-        "cuda": f"reference: {kernels}"
-        if isinstance(kernels, ImportError)
-        else f"Triton {importlib.import_module('triton').__version__}",
-    }
+    return _dispatch.backends()
 
 
 def as_scalar_tensor(lr: float | Tensor) -> Tensor:
@@ -216,67 +204,4 @@ def mark_changed(params: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(params)
 
 
-# Dispatch -------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _extension() -> ModuleType | ImportError:
-    """The C++ kernels, which register themselves for CPU when imported, or why there are none."""
-    return _import("rootfree_fused._C")
-
-
-@functools.cache
-def _kernels() -> ModuleType | ImportError:
-    """The Triton kernels, or why there are none. Imported on first use: Triton takes a while."""
-    return _import("rootfree_fused.kernels.diag")
-
-
-def _import(name: str) -> ModuleType | ImportError:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        return error
-
-
-def _warn_if_slow(params: list[Tensor]) -> None:
-    device = params[0].device.type if params else ""
-    kernels = {"cpu": _extension, "cuda": _kernels}.get(device)
-    if kernels is not None and isinstance(missing := kernels(), ImportError):
-        _warn_reference(device, missing)
-
-
-@functools.cache
-def _warn_reference(device: str, missing: ImportError) -> None:
-    cure = {
-        "cpu": "install a C++ compiler and reinstall rootfree_fused with --no-build-isolation",
-        "cuda": "install triton",
-    }
-    warnings.warn(
-        f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
-        f"kernels ({missing}): {cure[device]}",
-        stacklevel=1,
-    )
-
-
-def _slowly(name: str) -> Callable[..., None]:
-    def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        _warn_if_slow(params)
-        getattr(_fallback, name)(params, *tensors, **scalars)
-
-    return run
-
-
-def _on_cuda(name: str) -> Callable[..., None]:
-    def run(*tensors: Any, **scalars: Any) -> None:
-        kernels = _kernels()
-        body = _slowly(name) if isinstance(kernels, ImportError) else getattr(kernels, name)
-        body(*tensors, **scalars)
-
-    return run
-
-
-for _name in ("rmsprop_", "adamw_", "ifshampoo_"):
-    _library.impl(_name, _slowly(_name), "CompositeExplicitAutograd")
-    _library.impl(_name, _on_cuda(_name), "CUDA")
-    torch.library.register_fake(f"rootfree_fused::{_name}", lambda *_, **__: None, lib=_library)
-_extension()
+_dispatch.register(_library)

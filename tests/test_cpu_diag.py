@@ -8,6 +8,17 @@ import threading
 import pytest
 import torch
 from _comparison import assert_no_worse_than
+from _layouts import (
+    channels_last,
+    cropped,
+    expanded,
+    expanded_rows,
+    gapped,
+    misaligned,
+    reversed_axes,
+    transposed,
+)
+from _operators import ADAMW, RMSPROP
 
 from rootfree_fused import ops
 from rootfree_fused.reference import diag as reference
@@ -17,23 +28,6 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F64, F64), (F64, F32)]
 SIZES = [0, 1, 7, 31, 33, 1023, 1025, 100003]
 
-RMSPROP = {
-    "alpha": 0.9,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "momentum": 0.9,
-    "batch_size": 8.0,
-    "decoupled": True,
-    "maximize": False,
-}
-ADAMW = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "batch_size": 8.0,
-    "maximize": False,
-}
 # name: (operator, scalars, states, whether steps are given)
 UPDATES = {
     "rmsprop": ("rmsprop_", RMSPROP, 2, False),
@@ -197,44 +191,6 @@ def test_mixed_dtypes_and_layouts_in_one_list(update):
 # Layouts
 
 
-def gapped(t):
-    """Every second element of a larger tensor; the others are 7."""
-    base = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 7.0, dtype=t.dtype)
-    base[..., ::2] = t
-    return base[..., ::2]
-
-
-def transposed(t):
-    return t.mT.contiguous().mT
-
-
-def channels_last(t):
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def misaligned(t):
-    """One element off the alignment of an allocation."""
-    base = torch.empty(t.numel() + 1, dtype=t.dtype)
-    return base[1:].view(t.shape).copy_(t)
-
-
-def cropped(t):
-    base = torch.full([n + 2 for n in t.shape], 7.0, dtype=t.dtype)
-    return base[tuple(slice(1, -1) for _ in t.shape)].copy_(t)
-
-
-def reversed_axes(t):
-    return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
-
-
-def expanded(t):
-    return t.flatten()[:1].view(()).expand(t.shape)
-
-
-def expanded_rows(t):
-    return t[..., :1].expand(t.shape)
-
-
 SHAPE = (5, 3, 40, 70)  # 42,000 elements: more than one thread takes
 LAYOUTS = [torch.clone, gapped, transposed, channels_last, misaligned, cropped, reversed_axes]
 
@@ -291,18 +247,16 @@ def test_a_copy_on_write_gradient_stays_shared():
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_every_16_bit_number_is_read_exactly(dtype):
-    """With lr = 0 a parameter is read, widened, rounded and written."""
+    """A step with lr = 0 leaves the parameter, one with beta1 = 0 leaves the gradient in m."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[~every.isinf()]
-    params, grads, s = [every.clone()], [every.clone()], [torch.ones(len(every))]
-    scalars = {**RMSPROP, "alpha": 0.0, "damping": 0.0, "batch_size": 1.0}
-    call("rmsprop_", params, grads, [s], None, scalars, lr=0.0)
-    assert torch.equal(
-        params[0].isnan(), every.isnan() | (every == 0) | every.float().square().eq(0)
-    )
-    kept = ~params[0].isnan()
-    assert torch.equal(params[0][kept], every[kept])
-    assert torch.equal(s[0][kept], every[kept].float().square())
+    param, zeros, m, s = every.clone(), torch.zeros_like(every), *torch.ones(2, len(every))
+    scalars = {**ADAMW, "beta1": 0.0, "weight_decay": 0.0}
+    call("adamw_", [param], [zeros], [[m], [s]], None, scalars, lr=0.0)
+    call("adamw_", [zeros], [every], [[m], [s]], None, scalars)
+    for actual in (param, m):
+        assert torch.equal(actual.isnan(), every.isnan())
+        assert torch.equal(actual.nan_to_num(), every.to(actual.dtype).nan_to_num())
 
 
 @pytest.mark.usefixtures("isa")
@@ -322,6 +276,19 @@ def test_parameters_are_rounded_once_to_nearest_even(dtype):
     expected = (-x).to(dtype)
     assert torch.equal(params[0].isnan(), expected.isnan())
     assert torch.equal(params[0].nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_thousand_small_steps_do_not_drift():
+    """s moves by 1e-4 of its distance a step; alpha itself rounded to float32 would bias it."""
+    scalars = {**RMSPROP, "alpha": 1 - 1e-4}
+    actual, eager, truth = (torch.ones(1000, dtype=dtype) for dtype in (F32, F32, F64))
+    for _ in range(1000):
+        p, g = torch.randn(2, 1000)
+        call("rmsprop_", [p.clone()], [g], [[actual]], None, scalars)
+        for s in (eager, truth):
+            reference.rmsprop_(p.clone(), g, s, None, lr=0.5, **scalars)
+    assert_no_worse_than(actual, eager, truth)
 
 
 @pytest.mark.usefixtures("isa")
@@ -409,6 +376,8 @@ MISUSE = {
         r"dtypes.*params\[1\]",
     ),
     "states of two dtypes": ({"s": first_and(torch.rand(4, 8, dtype=F64))}, r"params\[1\] differ"),
+    "an expanded parameter": ({"params": first_and(torch.rand(8).expand(4, 8))}, "expanded"),
+    "an expanded state": ({"s": first_and(torch.rand(4, 1).expand(4, 8))}, "expanded"),
     "integer parameters": ({"params": first_and(torch.ones(4, 8, dtype=torch.int32))}, "dtypes"),
     "a step too few": ({"steps": torch.ones(1)}, "steps"),
     "integer steps": ({"steps": torch.ones(2, dtype=torch.int64)}, "steps"),

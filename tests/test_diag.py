@@ -186,6 +186,7 @@ def test_mixed_dtypes_and_layouts_in_one_group(device):
         .requires_grad_(),
         torch.randn((), device=device).requires_grad_(),
         torch.randn(0, 3, device=device).requires_grad_(),
+        torch.randn(4).requires_grad_(),  # on the CPU among those of a GPU
     ]
     for name in DIAGONAL:
         alone = [torch.nn.Parameter(p.detach().clone().contiguous()) for p in leaves]

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from _operators import ADAMW, RMSPROP
 from _optimizers import (
     DIAGONAL,
     assert_identical,
@@ -18,27 +19,10 @@ from _optimizers import (
     snapshot,
 )
 
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, ops
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch, ops
 
 NAN, INF = float("nan"), float("inf")
 LR = torch.tensor(0.1, dtype=torch.float64)
-RMSPROP = {
-    "alpha": 0.9,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "momentum": 0.9,
-    "batch_size": 8.0,
-    "decoupled": True,
-    "maximize": False,
-}
-ADAMW = {
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "damping": 1e-3,
-    "weight_decay": 0.1,
-    "batch_size": 8.0,
-    "maximize": False,
-}
 
 
 def tensors(device, *shapes, dtype=torch.float32):
@@ -131,6 +115,20 @@ def test_functions_do_what_the_optimizers_do(device):
 def test_empty_lists_are_nothing_to_do():
     ops.rmsprop_([], [], [], lr=0.1, batch_size=1)
     ops.adamw_([], [], [], [], lr=0.1, batch_size=1)
+
+
+@pytest.mark.parametrize("call", operator_calls("cpu"))
+def test_the_cuda_body_sends_cpu_parameters_to_the_cpu_body(call):
+    name = call.split()[0]
+    (expected, kwargs), (args, _) = (operator_calls("cpu")[call] for _ in range(2))
+    for group, values in zip(args, expected, strict=True):
+        for tensor, value in zip(group, values, strict=True) if isinstance(group, list) else ():
+            tensor.copy_(value)
+    getattr(torch.ops.rootfree_fused, name)(*expected, **kwargs)
+    _dispatch._on_cuda(name)(*args, **kwargs)
+    for group, values in zip(args, expected, strict=True):
+        if isinstance(group, list):
+            assert_identical(group, values)
 
 
 # Bad input

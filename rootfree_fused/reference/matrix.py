@@ -126,7 +126,8 @@ def split(value: Tensor) -> tuple[Tensor, Tensor]:
     The residual is the int16 difference of the two bit patterns, so that `join` gives back every
     bit. Ties round away from zero: rounded to even, a difference of +2^15 would not fit.
     """
-    bits = value.view(torch.int32)
+    # A NaN of all ones would carry into the sign.
+    bits = value.view(torch.int32).masked_fill(value.isnan(), 0x7FC00000)
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 

@@ -1,0 +1,40 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+SUBCOMMANDS = {
+    "diag": "time the diagonal update against torch, with its error beside every time",
+    "train": "train a small CNN on scikit-learn's digits with four optimizers",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; 0 if every result was right."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    subparsers = parser.add_subparsers(dest="subcommand", title="subcommands")
+    for name, summary in SUBCOMMANDS.items():
+        module = importlib.import_module(f"bench.{name}")
+        sub = subparsers.add_parser(name, help=summary, description=module.__doc__)
+        sub.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+        sub.add_argument("--device", help="cpu or cuda; cuda where there is one")
+        sub.add_argument("--quick", action="store_true", help="a few seconds; numbers mean little")
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    if args.subcommand is None:
+        parser.print_help()
+        return 0
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the rows measured so far are in {args.out}")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What the benchmarks measure with: shapes, timers, the byte model, the error check."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Tensors = dict[str, Tensor]
+Call = Callable[[], object]
+
+
+def optional(module: str) -> ModuleType:
+    """Import a package that only the benchmarks need."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SystemExit(
+            f"this benchmark needs {module} ({error}); pip install rootfree-fused[bench]"
+        ) from error
+
+
+def pick_device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run torch's CPU operators on `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Shapes ---------------------------------------------------------------------------------------
+
+
+def resnet50_shapes() -> Iterator[Shape]:
+    """The 161 parameters (25,557,032 elements) of torchvision's ResNet-50, in its order."""
+    yield from ((64, 3, 7, 7), (64,), (64,))
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [
+                (width, channels, 1, 1),
+                (width, width, 3, 3),
+                (4 * width, width, 1, 1),
+            ]
+            if block == 0:
+                convolutions.append((4 * width, channels, 1, 1))
+            for shape in convolutions:
+                yield from (shape, shape[:1], shape[:1])
+            channels = 4 * width
+    yield from ((1000, channels), (1000,))
+
+
+def random_tensors(
+    shapes: Iterable[Shape], *, scale: float, dtype: torch.dtype, device: torch.device, seed: int
+) -> list[Tensor]:
+    """Normal tensors; the same numbers for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+# Timers ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median, 20th and 80th percentile in seconds."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+
+def summarize(samples: Sequence[float]) -> Timing:
+    """Percentiles by linear interpolation between the sorted samples."""
+    points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    median, p20, p80 = torch.tensor(samples, dtype=torch.float64).quantile(points).tolist()
+    return Timing(median, p20, p80, len(samples))
+
+
+def time_host(run: Call) -> float:
+    """Seconds until `run` returns, whatever it leaves running on a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def device_timer(device: torch.device) -> Callable[[Call], float]:
+    """A timer of what `run` costs on `device`: wall clock on the CPU, events on a GPU, L2 cold."""
+    if device.type != "cuda":
+        return time_host
+    l2_flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+    def time_cuda(run: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        l2_flush.zero_()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3
+
+    return time_cuda
+
+
+def interleave(
+    runs: dict[str, Call],
+    timer: Callable[[Call], float],
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> dict[str, Timing]:
+    """Time every entry once a round, in a random order, after one warm-up round.
+
+    Noise that lasts longer than a round falls on all entries alike, and so does what the entry
+    before leaves in the caches.
+    """
+    names = list(runs)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        timer(runs[name])
+    deadline = time.perf_counter() + seconds
+    order = random.Random(0)
+    for i in range(max_rounds):
+        if i >= min_rounds and time.perf_counter() > deadline:
+            break
+        for name in order.sample(names, len(names)):
+            samples[name].append(timer(runs[name]))
+    return {name: summarize(values) for name, values in samples.items()}
+
+
+# Byte model -----------------------------------------------------------------------------------
+
+
+def tensor_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The entries that have the parameter's shape: all but the step count."""
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and k != "step"}
+
+
+def step_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that a step must move: p and state read and written, g read; caches, `step` left out.
+
+    float32: 28 a parameter with two states (momentum, AdamW), 20 with one. To be called after a
+    step, because torch builds its state in the first.
+    """
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = tensor_state(optimizer.state[p]).values()
+            total += 2 * p.nbytes + p.grad.nbytes + 2 * sum(s.nbytes for s in state)
+    return total
+
+
+# Error ----------------------------------------------------------------------------------------
+
+
+def error_ratio(chunks: Iterable[tuple[Tensors, Tensors, Tensors]]) -> float:
+    """Largest error of `actual`, in units of the error of `eager`; at most 2 is right.
+
+    Both against the float64 `truth`, entry by entry (param, square_avg, ...) over all chunks of
+    (actual, eager, truth). An eager error counts as at least one rounding of its dtype, as in
+    tests/_comparison.py. NaN anywhere gives NaN.
+    """
+    worst: Tensors = {}
+    for actual, eager, truth in chunks:
+        for key, exact in truth.items():
+            rounding = torch.finfo(eager[key].dtype).eps * exact.abs().max()
+            error, allowed = ((x[key].double() - exact).abs().max() for x in (actual, eager))
+            errors = torch.stack([error, allowed.maximum(rounding)])
+            worst[key] = errors.maximum(worst.get(key, errors))
+    return torch.stack([error / allowed for error, allowed in worst.values()]).max().item()

@@ -1,0 +1,228 @@
+"""Time optimizer.step() of the diagonal updates against torch.
+
+Beside every time stands the error: the largest over parameters and state after two steps, against
+float64, in units of the error of the same update made one PyTorch operation at a time in the same
+dtypes. A provider above 2 is WRONG and gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .common import (
+    Call,
+    Shape,
+    Tensors,
+    Timing,
+    device_timer,
+    error_ratio,
+    interleave,
+    optional,
+    pick_device,
+    random_tensors,
+    resnet50_shapes,
+    step_bytes,
+    tensor_state,
+    threads,
+    time_host,
+)
+from .providers import CHECK_STEPS, PROVIDERS, Provider
+from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
+
+ALLOWED_ERROR = 2.0
+CHECK_CHUNK = 2**15  # elements: the comparison stays in the cache
+COPY = "copy"
+PROBE_BYTES = {COPY: 16, "in-place add": 24}  # a parameter
+
+
+# Cases ----------------------------------------------------------------------------------------
+
+
+def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], torch.dtype]]:
+    """Shapes and parameter dtype of every case; gradients have the parameter's dtype."""
+    large = 250_000_000 if device.type == "cuda" else 30_000_000
+    if quick:
+        large, many = 100_000, 100
+        resnet50 = [shape for shape in resnet50_shapes() if shape[0] <= 64]
+    else:
+        many = 1000
+        resnet50 = list(resnet50_shapes())
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    name = f"{large / 1e6:g}M in one tensor"
+    return {
+        f"{name}, float32": ([(large,)], float32),
+        f"{name}, bfloat16": ([(large,)], bfloat16),
+        "ResNet-50, float32": (resnet50, float32),
+        f"{many:,} tensors of 1,000, float32": ([(1000,)] * many, float32),
+        f"{many:,} tensors of 100, float32": ([(100,)] * many, float32),
+    }
+
+
+def built(provider: Provider, params: list[Tensor], grads: list[Tensor]) -> Optimizer:
+    """An optimizer on copies of `params`; the gradients are shared, because nobody writes them."""
+    copies = [p.clone() for p in params]
+    for copy, grad in zip(copies, grads, strict=True):
+        copy.grad = grad
+    return provider.build(copies)
+
+
+def check(
+    provider: Provider, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor]
+) -> float:
+    """Step a fresh optimizer on copies of `params` and compare every element; see error_ratio."""
+    for _ in range(CHECK_STEPS):
+        optimizer.step()
+    owned = optimizer.param_groups[0]["params"]
+    per_tensor = [{"param": p, **tensor_state(optimizer.state[p])} for p in owned]
+    actual = {key: _chunks([tensors[key] for tensors in per_tensor]) for key in per_tensor[0]}
+
+    def chunks() -> Iterator[tuple[Tensors, Tensors, Tensors]]:
+        for *entries, p, g in zip(*actual.values(), _chunks(params), _chunks(grads), strict=True):
+            eager = provider.eager(p.clone(), g)
+            truth = provider.eager(p.double(), g.double())
+            yield dict(zip(actual, entries, strict=True)), eager, truth
+
+    with threads(1):
+        return error_ratio(chunks())
+
+
+def _chunks(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.cat([t.reshape(-1) for t in tensors]).split(CHECK_CHUNK)
+
+
+def _probes(elements: int, device: torch.device) -> dict[str, Call]:
+    """What the memory gives, on the footprint of float32 p, g and two states."""
+    source, target = (torch.zeros(2 * elements, device=device) for _ in range(2))
+    run = (functools.partial(target.copy_, source), functools.partial(target.add_, source))
+    return dict(zip(PROBE_BYTES, run, strict=True))
+
+
+def measure(
+    case: str,
+    shapes: list[Shape],
+    dtype: torch.dtype,
+    rows: Rows,
+    device: torch.device,
+    seconds: float,
+) -> None:
+    """Check and time every provider on one case."""
+    params = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=0)
+    grads = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=1)
+    optimizers = {}
+    for name, provider in PROVIDERS.items():
+        optimizer = built(provider, params, grads)
+        ratio = check(provider, optimizer, params, grads)
+        right = ratio <= ALLOWED_ERROR
+        rows.add(case, name, "error", ratio, "x eager error", right=right)
+        if right:
+            optimizers[name] = optimizer
+
+    elements = sum(p.numel() for p in params)
+    runs = _probes(elements, device)
+    runs |= {name: optimizer.step for name, optimizer in optimizers.items()}
+    times = interleave(runs, device_timer(device), seconds=0.8 * seconds)
+    host = _host_times(optimizers, params, device, seconds=0.2 * seconds)
+
+    bytes_ = {name: step_bytes(optimizer) / elements for name, optimizer in optimizers.items()}
+    bytes_ |= PROBE_BYTES
+    bandwidth = {name: bytes_[name] * elements / t.median / 1e9 for name, t in times.items()}
+    for name, timing in times.items():
+        rows.add_time(case, name, "time", timing)
+        rows.add(case, name, "bandwidth", bandwidth[name], "GB/s", bytes_per_parameter=bytes_[name])
+        fraction = bandwidth[name] / bandwidth[COPY]
+        rows.add(case, name, "bandwidth fraction", fraction, "x copy")
+    for name, timing in host.items():
+        rows.add_time(case, name, "host time", timing)
+
+
+def _host_times(
+    optimizers: dict[str, Optimizer], params: list[Tensor], device: torch.device, seconds: float
+) -> dict[str, Timing]:
+    """What a step costs the host: on a GPU until step() returns, on the CPU with empty tensors."""
+    if device.type == "cpu":
+        empty = [p.new_empty(0) for p in params]
+        optimizers = {name: built(PROVIDERS[name], empty, empty) for name in optimizers}
+    return interleave({n: o.step for n, o in optimizers.items()}, time_host, seconds=seconds)
+
+
+# Table ----------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, a table a case."""
+    header = (
+        "provider",
+        "ms a step (20 to 80 %)",
+        "bytes a parameter",
+        "GB/s",
+        "of copy",
+        "host ms",
+        "error / eager error",
+    )
+    notes = (
+        "GB/s counts what an update must move: parameter and state read and written, gradient "
+        "read. Copy and in-place add have the footprint of float32 parameter, gradient and two "
+        "states; a CPU copy also fetches the lines that it overwrites, which is not counted. "
+        "Host time: until step() returns, on the CPU with as many empty tensors. The error against "
+        f"float64 is in units of the plain loop's; above {ALLOWED_ERROR:g} it is WRONG."
+    )
+    parts = ["# Diagonal update: optimizer.step()", provenance(rows), notes]
+    for case in unique(rows, "case"):
+        of_case = select(rows, case=case)
+        lines = [_line(select(of_case, provider=p)) for p in unique(of_case, "provider")]
+        parts += [f"## {case}", markdown(header, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(rows: list[Row]) -> list[str]:
+    name = rows[0]["provider"]
+    of = {row["metric"]: row for row in rows}
+    error = "" if "error" not in of else number(of["error"]["value"], ".2f")
+    if "error" in of and not of["error"]["detail"]["right"]:
+        return [name, "**WRONG**", "", "", "", "", f"**{error}**"]
+    time, bandwidth = of["time"], of["bandwidth"]
+    band = f"{time['detail']['p20']:.3g} to {time['detail']['p80']:.3g}"
+    return [
+        name,
+        f"{number(time['value'], '.3g')} ({band})",
+        number(bandwidth["detail"]["bytes_per_parameter"], ".3g"),
+        number(bandwidth["value"], ".1f"),
+        number(of["bandwidth fraction"]["value"], ".0%"),
+        number(of["host time"]["value"], ".3f") if "host time" in of else "",
+        error,
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench diag`."""
+    parser.add_argument("--seconds", type=float, default=4.0, help="timing budget of a case")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every case; 1 if an update of ours was WRONG."""
+    tqdm = optional("tqdm").tqdm
+    device = pick_device(args.device)
+    rows = Rows(args.out / "diag.jsonl", "diag", device)
+    seconds = 0.1 if args.quick else args.seconds
+    bar = tqdm(cases(device, args.quick).items(), unit="case")
+    for case, (shapes, dtype) in bar:
+        bar.set_description(case)
+        measure(case, shapes, dtype, rows, device, seconds)
+
+    written = read_rows(rows.path)
+    report = args.out / "diag.md"
+    report.write_text(table(written))
+    print(report.read_text())
+    print(f"rows   {rows.path}\ntables {report}")
+    return int(any(is_ours_wrong(row) for row in written))
+
+
+def is_ours_wrong(row: Row) -> bool:
+    """A WRONG torch optimizer is worth showing, but no failure of this package."""
+    return row["provider"].startswith("RootFree") and row["detail"].get("right") is False

@@ -1,0 +1,93 @@
+"""The diagonal optimizers that are timed, each with the same update as the plain PyTorch loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer, RMSprop
+
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
+from rootfree_fused.reference import diag as reference
+
+from .common import Tensors, tensor_state
+
+CHECK_STEPS = 2
+LR = 0.1  # two steps then move a bfloat16 parameter of size 0.1 by many roundings
+RMSPROP = {"lr": LR, "alpha": 0.99, "damping": 1e-4, "weight_decay": 0.0, "batch_size": 64}
+ADAMW = {"lr": LR, "damping": 1e-4, "weight_decay": 1e-2, "batch_size": 64}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An optimizer to time, and its update one operation at a time on one tensor."""
+
+    build: Callable[[list[Tensor]], Optimizer]
+    eager: Callable[[Tensor, Tensor], Tensors]
+
+
+def _state_like(param: Tensor, value: float) -> Tensor:
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return torch.full_like(param, value, dtype=dtype)
+
+
+def _reference_rmsprop(param: Tensor, grad: Tensor, *, momentum: float) -> Tensors:
+    state = {"square_avg": _state_like(param, 1.0)}
+    if momentum:
+        state["momentum_buffer"] = _state_like(param, 0.0)
+    for _ in range(CHECK_STEPS):
+        reference.rmsprop_(
+            param,
+            grad,
+            state["square_avg"],
+            state.get("momentum_buffer"),
+            momentum=momentum,
+            decoupled=True,
+            maximize=False,
+            **RMSPROP,
+        )
+    return {"param": param, **state}
+
+
+def _reference_adamw(param: Tensor, grad: Tensor) -> Tensors:
+    state = {"exp_avg": _state_like(param, 0.0), "exp_avg_sq": _state_like(param, 1.0)}
+    for _ in range(CHECK_STEPS):
+        reference.adamw_(
+            param, grad, *state.values(), None, beta1=0.9, beta2=0.99, maximize=False, **ADAMW
+        )
+    return {"param": param, **state}
+
+
+def _torch_eager(build: Callable[..., Optimizer], param: Tensor, grad: Tensor) -> Tensors:
+    param.grad = grad
+    optimizer = build([param], foreach=False)
+    for _ in range(CHECK_STEPS):
+        optimizer.step()
+    return {"param": param, **tensor_state(optimizer.state[param])}
+
+
+def _ours_rmsprop(momentum: float) -> Provider:
+    return Provider(
+        functools.partial(RootFreeRMSprop, momentum=momentum, **RMSPROP),
+        functools.partial(_reference_rmsprop, momentum=momentum),
+    )
+
+
+def _torch(build: Callable[..., Optimizer], **fastest: bool) -> Provider:
+    """A torch optimizer; `fastest` chooses its implementation, the eager one is the plain loop."""
+    return Provider(functools.partial(build, **fastest), functools.partial(_torch_eager, build))
+
+
+PROVIDERS = {
+    "RootFreeRMSprop, momentum 0.9": _ours_rmsprop(0.9),
+    "RootFreeRMSprop, momentum 0": _ours_rmsprop(0.0),
+    "RootFreeAdamW": Provider(functools.partial(RootFreeAdamW, **ADAMW), _reference_adamw),
+    "torch AdamW, fused": _torch(functools.partial(AdamW, lr=LR), fused=True),
+    "torch RMSprop, momentum 0.9": _torch(functools.partial(RMSprop, lr=LR, momentum=0.9)),
+    "torch SGD, momentum 0.9, fused": _torch(
+        functools.partial(SGD, lr=LR, momentum=0.9), fused=True
+    ),
+}

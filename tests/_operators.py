@@ -1,0 +1,21 @@
+"""Scalars that the diagonal operators are called with."""
+
+from __future__ import annotations
+
+RMSPROP = {
+    "alpha": 0.9,
+    "damping": 1e-3,
+    "weight_decay": 0.1,
+    "momentum": 0.9,
+    "batch_size": 8.0,
+    "decoupled": True,
+    "maximize": False,
+}
+ADAMW = {
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "damping": 1e-3,
+    "weight_decay": 0.1,
+    "batch_size": 8.0,
+    "maximize": False,
+}

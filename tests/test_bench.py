@@ -1,0 +1,344 @@
+"""The benchmarks: byte model, percentiles, rows, tables, and that a wrong kernel gets no time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
+
+from bench import common, curves, diag, providers, rows, train
+from bench.__main__ import SUBCOMMANDS, main
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+CPU = torch.device("cpu")
+TINY = {"tiny, float32": ([(300,), (), (0,), (2, 3)], torch.float32)}
+needs_extras = pytest.mark.skipif(
+    not all(map(find_spec, ("sklearn", "matplotlib", "tqdm"))),
+    reason="pip install rootfree-fused[bench]",
+)
+
+
+def stepped(build, *shapes, dtype=torch.float32):
+    params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = build(params)
+    optimizer.step()
+    return optimizer
+
+
+# Shapes, timers, byte model -------------------------------------------------------------------
+
+
+def test_resnet50_has_the_published_shapes():
+    shapes = list(common.resnet50_shapes())
+    assert len(shapes) == 161
+    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
+    assert shapes[0] == (64, 3, 7, 7)
+    assert shapes[12] == (256, 64, 1, 1)  # the first shortcut
+    assert shapes[-2:] == [(1000, 2048), (1000,)]
+
+
+def test_percentiles_interpolate_between_sorted_samples():
+    timing = common.summarize([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert timing == common.Timing(median=3.5, p20=2.0, p80=5.0, samples=6)
+
+
+def test_interleaving_shuffles_every_round_and_drops_the_warm_up():
+    calls = []
+    runs = {name: partial(calls.append, name) for name in "abc"}
+
+    def timer(run):
+        run()
+        return float(len(calls))
+
+    times = common.interleave(runs, timer, seconds=0.0, min_rounds=20)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == "abc"
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    positions = [1.0 + i for i, name in enumerate(calls) if name == "a"]
+    assert times["a"] == common.summarize(positions[1:])
+
+
+def test_interleaving_stops_at_the_last_round():
+    times = common.interleave({"a": int}, common.time_host, seconds=60.0, max_rounds=7)
+    assert times["a"].samples == 7
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "expected"),
+    [
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.9), torch.float32, 28),
+        (partial(RootFreeRMSprop, batch_size=1), torch.float32, 20),
+        (partial(RootFreeAdamW, batch_size=1), torch.float32, 28),
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.9), torch.bfloat16, 22),
+        (partial(RootFreeRMSprop, batch_size=1), torch.bfloat16, 14),
+        (partial(RootFreeAdamW, batch_size=1), torch.bfloat16, 22),
+        (partial(torch.optim.AdamW, fused=True), torch.float32, 28),
+        (partial(torch.optim.AdamW, fused=True), torch.bfloat16, 14),  # bfloat16 state
+        (partial(torch.optim.RMSprop, momentum=0.9), torch.float32, 28),
+        (partial(torch.optim.SGD, momentum=0.9), torch.float32, 20),
+    ],
+)
+def test_step_bytes_against_hand_counts(build, dtype, expected):
+    optimizer = stepped(build, (7, 11), (), (5,), dtype=dtype)
+    assert common.step_bytes(optimizer) == expected * (77 + 1 + 5)
+
+
+# Error ----------------------------------------------------------------------------------------
+
+
+def entry(*values, dtype=torch.float32):
+    return {"param": torch.tensor(values, dtype=dtype)}
+
+
+def test_error_ratio_is_in_units_of_the_eager_error():
+    truth = entry(1.0, 2.0, dtype=torch.float64)
+    assert common.error_ratio([(entry(1.0, 2.5), entry(1.25, 2.0), truth)]) == 2.0
+
+
+def test_error_ratio_takes_the_worst_over_all_chunks_and_floors_the_eager_error():
+    truth = entry(1.0, dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    off = entry(1.0 + 4 * eps)
+    assert common.error_ratio([(off, entry(1.0), truth)]) == pytest.approx(4.0)
+    chunks = [(off, entry(1.0), truth), (entry(1.0), entry(1.0 + 2 * eps), truth)]
+    assert common.error_ratio(chunks) == pytest.approx(2.0)
+
+
+def test_an_unwritten_element_is_never_right():
+    truth = entry(1.0, dtype=torch.float64)
+    ratio = common.error_ratio([(entry(float("nan")), entry(1.0), truth)])
+    assert not ratio <= diag.ALLOWED_ERROR
+
+
+@pytest.mark.parametrize("name", providers.PROVIDERS)
+def test_providers_are_right_in_float32(name):
+    params = common.random_tensors(
+        [(300,), (2, 3)], scale=0.1, dtype=torch.float32, device=CPU, seed=0
+    )
+    grads = common.random_tensors(
+        [(300,), (2, 3)], scale=0.1, dtype=torch.float32, device=CPU, seed=1
+    )
+    provider = providers.PROVIDERS[name]
+    optimizer = diag.built(provider, params, grads)
+    assert diag.check(provider, optimizer, params, grads) <= diag.ALLOWED_ERROR
+
+
+# Rows -----------------------------------------------------------------------------------------
+
+
+def test_a_row_is_in_the_file_at_once_and_has_every_key(tmp_path):
+    written = rows.Rows(tmp_path / "sub" / "rows.jsonl", "diag", CPU)
+    written.add("case", "provider", "time", 1.23456789, "ms", samples=3)
+    written.add("case", "provider", "time", float("nan"), "ms")
+    first, second = rows.read_rows(written.path)
+    assert tuple(first) == rows.ROW_KEYS
+    assert first["value"] == 1.2346
+    assert first["detail"] == {"samples": 3}
+    assert first["versions"].keys() == {"torch", "rootfree_fused", "python"}
+    assert "thread" in first["device"]
+    assert second["value"] is None
+    assert str(ROOT) not in written.path.read_text()
+
+
+def test_a_row_with_other_keys_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"kernel": "diag"}) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl line 1 has keys \['kernel'\]"):
+        rows.read_rows(path)
+
+
+def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    assert rows.commit() == "unknown"
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def row(provider, metric, value, **detail):
+    return {
+        "kernel": "diag",
+        "case": "c",
+        "provider": provider,
+        "metric": metric,
+        "value": value,
+        "unit": "",
+        "detail": detail,
+        "device": "a CPU",
+        "versions": {"torch": "2"},
+        "commit": "abc",
+    }
+
+
+def test_diag_table_shows_time_band_bandwidth_and_error():
+    text = diag.table(
+        [
+            row("A", "error", 0.5, right=True),
+            row("A", "time", 2.0, p20=1.9, p80=2.25),
+            row("A", "bandwidth", 55.55, bytes_per_parameter=28.0),
+            row("A", "bandwidth fraction", 0.914),
+            row("A", "host time", 0.0123),
+            row("B", "error", 141.0, right=False),
+            row("C", "error", None, right=False),
+        ]
+    )
+    assert "a CPU; torch 2; commit abc" in text
+    assert "| A | 2 (1.9 to 2.25) | 28 | 55.5 | 91% | 0.012 | 0.50 |" in text
+    assert "| B | **WRONG** |  |  |  |  | **141.00** |" in text
+    assert "| C | **WRONG** |  |  |  |  | **not finite** |" in text
+
+
+def test_train_table_shows_mean_and_deviation_over_seeds():
+    settings = {"lr": 0.1, "betas": [0.9, 0.99]}
+    of_seed = [
+        [
+            row("A", "test accuracy", accuracy, seed=s, settings=settings, images=50, curve=[0.0]),
+            row("A", "test loss", 0.1, seed=s),
+            row("A", "training loss", 1e-3, seed=s),
+            row("A", "optimizer step", 0.02 + s, seed=s),
+            row("A", "training step", 1.0 + s, seed=s),
+        ]
+        for s, accuracy in enumerate((0.9, 0.8, 1.0))
+    ]
+    text = curves.table(list(chain.from_iterable(of_seed)))
+    line = "| A | lr 0.1, betas (0.9, 0.99) | 90.00 ± 10.00 | 0.100 ± 0.000 | 1.0e-03 ± 0.0e+00 |"
+    assert f"{line} 1.020 | 2.00 |" in text
+    assert "over 3 seeds after 1 epochs" in text
+
+
+# Tuning ---------------------------------------------------------------------------------------
+
+
+def test_the_best_setting_is_the_lowest_that_ended():
+    found = train.best(
+        [
+            row("A", "validation loss", None, settings={"lr": 3}),
+            row("A", "validation loss", 0.2, settings={"lr": 2}),
+            row("A", "validation loss", 0.3, settings={"lr": 1}),
+        ]
+    )
+    assert found == {"lr": 2}
+
+
+def test_interior_means_away_from_both_ends_of_every_range():
+    search = {"lr": (1, 2, 3), "betas": ((0.9, 0.8), (0.9, 0.9), (0.9, 0.95))}
+    assert train.interior({"lr": 2, "betas": [0.9, 0.9]}, search)
+    assert not train.interior({"lr": 1, "betas": [0.9, 0.9]}, search)
+    assert not train.interior({"lr": 2, "betas": [0.9, 0.95]}, search)
+
+
+@pytest.mark.parametrize("name", train.METHODS)
+def test_the_settings_in_use_are_the_best_of_the_stored_search(name):
+    found = train.best(rows.select(rows.read_rows(RESULTS / "train_tuning.jsonl"), provider=name))
+    assert json.loads(json.dumps(train.METHODS[name].tuned)) == found
+
+
+@pytest.mark.parametrize(("name", "table"), [("diag", diag.table), ("train", curves.table)])
+def test_stored_tables_are_made_of_the_stored_rows(name, table):
+    assert (RESULTS / f"{name}.md").read_text() == table(rows.read_rows(RESULTS / f"{name}.jsonl"))
+
+
+# Subcommands ----------------------------------------------------------------------------------
+
+
+def test_the_command_alone_lists_its_subcommands(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in SUBCOMMANDS)
+
+
+@needs_extras
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm"])
+def test_a_missing_package_is_named_with_its_cure(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf"{missing}.*pip install rootfree-fused\[bench\]"):
+        main(["train", "--quick", "--out", str(tmp_path)])
+
+
+@needs_extras
+def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    written = rows.read_rows(tmp_path / "diag.jsonl")
+    assert set(rows.unique(written, "provider")) == {*diag.PROBE_BYTES, *providers.PROVIDERS}
+    timed = rows.select(written, metric="time")
+    assert len(timed) == len(providers.PROVIDERS) + len(diag.PROBE_BYTES)
+    assert (tmp_path / "diag.md").read_text() == diag.table(written)
+    assert capsys.readouterr().out.endswith(f"tables {tmp_path / 'diag.md'}\n")
+
+
+@needs_extras
+def test_a_wrong_kernel_is_marked_and_gets_no_time(tmp_path, monkeypatch):
+    right = providers.PROVIDERS["RootFreeAdamW"]
+    wrong = providers.Provider(
+        partial(RootFreeAdamW, **{**providers.ADAMW, "damping": 2e-4}), right.eager
+    )
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    monkeypatch.setattr(diag, "PROVIDERS", {"RootFreeAdamW": right, "RootFreeAdamW, off": wrong})
+    assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    of_wrong = rows.select(rows.read_rows(tmp_path / "diag.jsonl"), provider="RootFreeAdamW, off")
+    assert [r["metric"] for r in of_wrong] == ["error"]
+    assert of_wrong[0]["detail"] == {"right": False}
+    assert "| RootFreeAdamW, off | **WRONG** |" in (tmp_path / "diag.md").read_text()
+
+
+@needs_extras
+def test_an_interruption_keeps_the_rows_so_far(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diag, "interleave", interrupt)
+    assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert len(rows.read_rows(tmp_path / "diag.jsonl")) == len(providers.PROVIDERS)
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+@needs_extras
+def test_train_end_to_end(tmp_path):
+    assert main(["train", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    written = rows.read_rows(tmp_path / "train.jsonl")
+    assert rows.unique(written, "provider") == list(train.METHODS)
+    accuracies = rows.select(written, metric="test accuracy")
+    assert [len(r["detail"]["curve"]) for r in accuracies] == [2] * len(train.METHODS)
+    assert (tmp_path / "train.md").read_text() == curves.table(written)
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_extras
+def test_tuning_end_to_end(tmp_path, monkeypatch, capsys):
+    method = train.Method(
+        RootFreeRMSprop, {"lr": (1e-3, 1e-2)}, tuned={"lr": 1e-3}, fixed={"batch_size": train.BATCH}
+    )
+    monkeypatch.setattr(train, "METHODS", {"RootFreeRMSprop": method})
+    assert main(["train", "--tune", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    written = rows.read_rows(tmp_path / "train_tuning.jsonl")
+    assert [r["detail"]["settings"] for r in written] == [{"lr": 1e-3}, {"lr": 1e-2}]
+    assert "on the edge of the search" in capsys.readouterr().out
+
+
+@needs_extras
+def test_optimizers_of_a_seed_start_alike_and_see_the_same_batches():
+    train_set, held_out = train.load_digits(CPU, tuning=True)
+    twins = {
+        name: lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for name in ("first", "second")
+    }
+    runs = train.train(twins, train_set, held_out, seed=0, epochs=1, progress=lambda: None)
+    assert runs["first"].training_loss == runs["second"].training_loss
+    assert runs["first"].accuracy == runs["second"].accuracy
