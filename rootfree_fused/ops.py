@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _fallback
+from . import _cpu_matrix, _fallback
 from ._checks import check_hyperparameters, check_tensors, describe
 
 WeightDecayMode = Literal["decoupled", "momentum"]
@@ -275,8 +275,14 @@ def _on_cuda(name: str) -> Callable[..., None]:
     return run
 
 
+def _ifshampoo_on_cpu(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+    _warn_if_slow(params)
+    _cpu_matrix.ifshampoo_(params, *tensors, **scalars)
+
+
 for _name in ("rmsprop_", "adamw_", "ifshampoo_"):
     _library.impl(_name, _slowly(_name), "CompositeExplicitAutograd")
     _library.impl(_name, _on_cuda(_name), "CUDA")
     torch.library.register_fake(f"rootfree_fused::{_name}", lambda *_, **__: None, lib=_library)
+_library.impl("ifshampoo_", _ifshampoo_on_cpu, "CPU")
 _extension()
