@@ -67,19 +67,18 @@ def ifshampoo_(
 
 
 def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]) -> None:
-    with torch.autograd._unsafe_preserve_version_counter(tuple(stacks.factors)):
-        _fallback.ifshampoo_(
-            stacks.params,
-            stacks.grads,
-            stacks.factors,
-            stacks.residuals,
-            stacks.momenta,
-            stacks.products,
-            stacks.buffers,
-            lr,
-            axes=[count],
-            **scalars,
-        )
+    _fallback.ifshampoo_(
+        stacks.params,
+        stacks.grads,
+        _unversioned(stacks.factors),
+        stacks.residuals,
+        stacks.momenta,
+        stacks.products,
+        stacks.buffers,
+        lr,
+        axes=[count],
+        **scalars,
+    )
 
 
 def _suit_the_kernel(stacks: _Stacks) -> bool:
@@ -127,8 +126,7 @@ def _stacked(
     sizes = [factor.shape[1] for factor in stacks.factors]
     dtype = next((f.dtype for f in stacks.factors if f.dim() == 3), stacks.factors[0].dtype)
     grad = torch.stack([g.reshape(sizes) for g in stacks.grads]).to(dtype)
-    # `data` has a version of its own: what the operator writes leaves the products valid.
-    factors = [factor.data for factor in stacks.factors]
+    factors = _unversioned(stacks.factors)
     if update_factors:
         _update_factors(grad, factors, stacks.residuals, stacks.momenta, **scalars)
     if update_factors or refresh_products:
@@ -159,6 +157,11 @@ def _stacked(
     _scatter(p, stacks.params)
     if buffer is not None:
         _scatter(buffer, stacks.buffers)
+
+
+def _unversioned(factors: list[Tensor]) -> list[Tensor]:
+    """Aliases through which the factors change without a sign that the products are stale."""
+    return [factor.data for factor in factors]
 
 
 def _update_factors(

@@ -133,8 +133,10 @@ class Problem:
         return [t for tensors in (*lists, self.products) for t in tensors]
 
     def expected(self, exact, updates):
-        """The outcome of steps that update the factors or do not: by the reference in float64
-        (exact), or by eager torch with the operator's roundings."""
+        """The outcome of steps, each of which updates the factors or does not.
+
+        By the reference in float64 (exact), or by eager torch with the operator's roundings.
+        """
         state = [[t.clone() for t in ts] for ts in self.outcome()]
         if exact:
             state = [[t.to(F64) for t in ts] for ts in state]
@@ -313,9 +315,7 @@ def test_axes_other_than_two():
     problem.products += [torch.empty(0)] * 4
     problem.axes += [1, 3]
     problem.run()
-    rules = {
-        k: SCALARS[k] for k in ("factor_lr", "factor_momentum", "damping", "batch_size")
-    }
+    rules = {k: SCALARS[k] for k in ("factor_lr", "factor_momentum", "damping", "batch_size")}
     owned = [[twin_factors[0][0]], [twin_factors[0][1]], [f[0] for f in twin_factors[1:]]]
     for p, g, mine in zip(twin_params, grads, owned, strict=True):
         reference.update_factors_(g, mine, [torch.zeros_like(f) for f in mine], **rules)
