@@ -388,6 +388,8 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");
   std::vector<Matrix> matrices = matrices_of(lists);
   run_all(matrices, options);
+#else
+  STD_TORCH_CHECK(false, "this machine has no bfloat16 vector products");
 #endif
 }
 

@@ -18,8 +18,10 @@
 #define ROOTFREE_BF16 \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")))
 
-// g++ 12 takes the undefined lanes of its own intrinsics for a mistake.
+#if !defined(__clang__)  // g++ 12 takes the undefined lanes of its own intrinsics for a mistake
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace rootfree_fused {
 
@@ -82,7 +84,7 @@ ROOTFREE_BF16 inline void multiply_block(const uint32_t* a, const uint32_t* b, i
 }
 
 // tile = scale X^T Y, or tile + scale X^T Y; of a tile on the diagonal of a symmetric product only
-// what is needed of its lower triangle.
+// what `mirror` needs.
 ROOTFREE_BF16 inline void multiply(Tile& tile, float scale, const Packed& x, const Packed& y,
                                    bool add = false, bool symmetric = false) {
   constexpr int64_t pairs_at_once = 256;  // a panel of X and two of Y fill an L1 cache of 48 KiB
@@ -156,16 +158,11 @@ ROOTFREE_BF16 inline Tile transposed(const Tile& tile) {
   return result;
 }
 
-// Completes a tile on the diagonal, of which `multiply` left the lower triangle.
+// Completes a tile on the diagonal, of which `multiply` skips the blocks above the diagonal. Blocks
+// on it are whole, and symmetric to the bit: x y = y x, and the sums have one order.
 ROOTFREE_BF16 inline void mirror(Tile& tile) {
-  alignas(64) float block[lanes][tile_size];
   for (int64_t i = 0; i < tile.rows; i += lanes) {
     for (int64_t j = 0; j < i; j += lanes) transpose_block(&tile.values[i][j], &tile.values[j][i]);
-    transpose_block(&tile.values[i][i], block[0]);
-    for (int64_t k = 0; k < lanes; ++k) {
-      const auto upper = static_cast<__mmask16>(0xfffe << k);
-      _mm512_mask_store_ps(&tile.values[i + k][i], upper, _mm512_load_ps(block[k]));
-    }
   }
 }
 
