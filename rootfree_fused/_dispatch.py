@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fallback
+from . import _cpu_matrix, _fallback
 
 # Operators by the stem of the file that has their Triton body.
 _STEMS = {"rmsprop_": "diag", "adamw_": "diag", "ifshampoo_": "matrix"}
@@ -25,6 +25,7 @@ def register(library: torch.library.Library) -> None:
         library.impl(name, _slowly(name), "CompositeExplicitAutograd")
         library.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"rootfree_fused::{name}", lambda *_, **__: None, lib=library)
+    library.impl("ifshampoo_", _matrices_on_cpu, "CPU")
     _extension()
 
 
@@ -64,14 +65,18 @@ def _slowly(name: str) -> Callable[..., None]:
     """The specification, with a warning where a faster body is missing."""
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        device = params[0].device.type if params else ""
-        if device in ("cpu", "cuda"):
-            kernels = _extension() if device == "cpu" else _kernels(_STEMS[name])
-            if isinstance(kernels, ImportError):
-                _warn_slow(device, kernels)
+        _warn_if_slow(name, params)
         getattr(_fallback, name)(params, *tensors, **scalars)
 
     return run
+
+
+def _warn_if_slow(name: str, params: list[Tensor]) -> None:
+    device = params[0].device.type if params else ""
+    if device in ("cpu", "cuda"):
+        kernels = _extension() if device == "cpu" else _kernels(_STEMS[name])
+        if isinstance(kernels, ImportError):
+            _warn_slow(device, kernels)
 
 
 @functools.cache
@@ -118,6 +123,11 @@ def _select(values: Any, part: list[bool]) -> Any:
     return (
         [value for value, chosen in zip(values, part, strict=True) if chosen] if values else values
     )
+
+
+def _matrices_on_cpu(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+    _warn_if_slow("ifshampoo_", params)
+    _cpu_matrix.ifshampoo_(params, *tensors, **scalars)
 
 
 def _matrices_on_cuda(*tensors: Any, axes: list[int], **scalars: Any) -> None:

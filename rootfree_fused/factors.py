@@ -76,13 +76,14 @@ def default_dtype(param: Tensor) -> torch.dtype:
 def caches_product(layout: Layout, axis: int, interval: int, device: torch.device) -> bool:
     """Whether K K^T of a dense axis is kept between updates, rather than applied as K^T then K.
 
-    With d the axis and e the product of the others, keeping it costs d^3 multiply-adds an update
-    (a symmetric product at half price) and d^2 e a step; applying both costs 2 d^2 e a step. GPU
-    kernels have the first form alone.
+    With d the axis and e the product of the others, keeping it costs d^3 / 2 multiply-adds an
+    update (a symmetric product at half price) and d^2 e a step; applying both costs 2 d^2 e a step.
+    They break even at d = 2 e in multiply-adds and at d = 1.5 e in time on an AMD Zen 5, as K K^T
+    is also written and read. GPU kernels have the first form alone.
     """
     size = layout.sizes[axis]
     others = math.prod(layout.sizes) // size
-    return layout.dense[axis] and (device.type == "cuda" or size < interval * others)
+    return layout.dense[axis] and (device.type == "cuda" or 2 * size < 3 * interval * others)
 
 
 def factor_state(layout: Layout, dtype: torch.dtype) -> dict[str, Initial]:

@@ -192,9 +192,10 @@ def backends() -> dict[str, str]:
 
 
 def as_scalar_tensor(lr: float | Tensor) -> Tensor:
-    """A learning rate as the 0-d tensor that the operators take; a float keeps its 64 bits."""
+    """A learning rate as the 0-d float32 or float64 tensor that the operators take."""
     if isinstance(lr, Tensor):
-        return lr.detach().reshape(())
+        lr = lr.detach().reshape(())
+        return lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
     return torch.tensor(lr, dtype=torch.float64)
 
 

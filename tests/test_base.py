@@ -195,6 +195,11 @@ def test_tensor_lr_equals_float_lr_and_is_not_written(name, device):
     assert_identical(snapshot(by_tensor, twins), snapshot(by_float, params))
     assert lr.item() == 0.0625
     assert by_tensor.param_groups[0]["lr"] is lr
+    by_tensor.param_groups[0]["lr"] = lr.bfloat16()  # 1/16 is exact in it
+    run(by_float, params, 1, first=5)
+    run(by_tensor, twins, 1, first=5)
+    assert_identical(snapshot(by_tensor, twins), snapshot(by_float, params))
+    by_tensor.param_groups[0]["lr"] = lr
     lr.fill_(0.0)
     before = [p.detach().clone() for p in twins]
     run(by_tensor, twins, 1, first=5)

@@ -59,7 +59,9 @@ def test_products_are_kept_where_that_costs_fewer_flops():
     assert caches_product(wide, 0, 1, CPU)
     assert not caches_product(wide, 1, 1, CPU)
     assert caches_product(wide, 1, 10, CPU)
-    assert caches_product(square, 0, 2, CPU)
+    assert caches_product(square, 0, 1, CPU)
+    assert caches_product(Layout((140, 100), (True, True)), 0, 1, CPU)
+    assert not caches_product(Layout((160, 100), (True, True)), 0, 1, CPU)
     assert caches_product(wide, 1, 1, CUDA)
     assert not caches_product(Layout((64, 512), (True, False)), 1, 10, CUDA)
 
