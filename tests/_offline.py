@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 import triton
 import triton.experimental.gluon  # the interpreter imports it: it must not see rebound functions
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _REGISTERS = 65536
 _WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")

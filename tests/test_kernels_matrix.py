@@ -10,8 +10,8 @@ from _comparison import assert_no_worse_than
 
 pytest.importorskip("triton")
 
-from _offline import Recorder, interpreted
-from test_kernels_diag import assert_guards_untouched, needs_cuda, place
+from _kernels_diag import assert_guards_untouched, place
+from _offline import Recorder, interpreted, needs_cuda
 from triton.runtime.interpreter import InterpretedFunction
 
 from rootfree_fused.kernels import common, gemm, gram, matrix
