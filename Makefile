@@ -15,7 +15,7 @@ test: $(VENV)/installed $(VENV)/triton36
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest tests/test_kernels_diag.py tests/test_offline_diag.py
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest $(wildcard tests/test_kernels_*.py tests/test_offline_*.py)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag

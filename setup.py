@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/diag.cpp", "csrc/registration.cpp"]
+SOURCES = ["csrc/diag.cpp", "csrc/matrix.cpp", "csrc/registration.cpp"]
 
 
 class OptionalBuildExt(build_ext):

@@ -14,6 +14,29 @@ namespace rootfree_fused {
 
 using TensorHandles = std::vector<AtenTensorHandle>;
 
+// One property of a tensor, by its getter in the stable ABI.
+template <class T>
+T get(AOTITorchError (*getter)(AtenTensorHandle, T*), AtenTensorHandle tensor) {
+  T value;
+  TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
+  return value;
+}
+
+inline int32_t dtype(AtenTensorHandle tensor) { return get(aoti_torch_get_dtype, tensor); }
+
+inline bool is_cpu(AtenTensorHandle tensor) {
+  return get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu();
+}
+
+inline double read_lr(AtenTensorHandle lr) {
+  const bool is_double = dtype(lr) == aoti_torch_dtype_float64();
+  STD_TORCH_CHECK(is_cpu(lr) && get(aoti_torch_get_numel, lr) == 1 &&
+                      (is_double || dtype(lr) == aoti_torch_dtype_float32()),
+                  "lr must be one float32 or float64 on the CPU");
+  const void* data = get(torch_get_const_data_ptr, lr);
+  return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+}
+
 // Owns the tensors. Returning a tensor to Python takes the GIL, and TORCH_BOX would take it once a
 // tensor and allocate a shared_ptr for each: half the time of a call on 1,000 small tensors.
 class Arguments {

@@ -81,20 +81,6 @@ struct Bodies {
   }
 };
 
-// One property of a tensor, by its getter in the stable ABI.
-template <class T>
-T get(AOTITorchError (*getter)(AtenTensorHandle, T*), AtenTensorHandle tensor) {
-  T value;
-  TORCH_ERROR_CODE_CHECK(getter(tensor, &value));
-  return value;
-}
-
-int32_t dtype(AtenTensorHandle tensor) { return get(aoti_torch_get_dtype, tensor); }
-
-bool is_cpu(AtenTensorHandle tensor) {
-  return get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu();
-}
-
 template <template <class> class Rule>
 Body<typename Rule<float>::Options> select_body(int32_t param, int32_t grad, int32_t state,
                                                 size_t i) {
@@ -220,15 +206,6 @@ void run(const std::vector<Task<Options>>& tasks) {
       }
     }
   });
-}
-
-double read_lr(AtenTensorHandle lr) {
-  const bool is_double = dtype(lr) == aoti_torch_dtype_float64();
-  STD_TORCH_CHECK(is_cpu(lr) && get(aoti_torch_get_numel, lr) == 1 &&
-                      (is_double || dtype(lr) == aoti_torch_dtype_float32()),
-                  "lr must be one float32 or float64 on the CPU");
-  const void* data = get(torch_get_const_data_ptr, lr);
-  return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
 }
 
 // One set of options for all parameters without bias correction, else one for each.

@@ -13,6 +13,8 @@ namespace rootfree_fused {
 
 void rmsprop_(StableIValue* stack, uint64_t argument_count, uint64_t);
 void adamw_(StableIValue* stack, uint64_t argument_count, uint64_t);
+void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t);
+bool bf16_kernel_runs();
 
 namespace {
 
@@ -34,16 +36,25 @@ void use_cpu_isa(const std::string& name) {
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {
   m.impl("rmsprop_", rootfree_fused::rmsprop_);
   m.impl("adamw_", rootfree_fused::adamw_);
+  m.impl("_ifshampoo_bf16_", rootfree_fused::ifshampoo_bf16_);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
   m.def("cpu_isa() -> str");
   m.def("_use_cpu_isa(str isa) -> ()");  // for tests
+  m.def("_bf16_kernel_runs() -> bool");
+  m.def(
+      "_ifshampoo_bf16_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
+      "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
+      "Tensor(f!)[] momentum_buffers, Tensor lr, *, bool update_factors, bool refresh_products, "
+      "float factor_lr, float factor_momentum, float damping, float batch_size, float momentum, "
+      "float weight_decay, bool decoupled, bool maximize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&rootfree_fused::cpu_isa));
   m.impl("_use_cpu_isa", TORCH_BOX(&rootfree_fused::use_cpu_isa));
+  m.impl("_bf16_kernel_runs", TORCH_BOX(&rootfree_fused::bf16_kernel_runs));
 }
 
 PyMODINIT_FUNC PyInit__C() {

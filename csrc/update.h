@@ -1,4 +1,4 @@
-// The root-free diagonal updates on one element; see rootfree_fused/reference/diag.py. One source
+// The updates on one element; see rootfree_fused/reference/diag.py and matrix.py. One source
 // serves vectors and tails: the compiler vectorizes the loops that call it. Scalars are derived in
 // double, then rounded once to the compute type T.
 #pragma once
@@ -93,6 +93,38 @@ ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
   m = lerp(m, h.sign * g, h.exp_avg_weight);
   s = lerp(s, h.batch_size * g * g, h.exp_avg_sq_weight);
   p -= h.step_size * m / (s + h.damping);
+}
+
+struct DescentOptions {
+  double lr, momentum, weight_decay;
+  bool decoupled, maximize;
+};
+
+// Along a preconditioned gradient P.
+template <class T>
+struct Descent {
+  using Options = DescentOptions;
+  T lr, momentum, sign;
+  T coupled_decay, decoupled_decay;  // one of them is 0
+
+  explicit Descent(const Options& o)
+      : lr(o.lr),
+        momentum(o.momentum),
+        sign(o.maximize ? -1 : 1),
+        coupled_decay(o.decoupled ? 0 : o.weight_decay),
+        decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
+};
+
+// u    = P + weight_decay p       (P if decoupled)
+// p   <- p - lr weight_decay p    if decoupled
+// buf <- momentum buf + u
+// p   <- p - lr buf
+template <class T>
+ROOTFREE_INLINE void update(const Descent<T>& h, T& p, T preconditioned, T& buf) {
+  const T u = h.sign * preconditioned + h.coupled_decay * p;
+  p -= h.decoupled_decay * p;
+  buf = h.momentum * buf + u;
+  p -= h.lr * buf;
 }
 
 }  // namespace rootfree_fused

@@ -35,6 +35,9 @@ def _device(key: str, param: Tensor, group: Group) -> torch.device:
 class RootFreeOptimizer(Optimizer):
     """Base of the optimizers; subclasses give `_state_spec` and `_update`."""
 
+    # Settings that the state is made for.
+    _fixed: tuple[str, ...] = ()
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
         self._reset_caches()
@@ -274,8 +277,18 @@ class RootFreeOptimizer(Optimizer):
                 )
             merged = {**group, **saved, "params": group["params"]}
             self._check_group(merged)
+            self._check_fixed(index, group, merged)
             groups.append(merged)
         return groups
+
+    def _check_fixed(self, index: int, group: Group, merged: Group) -> None:
+        """Raise a ValueError for a setting that a load must not change."""
+        for name in self._fixed:
+            if group[name] != merged[name]:
+                raise ValueError(
+                    f"{name} of group {index} is {group[name]} but the state_dict has "
+                    f"{merged[name]}; build the optimizer with {name}={merged[name]}"
+                )
 
     def _check_loaded(self, key: Any, param: Tensor, group: Group, saved: dict[str, Any]) -> State:
         """The saved state of one parameter, or a ValueError that says what does not fit."""

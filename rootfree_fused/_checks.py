@@ -17,6 +17,8 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "damping": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     "momentum": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "factor_lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "factor_momentum": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
     "batch_size": (
         lambda x: 0 < x < math.inf,
         "the number of loss terms that the gradient averages, a finite number > 0: the global "
@@ -24,9 +26,14 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "tokens, 1 for a summed loss",
     ),
 }
+_STRUCTURES = ("auto", "dense", "diagonal")
 _CHOICES: dict[str, tuple[object, ...]] = {
     "weight_decay_mode": ("decoupled", "momentum"),
     "bias_correction": (False, True),
+    "update_schedule": ("constant", "log4"),
+    "merge_axes": (False, True),
+    "vector_method": ("rmsprop", "factor"),
+    "factor_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
     "maximize": (False, True),
     "capturable": (False, True),
 }
@@ -40,11 +47,31 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"{name} is {value!r}; pass {' or '.join(map(repr, _CHOICES[name]))}"
                 )
+        elif name == "structures":
+            _check_structures(value)
+        elif name in ("update_interval", "max_dense_dim"):
+            _check_count(name, value)
         elif name in _DOMAINS:
             contains, meaning = _DOMAINS[name]
             for number in _numbers(name, value, meaning):
                 if not contains(number):
                     raise ValueError(f"{name} is {value!r}; pass {meaning}")
+
+
+def _check_structures(value: Any) -> None:
+    structures = value if isinstance(value, (tuple, list)) else (value,)
+    if not structures or any(structure not in _STRUCTURES for structure in structures):
+        raise ValueError(
+            f"structures is {value!r}; supported are {', '.join(map(repr, _STRUCTURES))}: pass one "
+            "of them, or a tuple with one an axis"
+        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass a whole number >= 1")
+    if value < 1:
+        raise ValueError(f"{name} is {value!r}; pass a whole number >= 1")
 
 
 def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:

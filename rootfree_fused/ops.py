@@ -7,18 +7,14 @@ specification (reference/) on every other device and wherever one of the two is 
 
 from __future__ import annotations
 
-import functools
-import importlib
-import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from . import _dispatch
 from ._checks import check_hyperparameters, check_tensors, describe
-from .reference import diag as reference
 
 WeightDecayMode = Literal["decoupled", "momentum"]
 
@@ -32,6 +28,13 @@ _library.define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor? steps, Tensor lr, *, float beta1, float beta2, "
     "float damping, float weight_decay, float batch_size, bool maximize) -> ()"
+)
+_library.define(
+    "ifshampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
+    "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
+    "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] axes, bool update_factors, "
+    "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
+    "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize) -> ()"
 )
 
 
@@ -185,21 +188,14 @@ def adamw_(
 
 def backends() -> dict[str, str]:
     """What runs on each device, for example {"cpu": "C++ (avx512)", "cuda": "Triton 3.6.0"}."""
-    extension, kernels = _extension(), _kernels()
-    return {
-        "cpu": f"reference: {extension}"
-        if isinstance(extension, ImportError)
-        else f"C++ ({torch.ops.rootfree_fused.cpu_isa()})",
-        "cuda": f"reference: {kernels}"
-        if isinstance(kernels, ImportError)
-        else f"Triton {importlib.import_module('triton').__version__}",
-    }
+    return _dispatch.backends()
 
 
 def as_scalar_tensor(lr: float | Tensor) -> Tensor:
-    """A learning rate as the 0-d tensor that the operators take; a float keeps its 64 bits."""
+    """A learning rate as the 0-d float32 or float64 tensor that the operators take."""
     if isinstance(lr, Tensor):
-        return lr.detach().reshape(())
+        lr = lr.detach().reshape(())
+        return lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
     return torch.tensor(lr, dtype=torch.float64)
 
 
@@ -209,115 +205,4 @@ def mark_changed(params: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(params)
 
 
-# Dispatch -------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _extension() -> ModuleType | ImportError:
-    """The C++ kernels, which register themselves for CPU when imported, or why there are none."""
-    return _import("rootfree_fused._C")
-
-
-@functools.cache
-def _kernels() -> ModuleType | ImportError:
-    """The Triton kernels, or why there are none. Imported on first use: Triton takes a while."""
-    return _import("rootfree_fused.kernels.diag")
-
-
-def _import(name: str) -> ModuleType | ImportError:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        return error
-
-
-def _rmsprop_reference_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    **scalars: Any,
-) -> None:
-    _warn_if_slow(params)
-    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
-    for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
-        reference.rmsprop_(p, g, s, buf, lr=lr.double(), **scalars)
-
-
-def _adamw_reference_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: Tensor | None,
-    lr: Tensor,
-    **scalars: Any,
-) -> None:
-    _warn_if_slow(params)
-    counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
-    for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
-        reference.adamw_(p, g, m, s, t, lr=lr.double(), **scalars)
-
-
-def _warn_if_slow(params: list[Tensor]) -> None:
-    device = params[0].device.type if params else ""
-    kernels = {"cpu": _extension, "cuda": _kernels}.get(device)
-    if kernels is not None and isinstance(missing := kernels(), ImportError):
-        _warn_reference(device, missing)
-
-
-@functools.cache
-def _warn_reference(device: str, missing: ImportError) -> None:
-    cure = {
-        "cpu": "install a C++ compiler and reinstall rootfree_fused with --no-build-isolation",
-        "cuda": "install triton",
-    }
-    warnings.warn(
-        f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
-        f"kernels ({missing}): {cure[device]}",
-        stacklevel=1,
-    )
-
-
-def _on_cuda(name: str, reference_: Callable[..., None]) -> Callable[..., None]:
-    """The Triton body; parameters that it does not serve go where they are served."""
-
-    def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        kernels = _kernels()
-        body = reference_ if isinstance(kernels, ImportError) else getattr(kernels, name)
-        served = [p.is_cuda and p.dtype is not torch.float64 for p in params]
-        if all(served):
-            body(params, *tensors, **scalars)
-            return
-        *states, lr = tensors
-        for part, part_body, part_lr in (
-            (served, body, lr),
-            ([p.is_cuda and p.dtype is torch.float64 for p in params], reference_, lr),
-            ([not p.is_cuda for p in params], getattr(torch.ops.rootfree_fused, name), lr.cpu()),
-        ):
-            if any(part):
-                picked = [_select(values, part) for values in (params, *states)]
-                part_body(*picked, part_lr, **scalars)
-
-    return run
-
-
-def _select(values: Any, part: list[bool]) -> Any:
-    """The entries of a list, or of the 1-D tensor of steps, that belong to a part of the call."""
-    if isinstance(values, Tensor):
-        return values[torch.tensor(part, device=values.device)]
-    return (
-        [value for value, chosen in zip(values, part, strict=True) if chosen] if values else values
-    )
-
-
-_references: dict[str, Callable[..., None]] = {
-    "rmsprop_": _rmsprop_reference_,
-    "adamw_": _adamw_reference_,
-}
-for _name, _reference_ in _references.items():
-    _library.impl(_name, _reference_, "CompositeExplicitAutograd")
-    _library.impl(_name, _on_cuda(_name, _reference_), "CUDA")
-    torch.library.register_fake(f"rootfree_fused::{_name}", lambda *_, **__: None, lib=_library)
-_extension()
+_dispatch.register(_library)

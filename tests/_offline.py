@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 import triton
 import triton.experimental.gluon  # the interpreter imports it: it must not see rebound functions
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _REGISTERS = 65536
 _WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")
@@ -34,7 +36,8 @@ def interpreted(*modules: ModuleType):
     """Run the kernels of these modules in Triton's interpreter, on CPU tensors.
 
     TRITON_INTERPRET=1 does the same for a whole process, which then cannot compile anything. Here
-    bfloat16 is also rounded to nearest, as a GPU does; the interpreter alone truncates.
+    bfloat16 is also rounded to nearest and multiplied as numbers, as a GPU does; the interpreter
+    alone truncates, and multiplies the bit patterns.
     """
     changed = [
         (module, name, value, interpreter.InterpretedFunction(value.fn))
@@ -44,11 +47,17 @@ def interpreted(*modules: ModuleType):
     ]
     convert = interpreter._convert_float
     changed.append((interpreter, convert.__name__, convert, _rounding_to_nearest(convert)))
+    dot = interpreter.InterpreterBuilder.create_dot
+    changed.append((interpreter.InterpreterBuilder, dot.__name__, dot, _multiplying_numbers(dot)))
+    patch, scopes = interpreter._patch_lang, []
+    changed.append((interpreter, patch.__name__, patch, _patching_once(patch, scopes)))
     for module, name, _, replacement in changed:
         setattr(module, name, replacement)
     try:
         yield
     finally:
+        for scope in reversed(scopes):
+            scope.restore()
         for module, name, value, _ in changed:
             setattr(module, name, value)
 
@@ -61,6 +70,36 @@ def _rounding_to_nearest(convert_float):
         return rounded.view(torch.uint16).numpy()
 
     return convert
+
+
+def _patching_once(patch_lang, scopes):
+    """The interpreter rebinds all of triton.language at every call of a function, half its time."""
+    seen = set()
+
+    def patch(fn):
+        modules = (triton.language, triton.language.core)
+        found = {m.__name__ for m in modules if any(m is v for v in fn.__globals__.values())}
+        if not found <= seen:
+            seen.update(found)
+            scopes.append(patch_lang(fn))
+            # Triton 3.6 asks for int() of an array of one element, which NumPy 2.4 refuses.
+            triton.language.tensor.__index__ = lambda self: self.handle.data.item()
+        return interpreter._LangPatchScope()
+
+    return patch
+
+
+def _multiplying_numbers(create_dot):
+    def widened(operand):
+        if operand.dtype.scalar != triton.language.bfloat16:
+            return operand
+        data = (operand.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(data, triton.language.float32)
+
+    def dot(self, a, b, *args):
+        return create_dot(self, widened(a), widened(b), *args)
+
+    return dot
 
 
 class Recorder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
 # (class, settings): each body of each update once.
 SETTINGS = {
@@ -22,7 +22,27 @@ SETTINGS = {
     ),
     "adamw": (RootFreeAdamW, {"lr": 0.05}),
     "adamw-corrected": (RootFreeAdamW, {"lr": 0.05, "bias_correction": True}),
+    "ifshampoo": (IFShampoo, {"lr": 0.05, "weight_decay": 0.1, "factor_dtype": torch.bfloat16}),
+    "ifshampoo-interval": (
+        IFShampoo,
+        {"lr": 0.05, "momentum": 0.0, "update_interval": 3, "factor_dtype": torch.float32},
+    ),
+    "ifshampoo-axes": (
+        IFShampoo,
+        {
+            "lr": 0.05,
+            "weight_decay": 0.1,
+            "weight_decay_mode": "momentum",
+            "merge_axes": False,
+            "vector_method": "factor",
+            "max_dense_dim": 5,
+            "update_schedule": "log4",
+            "update_interval": 4,
+            "factor_dtype": torch.float32,
+        },
+    ),
 }
+DIAGONAL = [name for name in SETTINGS if not name.startswith("ifshampoo")]
 
 
 def build(name, params, **overrides):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _optimizers import SETTINGS, build, parameters, run, set_grads
+from _optimizers import DIAGONAL, build, parameters, run, set_grads
 from test_reference_diag import CASES, TOLERANCE, load
 
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
@@ -103,7 +103,7 @@ def test_adamw_without_memory_is_decoupled_rmsprop_without_memory(device):
     close(params, twins)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", DIAGONAL)
 def test_summed_and_averaged_loss_take_the_same_step(name, device):
     """Once s has forgotten its start (alpha = beta2 = 0), batch_size alone makes the two agree."""
     memory = {"betas": (0.9, 0.0)} if name.startswith("adamw") else {"alpha": 0.0}
@@ -188,7 +188,7 @@ def test_mixed_dtypes_and_layouts_in_one_group(device):
         torch.randn(0, 3, device=device).requires_grad_(),
         torch.randn(4).requires_grad_(),  # on the CPU among those of a GPU
     ]
-    for name in SETTINGS:
+    for name in DIAGONAL:
         alone = [torch.nn.Parameter(p.detach().clone().contiguous()) for p in leaves]
         together = build(name, leaves)
         singles = [build(name, [p]) for p in alone]
@@ -207,7 +207,7 @@ def test_mixed_dtypes_and_layouts_in_one_group(device):
 
 def test_gradients_of_any_strides(device):
     """Transposed, expanded and gapped gradients read as what they are."""
-    for name in SETTINGS:
+    for name in DIAGONAL:
         grads = [
             torch.randn(3, 4, device=device).t(),
             torch.randn(4, 1, device=device).expand(4, 3),
@@ -225,7 +225,7 @@ def test_gradients_of_any_strides(device):
 
 
 def test_a_non_finite_gradient_spoils_its_own_element_only(device):
-    for name in SETTINGS:
+    for name in DIAGONAL:
         for bad in (float("nan"), float("inf")):
             params, twins = (parameters((100,), device=device) for _ in range(2))
             optimizer, clean = build(name, params), build(name, twins)

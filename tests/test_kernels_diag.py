@@ -9,7 +9,7 @@ from _comparison import assert_no_worse_than
 pytest.importorskip("triton")
 
 from _kernels_diag import CASES, Lists, place
-from _offline import interpreted
+from _offline import interpreted, needs_cuda
 from _operators import ADAMW, RMSPROP
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -22,7 +22,6 @@ DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)]
 
 # The interpreter is numpy, which reports the infinities that some of the tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from _offline import Recorder, compile_call, first_index, last_index, widths
-from rootfree_fused.kernels import diag
 from test_kernels_diag import CASES, DTYPES
 from triton.runtime.jit import JITFunction
+
+from rootfree_fused.kernels import diag
 
 pytestmark = pytest.mark.skipif(
     not isinstance(diag._diag_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"

@@ -1,0 +1,396 @@
+// IF-Shampoo on the matrices of one bucket, both axes dense in bfloat16; see
+// rootfree_fused/reference/matrix.py. Every product is X^T Y of packed operands by tiles, and what
+// follows a product happens while its tile is in the cache. A tile is one task and its sums have one
+// order, so the number of threads does not change a bit.
+#include "arguments.h"
+#include "axis.h"
+#include "update.h"
+
+#if defined(__x86_64__)
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#endif
+
+namespace rootfree_fused {
+
+struct MatrixOptions {
+  DescentOptions descent;
+  double factor_lr, factor_momentum, damping, batch_size;
+  bool update_factors, refresh_products;
+};
+
+#if defined(__x86_64__)
+namespace {
+
+using c10::Half;
+
+template <class P>
+ROOTFREE_BF16 void descend(const Descent<float>& rule, void* params, float* buffer,
+                           const Tile& tile, int64_t stride) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const int64_t offset = (tile.row + i) * stride + tile.column;
+    P* param = static_cast<P*>(params) + offset;
+    const float* values = tile.values[i];
+    if (buffer) {
+      float* row = buffer + offset;
+      ROOTFREE_INDEPENDENT_ITERATIONS
+      for (int64_t j = 0; j < tile.columns; ++j) {
+        float p = param[j];
+        update(rule, p, values[j], row[j]);
+        param[j] = p;
+      }
+    } else {
+      ROOTFREE_INDEPENDENT_ITERATIONS
+      for (int64_t j = 0; j < tile.columns; ++j) {
+        float p = param[j], none = 0;
+        update(rule, p, values[j], none);
+        param[j] = p;
+      }
+    }
+  }
+}
+
+template <class T>
+void pack_grad(const Packed& to, const void* grad, int64_t row, int64_t rows, int64_t columns) {
+  const T* first = static_cast<const T*>(grad) + row * columns;
+  pack(to, row, 0, first, columns, rows, columns);
+}
+
+using Descend = void (*)(const Descent<float>&, void*, float*, const Tile&, int64_t);
+using PackGrad = void (*)(const Packed&, const void*, int64_t, int64_t, int64_t);
+
+template <template <class> class Body>
+auto select(int32_t dtype) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       f16 = aoti_torch_dtype_float16();
+  STD_TORCH_CHECK(dtype == f32 || dtype == bf16 || dtype == f16,
+                  "parameters and gradients must be float32, bfloat16 or float16");
+  return dtype == f32 ? Body<float>::body : dtype == bf16 ? Body<BFloat16>::body : Body<Half>::body;
+}
+template <class T>
+struct DescendFor {
+  static constexpr Descend body = descend<T>;
+};
+template <class T>
+struct PackGradFor {
+  static constexpr PackGrad body = pack_grad<T>;
+};
+
+// A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
+struct Matrix {
+  Axis rows, columns;
+  void* param;
+  float* buffer;  // null without momentum
+  const void* grad;
+  Descend descend;
+  PackGrad pack_grad;
+  // Packed: G, (C^T G)^T, M = C^T G K and its transpose. Later the products on the way to P take the
+  // memory of the three that have their shape.
+  Packed packed_grad, half_transposed, transformed, transformed_transposed;
+
+  void take_scratch(Arena& arena) {
+    rows.take_scratch(arena);
+    columns.take_scratch(arena);
+    packed_grad = arena.packed(rows.size, columns.size);
+    half_transposed = arena.packed(columns.size, rows.size);
+    transformed = arena.packed(rows.size, columns.size);
+    transformed_transposed = arena.packed(columns.size, rows.size);
+  }
+  Tile tile(int64_t task) const {
+    return {task / columns.tiles * tile_size, task % columns.tiles * tile_size, rows.size,
+            columns.size};
+  }
+  Tile transposed_tile(int64_t task) const {
+    return {task / rows.tiles * tile_size, task % rows.tiles * tile_size, columns.size, rows.size};
+  }
+};
+
+Tile square_tile(const Axis& axis, int64_t task) {
+  return {task / axis.tiles * tile_size, task % axis.tiles * tile_size, axis.size, axis.size};
+}
+
+// The task-th tile of the lower triangle.
+Tile triangle_tile(const Axis& axis, int64_t task) {
+  int64_t row = 0;
+  while (task > row) task -= ++row;
+  return {row * tile_size, task * tile_size, axis.size, axis.size};
+}
+
+// Tasks of one kind, one after the other, for `count` matrices of one shape.
+template <class Body>
+void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Body& body) {
+  if (tasks == 0) return;
+  torch::stable::parallel_for(0, count * tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(matrices[i / tasks], i % tasks);
+  });
+}
+
+// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second.
+template <class Body>
+void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
+                   const Body& body) {
+  for_each(matrices, count, on_rows + on_columns, [&](Matrix& m, int64_t task) {
+    if (task < on_rows) {
+      body(m.rows, m.columns, m.transformed_transposed, task);
+    } else {
+      body(m.columns, m.rows, m.transformed, task - on_rows);
+    }
+  });
+}
+
+void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& options) {
+  const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
+  const int64_t tiles = row_tiles * column_tiles;
+  for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+    Tile tile = m.transposed_tile(task);
+    multiply(tile, 1, m.packed_grad, m.rows.old);
+    pack(m.half_transposed, tile);
+  });
+  for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+    Tile tile = m.tile(task);
+    multiply(tile, 1, m.half_transposed, m.columns.old);
+    pack(m.transformed, tile);
+    pack_transposed(m.transformed_transposed, tile);
+  });
+  for_each_axis(matrices, count, matrices->rows.pairs_of_tiles(), matrices->columns.pairs_of_tiles(),
+                [&](const Axis& axis, const Axis& other, const Packed& transformed, int64_t task) {
+                  const double trace = sum(other.squares, other.tiles) / other.size;
+                  Tile tile = triangle_tile(axis, task);
+                  multiply(tile, options.batch_size / other.size, transformed, transformed, false,
+                           true);
+                  multiply(tile, options.damping * trace, axis.old, axis.old, true, true);
+                  update_momentum(axis, task, tile, options.factor_momentum);
+                });
+  for_each_axis(matrices, count, row_tiles * row_tiles, column_tiles * column_tiles,
+                [&](const Axis& axis, const Axis&, const Packed&, int64_t task) {
+                  Tile tile = square_tile(axis, task);
+                  update_factor(axis, tile, options.factor_lr);
+                });
+}
+
+void update_products(Matrix* matrices, int64_t count) {
+  const auto tasks = [](const Axis& axis) { return axis.cached ? axis.pairs_of_tiles() : 0; };
+  for_each_axis(matrices, count, tasks(matrices->rows), tasks(matrices->columns),
+                [](const Axis& axis, const Axis&, const Packed&, int64_t task) {
+                  Tile tile = triangle_tile(axis, task);
+                  multiply(tile, 1, axis.now_transposed, axis.now_transposed, false, true);
+                  if (tile.row == tile.column) mirror(tile);
+                  write_symmetric(axis, tile, axis.product, axis.packed_product);
+                });
+}
+
+void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options) {
+  const int64_t tiles = matrices->rows.tiles * matrices->columns.tiles;
+  const Descent<float> rule(options.descent);
+  if (!matrices->rows.cached) {
+    for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+      Tile tile = m.transposed_tile(task);
+      multiply(tile, 1, m.packed_grad, m.rows.now);
+      pack_transposed(m.transformed, tile);
+    });
+  }
+  for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+    Tile tile = m.transposed_tile(task);
+    if (m.rows.cached) {
+      multiply(tile, 1, m.packed_grad, m.rows.packed_product);
+    } else {
+      multiply(tile, 1, m.transformed, m.rows.now_transposed);
+    }
+    pack(m.half_transposed, tile);
+  });
+  if (!matrices->columns.cached) {
+    for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+      Tile tile = m.tile(task);
+      multiply(tile, 1, m.half_transposed, m.columns.now);
+      pack_transposed(m.transformed_transposed, tile);
+    });
+  }
+  for_each(matrices, count, tiles, [&](Matrix& m, int64_t task) {
+    Tile tile = m.tile(task);
+    if (m.columns.cached) {
+      multiply(tile, 1, m.half_transposed, m.columns.packed_product);
+    } else {
+      multiply(tile, 1, m.transformed_transposed, m.columns.now_transposed);
+    }
+    m.descend(rule, m.param, m.buffer, tile, m.columns.size);
+  });
+}
+
+void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
+  const bool update = options.update_factors;
+  const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
+  for_each(matrices, count, row_tiles, [](Matrix& m, int64_t strip) {
+    const int64_t row = strip * tile_size;
+    m.pack_grad(m.packed_grad, m.grad, row, std::min(tile_size, m.rows.size - row), m.columns.size);
+  });
+  for_each_axis(matrices, count, row_tiles, column_tiles,
+                [&](const Axis& axis, const Axis&, const Packed&, int64_t strip) {
+                  if (update || options.refresh_products || !axis.cached) {
+                    pack_factor(axis, strip, update);
+                  } else {
+                    const int64_t row = strip * tile_size, d = axis.size;
+                    pack(axis.packed_product, row, 0, axis.product + row * d, d,
+                         std::min(tile_size, d - row), d);
+                  }
+                });
+  if (update) update_factors(matrices, count, options);
+  if (update || options.refresh_products) update_products(matrices, count);
+  update_params(matrices, count, options);
+}
+
+// At least `bytes` of memory, kept for the calling thread's next step: to fault in fresh pages would
+// take a tenth of a step.
+char* scratch(int64_t bytes) {
+  constexpr int64_t huge_page = 1 << 21;
+  static thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, std::free);
+  static thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    capacity = 0;
+    memory.reset();
+    const int64_t rounded = ceil_div(bytes, huge_page) * huge_page;
+    memory.reset(static_cast<char*>(std::aligned_alloc(huge_page, rounded)));
+    STD_TORCH_CHECK(memory, "out of memory: IF-Shampoo needs ", rounded, " bytes");
+    madvise(memory.get(), rounded, MADV_HUGEPAGE);
+    capacity = rounded;
+  }
+  return memory.get();
+}
+
+// Many matrices are shared among the threads, each from start to end in the cache of one; of a few,
+// the tiles are. Neither changes a sum.
+void run_all(std::vector<Matrix>& matrices, const MatrixOptions& options) {
+  if (matrices.empty()) return;
+  const int64_t count = matrices.size(), threads = torch::stable::get_num_threads();
+  const int64_t tiles = matrices[0].rows.tiles * matrices[0].columns.tiles;
+  const bool share_tiles = count % threads != 0 && count < 8 * threads;
+  const int64_t together = share_tiles ? std::min(count, ceil_div(8 * threads, tiles)) : 1;
+  const int64_t workers = share_tiles ? 1 : std::min(count, threads);
+  Arena measure;
+  for (int64_t i = 0; i < together; ++i) matrices[i].take_scratch(measure);
+  char* memory = scratch(workers * measure.used);
+
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker) {
+    for (int64_t first; (first = next.fetch_add(together)) < count;) {
+      const int64_t now = std::min(together, count - first);
+      Arena arena{memory + worker * measure.used};
+      for (int64_t i = first; i < first + now; ++i) matrices[i].take_scratch(arena);
+      run(&matrices[first], now, options);
+    }
+  };
+  if (workers == 1) {
+    work(0);
+  } else {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    });
+  }
+}
+
+template <class T>
+T* data(AtenTensorHandle tensor, int32_t expected, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(is_cpu(tensor) && dtype(tensor) == expected &&
+                      get(aoti_torch_get_numel, tensor) == numel &&
+                      get(aoti_torch_is_contiguous, tensor),
+                  name, " must be contiguous CPU tensors of ", numel, " elements and their dtype");
+  return static_cast<T*>(get(torch_get_mutable_data_ptr, tensor));
+}
+
+struct Lists {
+  TensorHandles params, grads, factors, residuals, momenta, products, buffers;
+};
+
+std::vector<Matrix> matrices_of(const Lists& lists) {
+  static const int32_t bf16 = aoti_torch_dtype_bfloat16(), i16 = aoti_torch_dtype_int16();
+  const int64_t count = lists.params.size();
+  for (const auto& list : {lists.factors, lists.residuals, lists.momenta, lists.products}) {
+    STD_TORCH_CHECK(list.size() == 2, "a matrix has two axes");
+  }
+  STD_TORCH_CHECK(lists.grads.size() == lists.params.size() &&
+                      (lists.buffers.empty() || lists.buffers.size() == lists.params.size()),
+                  "the lists of tensors differ in length");
+  std::vector<Matrix> matrices(count);
+  int64_t sizes[2];
+  for (int k : {0, 1}) {
+    STD_TORCH_CHECK(get(aoti_torch_get_dim, lists.factors[k]) == 3,
+                    "factors must be (matrices, d, d)");
+    const int64_t d = sizes[k] = get(aoti_torch_get_sizes, lists.factors[k])[1];
+    auto* factor = data<BFloat16>(lists.factors[k], bf16, count * d * d, "factors");
+    auto* residual = data<int16_t>(lists.residuals[k], i16, count * d * d, "residuals");
+    auto* momentum = data<BFloat16>(lists.momenta[k], bf16, count * d * d, "factor momenta");
+    const bool cached = get(aoti_torch_get_numel, lists.products[k]) != 0;
+    auto* product =
+        cached ? data<BFloat16>(lists.products[k], bf16, count * d * d, "products") : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      Axis& axis = k == 0 ? matrices[i].rows : matrices[i].columns;
+      const int64_t first = i * d * d;
+      axis = {d,
+              ceil_div(d, tile_size),
+              cached,
+              factor + first,
+              momentum + first,
+              cached ? product + first : nullptr,
+              residual + first};
+    }
+  }
+  const int64_t numel = sizes[0] * sizes[1];
+  for (int64_t i = 0; i < count; ++i) {
+    Matrix& m = matrices[i];
+    const AtenTensorHandle param = lists.params[i], grad = lists.grads[i];
+    m.descend = select<DescendFor>(dtype(param));
+    m.pack_grad = select<PackGradFor>(dtype(grad));
+    m.param = data<void>(param, dtype(param), numel, "parameters");
+    m.buffer = lists.buffers.empty() ? nullptr
+                                     : data<float>(lists.buffers[i], aoti_torch_dtype_float32(),
+                                                   numel, "momentum buffers");
+    STD_TORCH_CHECK(is_cpu(grad) && get(aoti_torch_get_numel, grad) == numel &&
+                        get(aoti_torch_is_contiguous, grad),
+                    "gradients must be contiguous CPU tensors of the parameters' shapes");
+    m.grad = get(torch_get_const_data_ptr, grad);
+  }
+  return matrices;
+}
+
+}  // namespace
+#endif
+
+bool bf16_kernel_runs() {
+#if defined(__x86_64__)
+  return isa_in_use() == AVX512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  Arguments arguments(stack, argument_count, 18);
+#if defined(__x86_64__)
+  Lists lists;
+  for (TensorHandles* list : {&lists.params, &lists.grads, &lists.factors, &lists.residuals,
+                              &lists.momenta, &lists.products, &lists.buffers}) {
+    *list = arguments.next_tensors();
+  }
+  MatrixOptions options;
+  options.descent.lr = read_lr(arguments.next_tensor());
+  options.update_factors = arguments.next<bool>();
+  options.refresh_products = arguments.next<bool>();
+  options.factor_lr = arguments.next<double>();
+  options.factor_momentum = arguments.next<double>();
+  options.damping = arguments.next<double>();
+  options.batch_size = arguments.next<double>();
+  options.descent.momentum = arguments.next<double>();
+  options.descent.weight_decay = arguments.next<double>();
+  options.descent.decoupled = arguments.next<bool>();
+  options.descent.maximize = arguments.next<bool>();
+  STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");
+  std::vector<Matrix> matrices = matrices_of(lists);
+  run_all(matrices, options);
+#else
+  STD_TORCH_CHECK(false, "this machine has no bfloat16 vector products");
+#endif
+}
+
+}  // namespace rootfree_fused

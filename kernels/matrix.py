@@ -1,0 +1,280 @@
+"""IF-Shampoo in Triton: at most 8 launches an update of any number of matrices of any shapes.
+
+For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the specification):
+
+    gather           G -> GEMM dtype, old factors -> copies, partial ||factor||_F^2
+    left             T = C^T G
+    right            M = T K                                   (the sums of squares of its rows or
+                                                               columns where a factor is diagonal)
+    factor momenta   kernels/gram.py
+    factors          K <- K - factor_lr / max(1, ||m||_F) K m
+    products         C C^T and K K^T, kernels/gram.py
+    precondition     V = (C C^T) G
+    parameters       P = V (K K^T); u = P + coupled p; p <- p - lr decoupled p;
+                     buf <- momentum buf + u (buf = u where there are no buffers); p <- p - lr buf
+
+A step between updates is gather, precondition and parameters. A diagonal factor takes part as a
+row or column scale of its neighbour's GEMM, which is then the only one.
+
+Shapes: params (d_C, d_K) up to axes of size 1; factors dense (d, d) or diagonal (d,). Dtypes:
+params and grads float32, bfloat16 or float16; a GEMM's operands and the intermediates G, T, M, V
+bfloat16, or float32 for float32 factors (never TF32); accumulation, norms, scalars and everything
+that has no GEMM float32. A bfloat16 factor is stored with a residual (reference.split) and keeps
+24 bits; GEMMs read the bfloat16 half. FLOPs of an n x n weight: 18 n^3 an update, 4 n^3 else.
+
+Matrices in the scratch have rows padded with zeros to a multiple of 8 elements; state whose rows
+are no such multiples is copied there for GEMMs to read. T, M and V are rounded to the GEMM dtype,
+and so are m and the products when stored; H and P are not. The scratch takes 10 bytes a parameter
+of an n x n bfloat16 weight at an update (G, T or V, M, the old factors) and 4 between.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import DTYPES, DeviceTable, readable, scalar_table
+from .gemm import _factors_kernel, _gather_kernel, _params_kernel, _product_kernel
+from .gram import _factor_momenta_kernel, _products_kernel
+from .jobs import GATHER_COLUMNS, GATHER_ROWS, Bucket, Plan, Tiling, build_plan
+
+# Not yet measured on a GPU. 128 x 128 on 8 warps is 64 accumulators a thread and 32 KB a stage.
+LARGE = Tiling(block=128, block_k=64, num_warps=8, num_stages=3, precision=None)
+# Without the limit some kernels take 130 to 170 registers (Triton 3.6) and one program fills a
+# multiprocessor; with it two do, and nothing spills. On sm_80 and sm_100 it would spill.
+LARGE_HOPPER = LARGE._replace(max_registers=128)
+# Fewer large tiles than multiprocessors leave some idle; small matrices leave tiles half empty.
+SMALL = Tiling(block=64, block_k=64, num_warps=4, num_stages=4, precision=None)
+ENOUGH_LARGE_TILES = 132  # the multiprocessors of an H100
+# Scalar units: IEEE float32 has no tensor cores.
+FLOAT32 = Tiling(block=64, block_k=16, num_warps=8, num_stages=3, precision="ieee")
+GATHER_WARPS = 8
+
+# In-tile offsets are 32 bits wide: 128 rows of at most this many elements.
+MAX_COLUMNS = 2**24
+_MAX_PLANS = 32
+_plans: dict[Any, Plan] = {}
+
+
+def ifshampoo_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    factor_momenta: Sequence[Tensor],
+    products: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    axes: Sequence[int],
+    update_factors: bool,
+    refresh_products: bool,
+    factor_lr: float,
+    factor_momentum: float,
+    damping: float,
+    batch_size: float,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+) -> list[int]:
+    """One IF-Shampoo step on every bucket of matrices; returns the buckets left to the caller.
+
+    Those are buckets with other than two axes, in float64, or without products. Each of the four
+    lists of factor state has a stack an axis of each bucket, `axes` counts the axes, and params,
+    grads and buffers (or no buffers) follow the buckets. lr is a 0-d tensor, on the CPU or on the
+    parameters' device; there a captured graph reads it at every replay.
+    """
+    scalars = (
+        batch_size,
+        damping,
+        factor_momentum,
+        1 - factor_momentum,
+        factor_lr,
+        -1.0 if maximize else 1.0,
+        weight_decay if decoupled else 0.0,
+        0.0 if decoupled else weight_decay,
+        momentum,
+    )
+    lists = [params, grads, momentum_buffers] if momentum_buffers else [params, grads]
+    groups: dict[Any, list[Bucket]] = defaultdict(list)
+    others = []
+    first = member = 0
+    for i, count in enumerate(axes):
+        last = first + count
+        places = range(member, member + len(factors[first]))
+        state = (residuals, factor_momenta, products)
+        stacks = [factors[first:last], *(tensors[first:last] for tensors in state)]
+        bucket = _bucket(lists, places, *stacks) if count == 2 else None
+        if bucket is None:
+            others.append(i)
+        else:
+            groups[factors[first].device, _gemm_dtype(bucket)].append(bucket)
+        first, member = last, places.stop
+    for device in {device for device, _ in groups}:
+        # Without a dense factor there is no GEMM, and any launch will do.
+        diagonal = groups.pop((device, None), [])
+        dtypes = [dtype for other, dtype in groups if other == device] or [torch.float32]
+        groups[device, dtypes[0]].extend(diagonal)
+    for (device, dtype), buckets in groups.items():
+        _run(device, dtype, buckets, lists, lr, scalars, update_factors, refresh_products)
+    return others
+
+
+def _bucket(
+    lists: Sequence[Sequence[Tensor]], places: range, *state: Sequence[Tensor]
+) -> Bucket | None:
+    """The bucket of these members, or None where the kernels do not take it."""
+    factors, residuals, momenta, products = state
+    members = [[tensors[i] for i in places] for tensors in lists]
+    param_dtypes, grad_dtypes = ([t.dtype for t in tensors] for tensors in members[:2])
+    if any(dtype not in DTYPES for dtype in (*param_dtypes, *grad_dtypes)):
+        return None
+    dense = factors[0].dim() == 3, factors[1].dim() == 3
+    sizes = factors[0].shape[1], factors[1].shape[1]
+    if (
+        sizes[1] > MAX_COLUMNS
+        or len({f.dtype for f, d in zip(factors, dense, strict=True) if d}) > 1
+    ):
+        return None
+    for is_dense, factor, residual, moment, product in zip(dense, *state, strict=True):
+        bfloat16 = is_dense and factor.dtype == torch.bfloat16
+        stacks = [factor, moment]
+        if is_dense:
+            stacks.append(product)
+        if bfloat16:
+            stacks.append(residual)
+        if (
+            not (bfloat16 or factor.dtype == torch.float32)
+            or moment.dtype != factor.dtype
+            or any(t.shape != factor.shape or not t.is_contiguous() for t in stacks)
+        ):
+            return None
+    return Bucket(
+        sizes,
+        dense,
+        tuple(places),
+        tuple(param_dtypes),
+        tuple(grad_dtypes),
+        factors,
+        residuals,
+        momenta,
+        products,
+    )
+
+
+def _gemm_dtype(bucket: Bucket) -> torch.dtype | None:
+    dense = [f.dtype for f, is_dense in zip(bucket.factors, bucket.dense, strict=True) if is_dense]
+    return dense[0] if dense else None
+
+
+def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket]) -> Tiling:
+    if dtype == torch.float32:
+        return FLOAT32
+    tiles = sum(
+        (bucket.sizes[0] // LARGE.block) * (bucket.sizes[1] // LARGE.block) * len(bucket.places)
+        for bucket in buckets
+    )
+    if tiles < ENOUGH_LARGE_TILES:
+        return SMALL
+    return LARGE_HOPPER if _is_hopper(device) else LARGE
+
+
+@lru_cache(maxsize=64)
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _find_plan(
+    device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket], update: bool, refresh: bool
+) -> tuple[Plan, Tiling]:
+    tiling = _tiling(device, dtype, buckets)
+    refresh = refresh and not update
+    stacks = [
+        tuple([t.data_ptr() for tensors in bucket[5:] for t in tensors]) for bucket in buckets
+    ]
+    key = (device, dtype, tiling, update, refresh, *(b[:5] for b in buckets), *stacks)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MAX_PLANS:
+            del _plans[next(iter(_plans))]
+        plan = build_plan(buckets, dtype, tiling, device, update=update, refresh=refresh)
+        _plans[key] = plan
+    return plan, tiling
+
+
+@lru_cache(maxsize=64)
+def _members(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> DeviceTable:
+    """int64, (members, 4): addresses of the parameter, the gradient and the momentum buffer."""
+    table = torch.zeros(len(addresses[0]), 4, device="cpu", dtype=torch.int64)
+    table[:, : len(addresses)] = torch.tensor(addresses, device="cpu").T
+    return DeviceTable(table, device)
+
+
+def _accessible(tensor: Tensor) -> Tensor:
+    """The tensor where it is contiguous and starts on 16 bytes, else a copy that is."""
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _run(
+    device: torch.device,
+    dtype: torch.dtype,
+    buckets: Sequence[Bucket],
+    lists: Sequence[Sequence[Tensor]],
+    lr: Tensor,
+    scalars: tuple[float, ...],
+    update: bool,
+    refresh: bool,
+) -> None:
+    """The launches of all buckets of a device and a GEMM dtype."""
+    plan, tiling = _find_plan(device, dtype, buckets, update, refresh)
+    dense = [[_accessible(t) for t in tensors] for tensors in lists]
+    addresses = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in dense])
+    values = (float(lr) if lr.is_cpu else 0.0, *scalars)
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        jobs, tiles = plan.jobs.on_device(), plan.tiles.on_device()
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
+        members = _members(device, addresses).on_device()
+        numbers = scalar_table(device, values).on_device()
+        gather = {"FACTOR": DTYPES[dtype], "num_warps": GATHER_WARPS, "enable_fp_fusion": True}
+        gather |= {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS}
+        gemm = {
+            "FACTOR": DTYPES[dtype],
+            "BLOCK": tiling.block,
+            "BLOCK_K": tiling.block_k,
+            "PRECISION": tiling.precision,
+            "num_warps": tiling.num_warps,
+            "num_stages": tiling.num_stages,
+            "maxnreg": tiling.max_registers,
+            "enable_fp_fusion": True,
+        }
+
+        def launch(name: str, kernel: Any, *args: Any, **options: Any) -> None:
+            for other, start, stop in plan.launches.get(name, ()):
+                named = {} if other is None else {_DTYPE_OPTIONS[name]: DTYPES[other]}
+                kernel[(stop - start,)](tiles[start:stop], jobs, scratch, *args, **named, **options)
+
+        launch("gather", _gather_kernel, members, **gather)
+        launch("left", _product_kernel, TRANS_A=True, **gemm)
+        launch("right", _product_kernel, TRANS_A=False, **gemm)
+        launch("momenta", _factor_momenta_kernel, numbers, **gemm)
+        launch("factors", _factors_kernel, numbers, **gemm)
+        launch("products", _products_kernel, **gemm)
+        launch("precondition", _product_kernel, TRANS_A=False, **gemm)
+        lr = numbers if lr.is_cpu else readable(lr, device)
+        launch("params", _params_kernel, members, numbers, lr, HAS_BUF=len(lists) == 3, **gemm)
+    for tensors, results in zip(lists[::2], dense[::2], strict=True):
+        for bucket in buckets:
+            for i in bucket.places:
+                if results[i] is not tensors[i]:
+                    tensors[i].copy_(results[i])
+
+
+_DTYPE_OPTIONS = {"gather": "GRAD", "params": "PARAM"}

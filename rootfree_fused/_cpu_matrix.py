@@ -1,0 +1,221 @@
+"""IF-Shampoo on the CPU: the C++ kernel for bfloat16 matrices, else products of whole stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _fallback
+from .reference import matrix
+
+
+@dataclass
+class _Stacks:
+    """The arguments that belong to one bucket; see `factors.Bucket`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    factors: list[Tensor]
+    residuals: list[Tensor]
+    momenta: list[Tensor]
+    products: list[Tensor]
+    buffers: list[Tensor]
+
+
+def ifshampoo_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    factor_momenta: list[Tensor],
+    products: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    *,
+    axes: list[int],
+    **scalars: Any,
+) -> None:
+    """The operator on CPU tensors, one bucket after the other.
+
+    In bfloat16 the kernel counts 18 n^3 a step for an n x n matrix, its symmetric products being
+    half as dear, and stacks count 24 n^3.
+    """
+    first_member = first_axis = 0
+    for count in axes:
+        here = slice(first_axis, first_axis + count)
+        members = slice(first_member, first_member + factors[first_axis].shape[0])
+        first_axis, first_member = here.stop, members.stop
+        stacks = _Stacks(
+            params[members],
+            grads[members],
+            factors[here],
+            residuals[here],
+            factor_momenta[here],
+            products[here],
+            momentum_buffers[members],
+        )
+        if count != 2:
+            _one_by_one(stacks, lr, count, scalars)
+        elif _suit_the_kernel(stacks):
+            _in_the_kernel(stacks, lr, scalars)
+        else:
+            _stacked(stacks, lr, **scalars)
+
+
+def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]) -> None:
+    _fallback.ifshampoo_(
+        stacks.params,
+        stacks.grads,
+        _unversioned(stacks.factors),
+        stacks.residuals,
+        stacks.momenta,
+        stacks.products,
+        stacks.buffers,
+        lr,
+        axes=[count],
+        **scalars,
+    )
+
+
+def _suit_the_kernel(stacks: _Stacks) -> bool:
+    # oneDNN multiplies by AMX tiles many times faster than any kernel of vector instructions.
+    return (
+        all(residual.numel() for residual in stacks.residuals)
+        and all(p.dtype != torch.float64 for p in stacks.params)
+        and hasattr(torch.ops.rootfree_fused, "_bf16_kernel_runs")  # the extension is built
+        and torch.ops.rootfree_fused._bf16_kernel_runs()
+        and not torch.cpu._is_amx_tile_supported()
+    )
+
+
+def _in_the_kernel(stacks: _Stacks, lr: Tensor, scalars: dict[str, Any]) -> None:
+    params, buffers = ([t.contiguous() for t in ts] for ts in (stacks.params, stacks.buffers))
+    torch.ops.rootfree_fused._ifshampoo_bf16_(
+        params,
+        [g.contiguous() for g in stacks.grads],
+        stacks.factors,
+        stacks.residuals,
+        stacks.momenta,
+        stacks.products,
+        buffers,
+        lr,
+        **scalars,
+    )
+    for originals, updated in ((stacks.params, params), (stacks.buffers, buffers)):
+        for original, result in zip(originals, updated, strict=True):
+            if result is not original:
+                original.copy_(result)
+
+
+def _stacked(
+    stacks: _Stacks,
+    lr: Tensor,
+    *,
+    update_factors: bool,
+    refresh_products: bool,
+    maximize: bool,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    **scalars: float,
+) -> None:
+    sizes = [factor.shape[1] for factor in stacks.factors]
+    dtype = next((f.dtype for f in stacks.factors if f.dim() == 3), stacks.factors[0].dtype)
+    grad = torch.stack([g.reshape(sizes) for g in stacks.grads]).to(dtype)
+    factors = _unversioned(stacks.factors)
+    if update_factors:
+        _update_factors(grad, factors, stacks.residuals, stacks.momenta, **scalars)
+    if update_factors or refresh_products:
+        for factor, product in zip(factors, stacks.products, strict=True):
+            if product.numel():
+                torch.bmm(factor, factor.mT, out=product.data)
+
+    update = -grad if maximize else grad
+    for axis, (factor, product) in enumerate(zip(factors, stacks.products, strict=True)):
+        if product.numel():
+            update = _times(update, product, axis)
+        else:
+            update = _times(_times(update, factor, axis), _transposed(factor), axis)
+    p = torch.stack([param.reshape(sizes) for param in stacks.params])
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
+    buffer = None
+    if stacks.buffers:
+        buffer = torch.stack([b.reshape(sizes) for b in stacks.buffers])
+    matrix.apply_(
+        p,
+        update,
+        buffer,
+        lr=lr.double(),
+        momentum=momentum,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+    )
+    _scatter(p, stacks.params)
+    if buffer is not None:
+        _scatter(buffer, stacks.buffers)
+
+
+def _unversioned(factors: list[Tensor]) -> list[Tensor]:
+    """Aliases through which the factors change without a sign that the products are stale."""
+    return [factor.data for factor in factors]
+
+
+def _update_factors(
+    grad: Tensor,
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    factor_lr: float,
+    factor_momentum: float,
+    damping: float,
+    batch_size: float,
+) -> None:
+    values = [
+        matrix.join(factor, residual) if residual.numel() else factor
+        for factor, residual in zip(factors, residuals, strict=True)
+    ]
+    mean_squares = [value.flatten(1).square().sum(1) / value.shape[1] for value in values]
+    transformed = _times(_times(grad, factors[0], 0), factors[1], 1)
+    for axis, (factor, value, m) in enumerate(zip(factors, values, momenta, strict=True)):
+        each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
+        unfolded = transformed.mT if axis else transformed
+        if factor.dim() == 3:
+            gram, square = unfolded @ unfolded.mT, factor.mT @ factor
+        else:
+            gram, square = unfolded.to(value.dtype).square().sum(2), factor.square()
+        target = gram.to(value.dtype).mul_(batch_size / unfolded.shape[2])
+        target += damping * mean_squares[1 - axis].view(each) * square
+        (target.diagonal(dim1=1, dim2=2) if factor.dim() == 3 else target).sub_(1)
+        new = m.to(value.dtype).lerp_(target.div_(2), 1 - factor_momentum)
+        m.copy_(new)
+        step = factor_lr / new.flatten(1).norm(dim=1).clamp_min(1)
+        product = factor @ m if factor.dim() == 3 else factor * m
+        values[axis] = value - step.view(each) * product
+    for factor, residual, value in zip(factors, residuals, values, strict=True):
+        if residual.numel():
+            high, low = matrix.split(value)
+            factor.copy_(high)
+            residual.copy_(low)
+        else:
+            factor.copy_(value)
+
+
+def _times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """F^T X on axis 0, X F on axis 1; for a diagonal factor either is a scaling."""
+    if factor.dim() == 2:
+        return (x * factor.unsqueeze(2 - axis)).to(x.dtype)
+    return x @ factor if axis else factor.mT @ x
+
+
+def _transposed(factor: Tensor) -> Tensor:
+    return factor.mT if factor.dim() == 3 else factor
+
+
+def _scatter(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
+    parts = [part.view(t.shape) for part, t in zip(stacked.unbind(), tensors, strict=True)]
+    torch._foreach_copy_(list(tensors), parts)

@@ -1,0 +1,141 @@
+"""Bodies of the operators: C++ on the CPU, Triton on CUDA, the specification elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _cpu_matrix, _fallback
+
+# Operators by the stem of the file that has their Triton body.
+_STEMS = {"rmsprop_": "diag", "adamw_": "diag", "ifshampoo_": "matrix"}
+
+
+def register(library: torch.library.Library) -> None:
+    """Give the operators of a library their bodies; C++ registers its own when imported."""
+    for name in _STEMS:
+        on_cuda = _matrices_on_cuda if name == "ifshampoo_" else _on_cuda(name)
+        library.impl(name, _slowly(name), "CompositeExplicitAutograd")
+        library.impl(name, on_cuda, "CUDA")
+        torch.library.register_fake(f"rootfree_fused::{name}", lambda *_, **__: None, lib=library)
+    library.impl("ifshampoo_", _matrices_on_cpu, "CPU")
+    _extension()
+
+
+def backends() -> dict[str, str]:
+    """What runs on each device."""
+    extension, kernels = _extension(), _kernels("diag")
+    return {
+        "cpu": f"reference: {extension}"
+        if isinstance(extension, ImportError)
+        else f"C++ ({torch.ops.rootfree_fused.cpu_isa()})",
+        "cuda": f"reference: {kernels}"
+        if isinstance(kernels, ImportError)
+        else f"Triton {importlib.import_module('triton').__version__}",
+    }
+
+
+@functools.cache
+def _extension() -> ModuleType | ImportError:
+    """The C++ kernels, which register themselves for CPU when imported, or why there are none."""
+    return _import("rootfree_fused._C")
+
+
+@functools.cache
+def _kernels(stem: str) -> ModuleType | ImportError:
+    """The Triton kernels, or why there are none. Imported on first use: Triton takes a while."""
+    return _import(f"rootfree_fused.kernels.{stem}")
+
+
+def _import(name: str) -> ModuleType | ImportError:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return error
+
+
+def _slowly(name: str) -> Callable[..., None]:
+    """The specification, with a warning where a faster body is missing."""
+
+    def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+        _warn_if_slow(name, params)
+        getattr(_fallback, name)(params, *tensors, **scalars)
+
+    return run
+
+
+def _warn_if_slow(name: str, params: list[Tensor]) -> None:
+    device = params[0].device.type if params else ""
+    if device in ("cpu", "cuda"):
+        kernels = _extension() if device == "cpu" else _kernels(_STEMS[name])
+        if isinstance(kernels, ImportError):
+            _warn_slow(device, kernels)
+
+
+@functools.cache
+def _warn_slow(device: str, cause: ImportError) -> None:
+    cure = {
+        "cpu": "install a C++ compiler and reinstall rootfree_fused with --no-build-isolation",
+        "cuda": "install triton",
+    }
+    warnings.warn(
+        f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
+        f"kernels ({cause}): {cure[device]}",
+        stacklevel=1,
+    )
+
+
+def _on_cuda(name: str) -> Callable[..., None]:
+    """The Triton body; parameters that it does not serve go where they are served."""
+
+    def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+        kernels = _kernels(_STEMS[name])
+        slow = _slowly(name)
+        body = slow if isinstance(kernels, ImportError) else getattr(kernels, name)
+        served = [p.is_cuda and p.dtype is not torch.float64 for p in params]
+        if all(served):
+            body(params, *tensors, **scalars)
+            return
+        *states, lr = tensors
+        for part, part_body, part_lr in (
+            (served, body, lr),
+            ([p.is_cuda and p.dtype is torch.float64 for p in params], slow, lr),
+            ([not p.is_cuda for p in params], getattr(torch.ops.rootfree_fused, name), lr.cpu()),
+        ):
+            if any(part):
+                picked = [_select(values, part) for values in (params, *states)]
+                part_body(*picked, part_lr, **scalars)
+
+    return run
+
+
+def _select(values: Any, part: list[bool]) -> Any:
+    """The entries of a list, or of the 1-D tensor of steps, that belong to a part of the call."""
+    if isinstance(values, Tensor):
+        return values[torch.tensor(part, device=values.device)]
+    return (
+        [value for value, chosen in zip(values, part, strict=True) if chosen] if values else values
+    )
+
+
+def _matrices_on_cpu(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
+    _warn_if_slow("ifshampoo_", params)
+    _cpu_matrix.ifshampoo_(params, *tensors, **scalars)
+
+
+def _matrices_on_cuda(*tensors: Any, axes: list[int], **scalars: Any) -> None:
+    """IF-Shampoo in Triton; buckets that it does not serve by the specification."""
+    kernels = _kernels("matrix")
+    slow = _slowly("ifshampoo_")
+    if isinstance(kernels, ImportError):
+        slow(*tensors, axes=axes, **scalars)
+        return
+    for bucket in kernels.ifshampoo_(*tensors, axes=axes, **scalars):
+        slow(*_fallback.take_bucket(bucket, *tensors, axes=axes), axes=[axes[bucket]], **scalars)

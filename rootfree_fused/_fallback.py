@@ -1,0 +1,135 @@
+"""The operators by the specification, one parameter after the other, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .reference import diag, matrix
+
+
+def rmsprop_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    **scalars: Any,
+) -> None:
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
+        diag.rmsprop_(p, g, s, buf, lr=lr.double(), **scalars)
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: Tensor | None,
+    lr: Tensor,
+    **scalars: Any,
+) -> None:
+    counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
+    for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
+        diag.adamw_(p, g, m, s, t, lr=lr.double(), **scalars)
+
+
+def ifshampoo_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    factor_momenta: list[Tensor],
+    products: list[Tensor],
+    momentum_buffers: list[Tensor],
+    lr: Tensor,
+    *,
+    axes: list[int],
+    update_factors: bool,
+    refresh_products: bool,
+    factor_lr: float,
+    factor_momentum: float,
+    damping: float,
+    batch_size: float,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+) -> None:
+    """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused."""
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    members = zip(params, grads, buffers, strict=True)
+    first = 0
+    for count in axes:
+        last = first + count
+        for i in range(factors[first].shape[0]):
+            param, grad, buffer = next(members)
+            stored = [factor[i] for factor in factors[first:last]]
+            kept = [residual[i] if residual.numel() else None for residual in residuals[first:last]]
+            values = [
+                factor.clone() if residual is None else matrix.join(factor, residual)
+                for factor, residual in zip(stored, kept, strict=True)
+            ]
+            g = grad.reshape([value.shape[0] for value in values]).to(values[0].dtype)
+            if update_factors:
+                momenta = [m[i].to(values[0].dtype) for m in factor_momenta[first:last]]
+                matrix.update_factors_(
+                    g,
+                    values,
+                    momenta,
+                    factor_lr=factor_lr,
+                    factor_momentum=factor_momentum,
+                    damping=damping,
+                    batch_size=batch_size,
+                )
+                for value, factor, residual in zip(values, stored, kept, strict=True):
+                    if residual is None:
+                        factor.copy_(value)
+                    else:
+                        high, low = matrix.split(value)
+                        factor.copy_(high)
+                        residual.copy_(low)
+                for value, m in zip(momenta, factor_momenta[first:last], strict=True):
+                    m[i].copy_(value)
+            update = matrix.precondition(-g if maximize else g, values)
+            matrix.apply_(
+                param,
+                update.reshape(param.shape),
+                buffer,
+                lr=lr.double(),
+                momentum=momentum,
+                weight_decay=weight_decay,
+                decoupled=decoupled,
+            )
+        first = last
+
+
+def take_bucket(
+    bucket: int,
+    params: list[Tensor],
+    grads: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    factor_momenta: list[Tensor],
+    products: list[Tensor],
+    momentum_buffers: list[Tensor],
+    *others: Any,
+    axes: list[int],
+) -> tuple[Any, ...]:
+    """The tensors of one bucket out of those of a call of `ifshampoo_`."""
+    first = sum(axes[:bucket])
+    here = slice(first, first + axes[bucket])
+    starts = [sum(axes[:i]) for i in range(bucket + 1)]
+    sizes = [factors[start].shape[0] for start in starts]
+    members = slice(sum(sizes[:-1]), sum(sizes))
+    per_axis = (factors, residuals, factor_momenta, products)
+    return (
+        params[members],
+        grads[members],
+        *(tensors[here] for tensors in per_axis),
+        momentum_buffers[members],
+        *others,
+    )

@@ -1,0 +1,256 @@
+"""IFShampoo: inverse-free, root-free Shampoo, whose factors products alone learn."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import ParamsT
+
+from . import ops
+from ._base import Group, RootFreeOptimizer
+from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
+from .reference import is_update_step
+
+Structure = Literal["auto", "dense", "diagonal"]
+
+
+class IFShampoo(RootFreeOptimizer):
+    r"""Inverse-free Shampoo without roots (IF-Shampoo).
+
+    A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at the identity, so
+    that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix products alone. With the
+    gradient G of a loss averaged over B terms and M_n the mode-n unfolding of
+    G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors::
+
+        H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
+                     + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }
+        m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
+        K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
+
+    and every step, with the newest factors::
+
+        P    = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T)
+        buf <- momentum buf + P
+        p   <- (1 - lr weight_decay) p - lr buf
+
+    or, with ``weight_decay_mode="momentum"``, as released, ``buf <- momentum buf + P +
+    weight_decay p``. Axes of size 1 are dropped. Vectors and scalars take the update of
+    :class:`RootFreeRMSprop`, or a factor as released with ``vector_method="factor"``.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
+            float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes`` and
+            ``vector_method``, which decide what state there is, may change between steps.
+        lr: step size. A 0-d tensor is read, never written. The paper's beta_1.
+        momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
+        damping: weight of the identity, in the unit of a squared gradient times the batch size;
+            sirfshampoo's lam.
+        weight_decay: per unit of lr; sirfshampoo's kappa.
+        batch_size: the number B of loss terms that the gradient averages: the global batch size
+            for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
+            for a summed loss. Required here or in every group.
+        factor_lr: step size of the factors; sirfshampoo's beta2, the released code's lr_cov. A
+            factor grows by at most factor_lr / sqrt(d) an update, so warm-up takes about
+            sqrt(d) / factor_lr updates.
+        factor_momentum: decay of m_n, in [0, 1); sirfshampoo's alpha2, the released code's beta2.
+        update_interval: update the factors every so many steps.
+        update_schedule: "constant", or "log4", as released: after an update at step k wait
+            min(max(floor(log4(k + 1)), 1), update_interval) steps.
+        structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
+            tuple of them, one an axis.
+        max_dense_dim: the largest axis that may have a dense factor.
+        merge_axes: see a tensor of three axes or more as the matrix (first axis, all others).
+        vector_method: "rmsprop" or "factor".
+        alpha: decay of root-free RMSProp's s for vectors.
+        factor_dtype: dtype of the products: torch.bfloat16, torch.float32 or torch.float64. None
+            chooses bfloat16 where the device multiplies it natively, float64 for float64
+            parameters, and float32 elsewhere; the group then shows which.
+        weight_decay_mode: "decoupled" or "momentum".
+        maximize: ascend instead of descend.
+        capturable: keep ``step`` on the parameter's device.
+
+    State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the
+    parameter's shape, float32, or float64 for float64 parameters), and per axis ``factor_N`` and
+    ``factor_momentum_N``, of shape (d, d), or (d,) in float32 where diagonal. A bfloat16 factor has
+    the bits that its products do not read in ``factor_N_residual`` (int16), so that steps below a
+    bfloat16 rounding are not lost. Vectors have ``square_avg`` instead.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
+            supported or does not fit a shape, an axis too large for a dense factor.
+        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+
+    Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
+    Fig. 3, and its released code.
+    """
+
+    _fixed = ("factor_dtype",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-4,
+        weight_decay: float = 0.0,
+        *,
+        batch_size: float | None = None,
+        factor_lr: float = 0.1,
+        factor_momentum: float = 0.5,
+        update_interval: int = 1,
+        update_schedule: Literal["constant", "log4"] = "constant",
+        structures: Structure | tuple[Structure, ...] = "auto",
+        max_dense_dim: int = 2048,
+        merge_axes: bool = True,
+        vector_method: Literal["rmsprop", "factor"] = "rmsprop",
+        alpha: float = 0.99,
+        factor_dtype: torch.dtype | None = None,
+        weight_decay_mode: ops.WeightDecayMode = "decoupled",
+        maximize: bool = False,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "batch_size": batch_size,
+            "factor_lr": factor_lr,
+            "factor_momentum": factor_momentum,
+            "update_interval": update_interval,
+            "update_schedule": update_schedule,
+            "structures": structures,
+            "max_dense_dim": max_dense_dim,
+            "merge_axes": merge_axes,
+            "vector_method": vector_method,
+            "alpha": alpha,
+            "factor_dtype": factor_dtype,
+            "weight_decay_mode": weight_decay_mode,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+
+    def _complete(self, group: Group) -> None:
+        if group["factor_dtype"] is None and group["params"]:
+            group["factor_dtype"] = default_dtype(group["params"][0])
+
+    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        layout = layout_of(param.shape, group)
+        own = (
+            {"square_avg": full_like(param, 1.0)}
+            if layout is None
+            else factor_state(layout, group["factor_dtype"])
+        )
+        return {**own, "momentum_buffer": full_like(param, 0.0)}
+
+    def _unused_state(self, group: Group) -> frozenset[str]:
+        return unused_momentum(group)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._counts: dict[int, tuple[Tensor, list[int]]] = {}
+
+    def _reset_caches(self) -> None:
+        super()._reset_caches()
+        self._plans: dict[int, Plan] = {}
+
+    @_disable_dynamo
+    def _update(
+        self,
+        index: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
+    ) -> None:
+        group = self.param_groups[index]
+        due = self._due(index, group, steps)
+        plan = self._plans.get(index)
+        if plan is None or not plan.fits(states, due):
+            layouts = [layout_of(p.shape, group) for p in params]
+            plan = build_plan(layouts, due, states, group["update_interval"])
+            self._plans[index] = plan
+
+        lists = params, grads, states
+        if plan.vectors:
+            _update_vectors(group, *_pick(plan.vectors, *lists))
+        calls: dict[tuple[bool, str], list[Bucket]] = defaultdict(list)
+        for bucket in plan.buckets:
+            calls[due[bucket.members[0]], bucket.factors[0].device.type].append(bucket)
+        for (update, _), buckets in calls.items():
+            members = [i for bucket in buckets for i in bucket.members]
+            _update_matrices(group, buckets, update, *_pick(members, *lists))
+
+    def _due(self, index: int, group: Group, steps: Tensor) -> list[bool]:
+        """Which parameters update their factors at this step."""
+        if steps.device.type == "cpu":
+            counts = steps.int().tolist()
+        else:  # read once, then counted on the host: nothing waits for the device
+            source, counts = self._counts.get(index, (None, []))
+            counts = [count + 1 for count in counts] if source is steps else steps.int().tolist()
+            self._counts[index] = steps, counts
+        interval, schedule = group["update_interval"], group["update_schedule"]
+        due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
+        return [due[count] for count in counts]
+
+
+def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
+    return [[items[i] for i in places] for items in lists]
+
+
+def _update_vectors(
+    group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
+) -> None:
+    torch.ops.rootfree_fused.rmsprop_(
+        params,
+        grads,
+        [state["square_avg"] for state in states],
+        momentum_buffers(states, group["momentum"]),
+        ops.as_scalar_tensor(group["lr"]),
+        alpha=group["alpha"],
+        damping=group["damping"],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        batch_size=group["batch_size"],
+        decoupled=group["weight_decay_mode"] == "decoupled",
+        maximize=group["maximize"],
+    )
+
+
+def _update_matrices(
+    group: Group,
+    buckets: list[Bucket],
+    update_factors: bool,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
+) -> None:
+    stale = [bucket.products_are_stale() for bucket in buckets]
+    torch.ops.rootfree_fused.ifshampoo_(
+        params,
+        grads,
+        [factor for bucket in buckets for factor in bucket.factors],
+        [residual for bucket in buckets for residual in bucket.residuals],
+        [momentum for bucket in buckets for momentum in bucket.momenta],
+        [product for bucket in buckets for product in bucket.products],
+        momentum_buffers(states, group["momentum"]),
+        ops.as_scalar_tensor(group["lr"]),
+        axes=[len(bucket.factors) for bucket in buckets],
+        update_factors=update_factors,
+        refresh_products=any(stale),
+        factor_lr=group["factor_lr"],
+        factor_momentum=group["factor_momentum"],
+        damping=group["damping"],
+        batch_size=group["batch_size"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        decoupled=group["weight_decay_mode"] == "decoupled",
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,146 @@
+"""Inverse-free, root-free Shampoo (IF-Shampoo) on one parameter: the specification.
+
+Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024
+(arXiv 2402.03496), Fig. 3, and the released code, whose N-dimensional form this is. The released
+codes also divide K by sqrt(d) and by max(1, sqrt(max |K|)) and multiply back; that protects float16
+alone and is left out.
+
+The gradient has N axes of sizes d_1 .. d_N, none of size 1 unless N = 1, and a factor K_n an axis:
+a (d_n, d_n) matrix, or for a diagonal factor its diagonal, (d_n,). Factors start at the identity
+and their momenta m_n at zero. Everything is computed in the dtype of the factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def update_factors_(
+    grad: Tensor,
+    factors: Sequence[Tensor],
+    factor_momenta: Sequence[Tensor],
+    *,
+    factor_lr: float,
+    factor_momentum: float,
+    damping: float,
+    batch_size: float,
+) -> None:
+    """One update of every factor, all from the old factors.
+
+    M_n  = the mode-n unfolding of G x_1 K_1^T ... x_N K_N^T
+    H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
+                 + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }
+    m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
+    K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
+
+    A diagonal factor keeps the diagonal of H_n alone.
+    """
+    transformed = grad.to(factors[0].dtype)
+    for axis, factor in enumerate(factors):
+        transformed = _mode_product(transformed, factor, axis, transpose=True)
+    mean_squares = [factor.square().sum() / factor.shape[0] for factor in factors]
+
+    targets = []
+    for axis, factor in enumerate(factors):
+        others = math.prod(grad.shape) // grad.shape[axis]
+        trace = math.prod(t for j, t in enumerate(mean_squares) if j != axis)
+        unfolded = transformed.movedim(axis, 0).reshape(grad.shape[axis], -1)
+        if factor.dim() == 1:
+            gram, square = unfolded.square().sum(1), factor.square()
+            identity = torch.ones_like(factor)
+        else:
+            gram, square = unfolded @ unfolded.T, factor.T @ factor
+            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        targets.append((batch_size / others * gram + damping * trace * square - identity) / 2)
+
+    for factor, momentum, target in zip(factors, factor_momenta, targets, strict=True):
+        momentum.lerp_(target, 1 - factor_momentum)
+        step = factor_lr / momentum.norm().clamp_min(1)
+        product = factor * momentum if factor.dim() == 1 else factor @ momentum
+        factor.sub_(step * product)
+
+
+def precondition(grad: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """P = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T), with the newest factors."""
+    result = grad.to(factors[0].dtype)
+    for axis, factor in enumerate(factors):
+        result = _mode_product(result, factor, axis, transpose=True)
+        result = _mode_product(result, factor, axis, transpose=False)
+    return result
+
+
+def apply_(
+    param: Tensor,
+    update: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """One step of a parameter along its preconditioned gradient P = `update`.
+
+    u    = P + weight_decay p            (P where decoupled)
+    p   <- p - lr weight_decay p         if decoupled
+    buf <- momentum buf + u              (buf = u where there is no momentum buffer)
+    p   <- p - lr buf
+
+    Computed in float32, or float64 for float64 parameters.
+    """
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    p, u = param.to(dtype), update.to(dtype)
+    if decoupled:
+        p = p - lr * weight_decay * p
+    else:
+        u = u + weight_decay * p
+    if momentum_buffer is not None:
+        u = momentum_buffer.mul_(momentum).add_(u)
+    param.copy_(p - lr * u)
+
+
+def is_update_step(step: int, interval: int, schedule: str) -> bool:
+    """Whether factors are updated at `step`, counted from 0.
+
+    "constant": every `interval` steps. "log4", as released: after an update at step k wait
+    min(max(floor(log4(k + 1)), 1), interval) steps.
+    """
+    if schedule == "constant":
+        return step % interval == 0
+    start = 0  # the first update that is followed by this wait
+    for wait in range(1, interval + 1):
+        end = 4 ** (wait + 1) - 1  # the first step whose wait is longer
+        if wait == interval or step < end:
+            return step >= start and (step - start) % wait == 0
+        start += -(-(end - start) // wait) * wait
+    raise ValueError(f"interval is {interval}; pass a whole number >= 1")
+
+
+def split(value: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as a bfloat16 tensor, rounded to nearest, and the 16 bits that remain.
+
+    The residual is the int16 difference of the two bit patterns, so that `join` gives back every
+    bit. Ties round away from zero: rounded to even, a difference of +2^15 would not fit.
+    """
+    # A NaN of all ones would carry into the sign.
+    bits = value.view(torch.int32).masked_fill(value.isnan(), 0x7FC00000)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(high: Tensor, residual: Tensor) -> Tensor:
+    """The float32 tensor that `split` took apart."""
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)
+    return bits.view(torch.float32)
+
+
+def _mode_product(tensor: Tensor, factor: Tensor, axis: int, *, transpose: bool) -> Tensor:
+    """tensor x_axis F for F = factor or its transpose: F times every fibre along the axis."""
+    fibres = tensor.movedim(axis, -1)
+    if factor.dim() == 1:
+        return (fibres * factor).movedim(-1, axis)
+    return (fibres @ (factor if transpose else factor.T)).movedim(-1, axis)

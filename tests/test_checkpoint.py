@@ -1,0 +1,150 @@
+"""Saving, loading and copying, for every optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
+
+pytestmark = pytest.mark.parametrize("name", SETTINGS)
+SHAPES = [(7, 5), (11,), (), (0,), (3, 4, 2)]
+
+
+def save_and_load(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_resume_is_bit_exact(name, device, dtype):
+    params = parameters(*SHAPES, dtype=dtype, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 3)
+    saved = save_and_load(optimizer.state_dict())
+    resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = build(name, resumed_params)
+    resumed.load_state_dict(saved)
+    assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
+    run(optimizer, params, 3, first=3)
+    run(resumed, resumed_params, 3, first=3)
+    assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
+
+
+def test_a_checkpoint_is_as_large_as_its_state(name):
+    params = parameters(*[(8, 8)] * 100)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    tensors = [v for state in optimizer.state.values() for v in state.values()]
+    nbytes = sum(v.numel() * v.element_size() for v in tensors)
+    overhead = 1000 * len(tensors)  # what pickle says of a tensor besides its bytes
+    assert len(pickle.dumps(optimizer.state_dict())) < nbytes + overhead
+    assert len(pickle.dumps(optimizer)) < nbytes + 100 * (256 + 1000) + overhead
+
+
+def test_loading_writes_in_place_and_leaves_the_callers_dict(name, device):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    saved = save_and_load(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    run(optimizer, params, 2, first=2)
+    tensors = {id(v) for p in params for v in optimizer.state[p].values()}
+    optimizer.load_state_dict(state_dict=saved)
+    run(optimizer, params, 1, first=4)
+    assert {id(v) for p in params for v in optimizer.state[p].values()} == tensors
+    assert saved["param_groups"] == kept["param_groups"]
+    for key, state in kept["state"].items():
+        for k, v in state.items():
+            assert torch.equal(saved["state"][key][k], v)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_continues_identically(name, device, how):
+    params = parameters(*SHAPES, device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 3)
+    twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    twins = twin.param_groups[0]["params"]
+    assert all(a is not b for a, b in zip(params, twins, strict=True))
+    run(optimizer, params, 3, first=3)
+    run(twin, twins, 3, first=3)
+    assert_identical(snapshot(twin, twins), snapshot(optimizer, params))
+
+
+def test_settings_that_a_checkpoint_lacks_stay(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params, maximize=True)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["maximize"]
+    for state in saved["state"].values():
+        state["step"] = 5
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["maximize"] is True
+    assert torch.equal(optimizer.state[params[0]]["step"], torch.tensor(5.0))
+
+
+def corruptions(state_dict):
+    """Broken checkpoints by the words that their error must have."""
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    key = next(k for k in state[0] if k != "step")
+    value = state[0][key]
+
+    def with_state(**changes):
+        changed = {k: v for k, v in {**state[0], **changes}.items() if v is not None}
+        return {"state": {**state, 0: changed}, "param_groups": groups}
+
+    return {
+        "has shape": with_state(**{key: value[:1]}),
+        "would lose bits": with_state(**{key: value.double()}),
+        "has keys": with_state(**{key: None}),
+        "same settings": with_state(surplus=value),
+        "must be a tensor": with_state(**{key: [1.0]}),
+        "none of its groups": {"state": {**state, 99: state[0]}, "param_groups": groups},
+        "groups of": {"state": state, "param_groups": [*groups, groups[0]]},
+        "no batch_size": {
+            "state": state,
+            "param_groups": [{k: v for k, v in groups[0].items() if k != "batch_size"}],
+        },
+        "lr is -1": {"state": state, "param_groups": [{**groups[0], "lr": -1.0}]},
+    }
+
+
+def test_a_checkpoint_that_does_not_fit_changes_nothing(name, device):
+    params = parameters((3, 2), (4,), device=device)
+    optimizer = build(name, params)
+    run(optimizer, params, 2)
+    broken = corruptions(optimizer.state_dict())
+    before = snapshot(optimizer, params)
+    groups = [dict(g) for g in optimizer.param_groups]
+    for words, state_dict in broken.items():
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(state_dict)
+        assert_identical(snapshot(optimizer, params), before)
+        assert [dict(g) for g in optimizer.param_groups] == groups
+
+
+def test_a_checkpoint_of_torch_s_own_optimizers_is_refused(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params)
+    for cls in (torch.optim.AdamW, torch.optim.RMSprop):
+        other = cls(params)
+        set_grads(params, seed=0)
+        other.step()
+        with pytest.raises(ValueError, match=f"not saved by {type(optimizer).__name__}"):
+            optimizer.load_state_dict(other.state_dict())
+
+
+def test_load_hooks_run_in_order(name, device):
+    params = parameters((3,), device=device)
+    optimizer = build(name, params)
+    calls = []
+    optimizer.register_load_state_dict_pre_hook(lambda o, d: calls.append("pre"))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("post"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre", "post"]

@@ -1,0 +1,257 @@
+"""IFShampoo: the released trajectories, schedules, structures, mixed shapes, frozen factors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _optimizers import assert_identical, parameters, run, set_grads, snapshot
+from test_reference_diag import load
+from test_reference_matrix import CASES, golden_factor
+
+from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
+
+FLOAT64 = torch.float64
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, device):
+    data, meta = load(case)
+    logarithmic = isinstance(meta["update_interval"], str)
+    indices = range(len(meta["shapes"]))
+    params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
+    structure = meta["structure"]
+    keys = ("lr", "momentum", "damping", "weight_decay", "weight_decay_mode", "batch_size")
+    optimizer = IFShampoo(
+        params,
+        **{key: meta[key] for key in (*keys, "factor_lr", "factor_momentum")},
+        update_interval=3 if logarithmic else meta["update_interval"],
+        update_schedule="log4" if logarithmic else "constant",
+        structures=structure if isinstance(structure, str) else tuple(structure),
+        merge_axes=False,
+        vector_method="factor",
+    )
+    assert optimizer.param_groups[0]["factor_dtype"] == FLOAT64
+    for t in range(meta["steps"]):
+        for i, p in enumerate(params):
+            p.grad = data[f"grad.{t}.{i}"].to(device)
+        optimizer.step()
+        for i, p in enumerate(params):
+            expected = data[f"param.{t}.{i}"]
+            assert (p.detach().cpu() - expected).abs().max() <= 1e-12 * expected.abs().max()
+    for i, p in enumerate(params):
+        axes = sum(d != 1 for d in p.shape) or 1
+        for axis in range(axes):
+            factor = optimizer.state[p][f"factor_{axis}"].cpu()
+            expected = golden_factor(data, i, axis, axes)
+            dense = factor if factor.dim() == 2 else factor.diag()
+            assert (dense - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def reference_run(shape, grads, start, *, axes, interval=1, **settings):
+    """A float64 trajectory of one dense parameter by the specification."""
+    factors = [torch.eye(d, dtype=FLOAT64) for d in axes]
+    momenta = [torch.zeros(d, d, dtype=FLOAT64) for d in axes]
+    p, buffer = start.clone(), torch.zeros_like(start)
+    own = {k: settings[k] for k in ("factor_lr", "factor_momentum", "damping", "batch_size")}
+    step = {k: settings[k] for k in ("lr", "momentum", "weight_decay")}
+    for t, g in enumerate(grads):
+        if t % interval == 0:
+            reference.update_factors_(g.reshape(axes), factors, momenta, **own)
+        update = reference.precondition(g.reshape(axes), factors).reshape(shape)
+        reference.apply_(p, update, buffer, **step, decoupled=True)
+    return p, factors
+
+
+SETTINGS = {
+    "lr": 0.02,
+    "momentum": 0.9,
+    "damping": 1e-3,
+    "weight_decay": 0.1,
+    "batch_size": 8,
+    "factor_lr": 0.1,
+    "factor_momentum": 0.5,
+}
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_merged_axes_are_a_matrix(device, interval):
+    (p,) = parameters((4, 3, 2, 2), dtype=FLOAT64, device=device)
+    start = p.detach().cpu().clone()
+    grads = [0.3 * torch.randn(4, 3, 2, 2, dtype=FLOAT64) for _ in range(8)]
+    optimizer = IFShampoo([p], update_interval=interval, **SETTINGS)
+    for g in grads:
+        p.grad = g.to(device)
+        optimizer.step()
+    expected, factors = reference_run(
+        p.shape, grads, start, axes=(4, 12), interval=interval, **SETTINGS
+    )
+    torch.testing.assert_close(p.detach().cpu(), expected, rtol=1e-11, atol=1e-13)
+    for axis, factor in enumerate(factors):
+        kept = optimizer.state[p][f"factor_{axis}"].cpu()
+        torch.testing.assert_close(kept, factor, rtol=1e-11, atol=1e-13)
+
+
+def test_vectors_are_root_free_rmsprops(device):
+    params, twins = (parameters((5,), (), dtype=FLOAT64, device=device) for _ in range(2))
+    common = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1, "batch_size": 4, "alpha": 0.9}
+    run(IFShampoo(params, **common), params, 5)
+    run(RootFreeRMSprop(twins, **common), twins, 5)
+    assert_identical([p.detach() for p in params], [p.detach() for p in twins])
+
+
+SHAPES = [(6, 5), (6, 5), (7,), (5, 6), (3, 2, 4), (), (0, 4), (300, 3), (6, 5)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, FLOAT64])
+def test_each_parameter_moves_as_it_does_alone(device, dtype):
+    """Buckets, missing gradients and different counts change nothing for a parameter."""
+    settings = {**SETTINGS, "max_dense_dim": 100, "update_interval": 2, "factor_dtype": dtype}
+    base = FLOAT64 if dtype == FLOAT64 else torch.float32
+    params, twins = (parameters(*SHAPES, dtype=base, device=device) for _ in range(2))
+    together = IFShampoo(params, **settings)
+    alone = [IFShampoo([p], **settings) for p in twins]
+    for t in range(7):
+        set_grads(params, seed=t)
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            if (t, i) in {(1, 0), (2, 3), (2, 0), (4, 2), (5, 8)}:
+                p.grad = None
+            q.grad = None if p.grad is None else p.grad.clone()
+        together.step()
+        for optimizer in alone:
+            optimizer.step()
+    # Stacked products may round differently from single ones.
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-4, FLOAT64: 1e-11}[dtype]
+    for p, q in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    assert [together.state[p]["step"].item() for p in params] == [
+        optimizer.state[q]["step"].item() for optimizer, q in zip(alone, twins, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_factors_do_not_freeze_in_bfloat16(device, size):
+    """factor_lr = 0.01 moves diag(K) as in float64, where bfloat16 alone stays exactly 1."""
+    (p,) = parameters((size, 32), device=device)
+    optimizer = IFShampoo(
+        [p], lr=0.0, batch_size=1, factor_lr=0.01, factor_dtype=torch.bfloat16, damping=0.0
+    )
+    factors = [torch.eye(d, dtype=FLOAT64) for d in (size, 32)]
+    momenta = [torch.zeros(d, d, dtype=FLOAT64) for d in (size, 32)]
+    frozen = torch.eye(size, dtype=torch.bfloat16)
+    for t in range(100):
+        g = 1e-3 * torch.randn(size, 32, generator=torch.Generator().manual_seed(t))
+        p.grad = g.to(device)
+        optimizer.step()
+        reference.update_factors_(
+            g.double(),
+            factors,
+            momenta,
+            factor_lr=0.01,
+            factor_momentum=0.5,
+            damping=0.0,
+            batch_size=1,
+        )
+        step = 0.01 / momenta[0].norm().clamp_min(1)
+        frozen -= (step * frozen.double() @ momenta[0]).bfloat16()
+    state = optimizer.state[p]
+    kept = reference.join(state["factor_0"], state["factor_0_residual"]).double().cpu().diag()
+    truth = factors[0].diag()
+    assert (frozen.diag() == 1).all()
+    assert (truth > 1.02).all()
+    assert ((kept - truth).abs() < 0.02 * (truth - 1)).all()
+
+
+def test_training_in_bfloat16_follows_float32(device):
+    """A least-squares problem: the same descent, to the precision of the products."""
+    x = torch.randn(128, 24, device=device)
+    y = x @ torch.randn(24, 12, device=device)
+
+    def losses(dtype):
+        (weight,) = parameters((24, 12), device=device)
+        optimizer = IFShampoo([weight], lr=0.05, batch_size=128, factor_dtype=dtype, damping=1e-3)
+        history = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (x @ weight - y).square().mean()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.detach().cpu())
+        return torch.stack(history)
+
+    low, full = losses(torch.bfloat16), losses(torch.float32)
+    assert full[-1] < 0.2 * full[0]
+    assert ((low - full).abs() <= 0.05 * full[0]).all()
+
+
+def test_products_follow_factors_that_a_load_replaced(device):
+    """Between updates K K^T is a cache: a load in the middle of an interval must renew it."""
+    settings = {**SETTINGS, "update_interval": 4}
+    params, twins = (parameters((12, 4), (5, 5), device=device) for _ in range(2))
+    optimizer, other = IFShampoo(params, **settings), IFShampoo(twins, **settings)
+    run(optimizer, params, 6)
+    run(other, twins, 3)
+    other.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        for p, q in zip(params, twins, strict=True):
+            q.copy_(p)
+    run(optimizer, params, 5, first=6)
+    run(other, twins, 5, first=6)
+    assert_identical(snapshot(other, twins), snapshot(optimizer, params))
+
+
+def test_factor_dtype_is_resolved_and_shown(device):
+    (p,) = parameters((4, 3), device=device)
+    optimizer = IFShampoo([p], batch_size=1)
+    assert optimizer.param_groups[0]["factor_dtype"] in (torch.bfloat16, torch.float32)
+    assert optimizer.defaults["factor_dtype"] is None
+
+
+BAD = [
+    ("factor_lr", -0.1, ValueError),
+    ("factor_momentum", 1.0, ValueError),
+    ("update_interval", 0, ValueError),
+    ("update_interval", 1.5, TypeError),
+    ("update_schedule", "log2", ValueError),
+    ("structures", "toeplitz", ValueError),
+    ("structures", (), ValueError),
+    ("structures", ("dense", "toeplitz"), ValueError),
+    ("structures", ("dense", "dense", "dense"), ValueError),
+    ("max_dense_dim", 0, ValueError),
+    ("merge_axes", 1, ValueError),
+    ("vector_method", "adam", ValueError),
+    ("factor_dtype", torch.float16, ValueError),
+    ("factor_dtype", "bfloat16", ValueError),
+    ("alpha", 2.0, ValueError),
+    ("batch_size", None, ValueError),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error"), BAD)
+def test_a_bad_setting_is_named_and_nothing_is_added(name, value, error):
+    first, second = parameters((4, 3), (4, 3))
+    with pytest.raises(error, match=f"^{name} is .*; "):
+        IFShampoo([first], **{"batch_size": 8, name: value})
+    if value is None:
+        return
+    optimizer = IFShampoo([first], batch_size=8)
+    with pytest.raises(error, match=f"^{name} is .*; "):
+        optimizer.add_param_group({"params": [second], name: value})
+    assert len(optimizer.param_groups) == 1
+    assert set(optimizer.state) == {first}
+
+
+def test_an_unsupported_structure_lists_what_is_supported():
+    with pytest.raises(ValueError, match="'auto', 'dense', 'diagonal'"):
+        IFShampoo(parameters((4, 3)), batch_size=8, structures="block30diagonal")
+
+
+def test_a_changed_factor_dtype_on_load_changes_nothing(device):
+    params = parameters((4, 3), device=device)
+    optimizer = IFShampoo(params, batch_size=8, factor_dtype=torch.bfloat16)
+    run(optimizer, params, 2)
+    before = snapshot(optimizer, params)
+    other = IFShampoo(parameters((4, 3), device=device), batch_size=8, factor_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"factor_dtype .*bfloat16 but .*float32; build"):
+        optimizer.load_state_dict(other.state_dict())
+    assert_identical(snapshot(optimizer, params), before)
+    assert optimizer.param_groups[0]["factor_dtype"] == torch.bfloat16
