@@ -9,6 +9,7 @@ from pathlib import Path
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
+    "matrix": "time steps of IFShampoo against sirfshampoo, with the error of each",
     "train": "train a small CNN on scikit-learn's digits with four optimizers",
 }
 

@@ -14,7 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
 
-from bench import common, curves, diag, providers, rows, train
+from bench import common, curves, diag, matrix, providers, rows, train
 from bench.__main__ import SUBCOMMANDS, main
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 
@@ -342,3 +342,36 @@ def test_optimizers_of_a_seed_start_alike_and_see_the_same_batches():
     runs = train.train(twins, train_set, held_out, seed=0, epochs=1, progress=lambda: None)
     assert runs["first"].training_loss == runs["second"].training_loss
     assert runs["first"].accuracy == runs["second"].accuracy
+
+
+# Matrices
+
+
+def test_flops_of_an_update_step_by_hand():
+    # T, H, V, P: 2 m n m or 2 m n n each; M M^T, M^T M at half: m m n + n n m;
+    # K^T K and K K^T at half: 2 n^3 together a side; K m: 2 n^3 a side.
+    m, n = 3, 5
+    products = 2 * (2 * m * m * n + 2 * m * n * n)
+    symmetric = m * m * n + n * n * m + 2 * (m**3 + n**3)
+    assert matrix.step_flops([(m, n)]) == products + symmetric + 2 * (m**3 + n**3)
+    assert matrix.step_flops([(7, 7)] * 2) == 2 * 18 * 7**3
+
+
+@needs_extras
+def test_matrix_end_to_end(tmp_path, monkeypatch):
+    def off(model, dtype):
+        optimizer = matrix.ours(model, dtype)
+        optimizer.param_groups[0]["lr"] *= 1.1
+        return optimizer
+
+    providers_ = {**matrix.PROVIDERS, "IFShampoo, off": (off, torch.float32)}
+    monkeypatch.setattr(matrix, "PROVIDERS", providers_)
+    monkeypatch.setattr(matrix, "CASES", {str(i): [(6, 4), (3, 3)] for i in range(4)})
+    assert main(["matrix", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    written = rows.read_rows(tmp_path / "matrix.jsonl")
+    report = (tmp_path / "matrix.md").read_text()
+    assert report == matrix.table(written)
+    assert "| IFShampoo, off | **WRONG** |" in report
+    timed = rows.unique(rows.select(written, metric="time"), "provider")
+    assert timed[:2] == ["IFShampoo, bfloat16", "IFShampoo, float32"]
+    assert "IFShampoo, off" not in timed

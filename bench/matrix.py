@@ -1,0 +1,206 @@
+"""Time steps of IFShampoo, factors updated every step, against sirfshampoo on equal settings.
+
+The models are matrices alone, so that every provider does the same mathematics and the float64
+specification says how far each is from it. `pip install sirfshampoo==0.0.1` brings the peer;
+without it the table says that it is absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter, ParameterList
+from torch.optim import Optimizer
+
+from rootfree_fused import IFShampoo, reference
+
+from .common import Shape, device_timer, interleave, optional, pick_device, random_tensors
+from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
+
+CHECK_STEPS = 3
+LR, MOMENTUM, DAMPING, BATCH = 1e-3, 0.9, 1e-4, 8
+FACTOR_LR, FACTOR_MOMENTUM = 0.1, 0.5
+# Allowed distance from the float64 displacement: several roundings of the products' dtype.
+ALLOWED_ERROR = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-16}
+PEER = "sirfshampoo"
+
+
+def transformer(width: int, layers: int) -> list[Shape]:
+    """The matrices of transformer layers: query-key-value, projection, and an MLP of 4 widths."""
+    layer = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return layer * layers
+
+
+CASES: dict[str, list[Shape]] = {
+    "4 layers of width 256": transformer(256, 4),
+    "1 layer of width 512": transformer(512, 1),
+    "12 of 384 x 384": [(384, 384)] * 12,
+    "300 x 130": [(300, 130)],
+    "65 x 777": [(65, 777)],
+    "513 x 257": [(513, 257)],
+    "200 of 64 x 64": [(64, 64)] * 200,
+}
+
+
+class Matrices(Module):
+    """A model that is its parameters: sirfshampoo takes a module."""
+
+    def __init__(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        super().__init__()
+        self.params = ParameterList([Parameter(p.clone()) for p in params])
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad.clone()
+
+
+def ours(model: Matrices, dtype: torch.dtype) -> Optimizer:
+    return IFShampoo(
+        model.parameters(),
+        lr=LR,
+        momentum=MOMENTUM,
+        damping=DAMPING,
+        batch_size=BATCH,
+        factor_lr=FACTOR_LR,
+        factor_momentum=FACTOR_MOMENTUM,
+        factor_dtype=dtype,
+    )
+
+
+def peer(model: Matrices, dtype: torch.dtype) -> Optimizer:
+    return importlib.import_module(PEER).SIRFShampoo(
+        model,
+        lr=LR,
+        beta2=FACTOR_LR,
+        alpha1=MOMENTUM,
+        alpha2=FACTOR_MOMENTUM,
+        lam=DAMPING,
+        batch_size=BATCH,
+        preconditioner_dtypes=dtype,
+    )
+
+
+PROVIDERS: dict[str, tuple[Callable[[Matrices, torch.dtype], Optimizer], torch.dtype]] = {
+    "IFShampoo, bfloat16": (ours, torch.bfloat16),
+    "IFShampoo, float32": (ours, torch.float32),
+    "sirfshampoo, bfloat16": (peer, torch.bfloat16),
+    "sirfshampoo, float32": (peer, torch.float32),
+}
+
+
+def step_flops(shapes: list[Shape]) -> float:
+    """FLOPs of an update step, symmetric products at half price: 18 n^3 a square."""
+    return sum(5 * m * n * (m + n) + 4 * (m**3 + n**3) for m, n in shapes)
+
+
+def displacement(param: Tensor, grad: Tensor) -> Tensor:
+    """What CHECK_STEPS steps of the specification add to a parameter, in float64."""
+    p, g, buffer = param.double(), grad.double(), torch.zeros_like(param, dtype=torch.float64)
+    factors = [torch.eye(d, dtype=torch.float64, device=p.device) for d in p.shape]
+    momenta = [torch.zeros_like(factor) for factor in factors]
+    for _ in range(CHECK_STEPS):
+        reference.update_factors_(
+            g,
+            factors,
+            momenta,
+            factor_lr=FACTOR_LR,
+            factor_momentum=FACTOR_MOMENTUM,
+            damping=DAMPING,
+            batch_size=BATCH,
+        )
+        update = reference.precondition(g, factors)
+        reference.apply_(
+            p, update, buffer, lr=LR, momentum=MOMENTUM, weight_decay=0.0, decoupled=True
+        )
+    return p - param.double()
+
+
+def measure(
+    case: str, shapes: list[Shape], rows: Rows, device: torch.device, seconds: float
+) -> None:
+    """Check and time every provider on one case."""
+    params = random_tensors(shapes, scale=0.05, dtype=torch.float32, device=device, seed=0)
+    grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
+    truth = [displacement(p, g) for p, g in zip(params, grads, strict=True)]
+    size = math.sqrt(sum(t.square().sum() for t in truth))
+    steps = {}
+    for name, (build, dtype) in PROVIDERS.items():
+        if build is peer and importlib.util.find_spec(PEER) is None:
+            rows.add(case, name, "absent", None, "")
+            continue
+        model = Matrices(params, grads)
+        optimizer = build(model, dtype)
+        for _ in range(CHECK_STEPS):
+            optimizer.step()
+        moved = [q.double() - p.double() for q, p in zip(model.params, params, strict=True)]
+        pairs = zip(moved, truth, strict=True)
+        error = float(math.sqrt(sum((m - t).square().sum() for m, t in pairs)) / size)
+        right = error <= ALLOWED_ERROR[dtype]
+        rows.add(case, name, "error", error, "of the displacement", right=right)
+        if right:
+            steps[name] = optimizer.step
+    for name, timing in interleave(steps, device_timer(device), seconds=seconds).items():
+        rows.add_time(case, name, "time", timing)
+        rate = step_flops(shapes) / timing.median / 1e9
+        rows.add(case, name, "rate", rate, "GFLOP/s", flops=step_flops(shapes))
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, a table a case."""
+    notes = (
+        "Rates count 18 n^3 FLOPs for a square, symmetric products at half price, for every "
+        f"provider. The error is that of {CHECK_STEPS} steps against float64, relative to the way "
+        "that they went; above "
+        + ", ".join(f"{limit:.2g} in {str(d).split('.')[1]}" for d, limit in ALLOWED_ERROR.items())
+        + " it is WRONG."
+    )
+    parts = ["# IF-Shampoo: optimizer.step(), factors updated every step", provenance(rows), notes]
+    header = ("provider", "ms a step (20 to 80 %)", "GFLOP/s", "x sirfshampoo, bfloat16", "error")
+    for case in unique(rows, "case"):
+        of_case = select(rows, case=case)
+        base = select(of_case, provider="sirfshampoo, bfloat16", metric="time")
+        lines = [_line(select(of_case, provider=p), base) for p in unique(of_case, "provider")]
+        parts += [f"## {case}", markdown(header, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(rows: list[Row], base: list[Row]) -> list[str]:
+    name, of = rows[0]["provider"], {row["metric"]: row for row in rows}
+    if "absent" in of:
+        return [name, "absent", "", "", ""]
+    error = number(of["error"]["value"], ".2g")
+    if "time" not in of:
+        return [name, "**WRONG**", "", "", f"**{error}**"]
+    time = of["time"]
+    band = f"{time['detail']['p20']:.3g} to {time['detail']['p80']:.3g}"
+    faster = f"{base[0]['value'] / time['value']:.2f}" if base else ""
+    rate = number(of["rate"]["value"], ".0f")
+    return [name, f"{number(time['value'], '.3g')} ({band})", rate, faster, error]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench matrix`."""
+    parser.add_argument("--seconds", type=float, default=8.0, help="timing budget of a case")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every case; 1 if a step of ours was WRONG."""
+    device = pick_device(args.device)
+    rows = Rows(args.out / "matrix.jsonl", "matrix", device)
+    seconds = 0.1 if args.quick else args.seconds
+    cases: dict[str, Any] = dict(list(CASES.items())[3:4]) if args.quick else CASES
+    bar = optional("tqdm").tqdm(cases.items(), unit="case")
+    for case, shapes in bar:
+        bar.set_description(case)
+        measure(case, shapes, rows, device, seconds)
+    written = read_rows(rows.path)
+    report = args.out / "matrix.md"
+    report.write_text(table(written))
+    print(report.read_text())
+    print(f"rows   {rows.path}\ntables {report}")
+    wrong = [row for row in written if row["metric"] == "error" and not row["detail"]["right"]]
+    return int(any(row["provider"].startswith("IFShampoo") for row in wrong))
