@@ -136,7 +136,9 @@ def measure(
         optimizer = build(model, dtype)
         for _ in range(CHECK_STEPS):
             optimizer.step()
-        moved = [q.double() - p.double() for q, p in zip(model.params, params, strict=True)]
+        moved = [
+            q.detach().double() - p.double() for q, p in zip(model.params, params, strict=True)
+        ]
         pairs = zip(moved, truth, strict=True)
         error = float(math.sqrt(sum((m - t).square().sum() for m, t in pairs)) / size)
         right = error <= ALLOWED_ERROR[dtype]
