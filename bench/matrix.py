@@ -1,7 +1,7 @@
 """Time steps of IFShampoo, factors updated every step, against sirfshampoo on equal settings.
 
 The models are matrices alone, so that every provider does the same mathematics and the float64
-specification says how far each is from it. `pip install sirfshampoo==0.0.1` brings the peer;
+specification says how far each is from it. `pip install rootfree-fused[peers]` brings the peer;
 without it the table says that it is absent.
 """
 
