@@ -11,6 +11,26 @@ from ._base import Group, RootFreeOptimizer
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 
 
+def update_rmsprop_(
+    group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
+) -> None:
+    """Root-free RMSProp with a group's settings; IFShampoo uses it for vectors."""
+    torch.ops.rootfree_fused.rmsprop_(
+        params,
+        grads,
+        [state["square_avg"] for state in states],
+        momentum_buffers(states, group["momentum"]),
+        ops.as_scalar_tensor(group["lr"]),
+        alpha=group["alpha"],
+        damping=group["damping"],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        batch_size=group["batch_size"],
+        decoupled=group["weight_decay_mode"] == "decoupled",
+        maximize=group["maximize"],
+    )
+
+
 class RootFreeRMSprop(RootFreeOptimizer):
     r"""RMSProp without the square root (root-free RMSProp).
 
@@ -99,21 +119,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
         states: list[State],
         steps: Tensor,
     ) -> None:
-        group = self.param_groups[index]
-        torch.ops.rootfree_fused.rmsprop_(
-            params,
-            grads,
-            [state["square_avg"] for state in states],
-            momentum_buffers(states, group["momentum"]),
-            ops.as_scalar_tensor(group["lr"]),
-            alpha=group["alpha"],
-            damping=group["damping"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            batch_size=group["batch_size"],
-            decoupled=group["weight_decay_mode"] == "decoupled",
-            maximize=group["maximize"],
-        )
+        update_rmsprop_(self.param_groups[index], params, grads, states)
 
 
 class RootFreeAdamW(RootFreeOptimizer):

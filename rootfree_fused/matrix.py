@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+from .diag import update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
 from .reference import is_update_step
 
@@ -180,7 +181,7 @@ class IFShampoo(RootFreeOptimizer):
 
         lists = params, grads, states
         if plan.vectors:
-            _update_vectors(group, *_pick(plan.vectors, *lists))
+            update_rmsprop_(group, *_pick(plan.vectors, *lists))
         calls: dict[tuple[bool, str], list[Bucket]] = defaultdict(list)
         for bucket in plan.buckets:
             calls[due[bucket.members[0]], bucket.factors[0].device.type].append(bucket)
@@ -203,25 +204,6 @@ class IFShampoo(RootFreeOptimizer):
 
 def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
     return [[items[i] for i in places] for items in lists]
-
-
-def _update_vectors(
-    group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
-) -> None:
-    torch.ops.rootfree_fused.rmsprop_(
-        params,
-        grads,
-        [state["square_avg"] for state in states],
-        momentum_buffers(states, group["momentum"]),
-        ops.as_scalar_tensor(group["lr"]),
-        alpha=group["alpha"],
-        damping=group["damping"],
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        batch_size=group["batch_size"],
-        decoupled=group["weight_decay_mode"] == "decoupled",
-        maximize=group["maximize"],
-    )
 
 
 def _update_matrices(

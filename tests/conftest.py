@@ -16,3 +16,24 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    """Every body of a kernel that this machine can run; without it, the one that users get."""
+    best = torch.ops.rootfree_fused.cpu_isa()
+    try:
+        torch.ops.rootfree_fused._use_cpu_isa(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    torch.ops.rootfree_fused._use_cpu_isa(best)
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads, whatever the machine has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)

@@ -45,30 +45,13 @@ UPDATES = {
 }
 MAIN_UPDATES = ["rmsprop", "rmsprop without buffer", "adamw corrected"]
 
-pytestmark = pytest.mark.skipif(
-    ops.backends()["cpu"].startswith("reference") and not shutil.which("c++"),
-    reason="no extension, and no compiler to build it",
-)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    """Every body of a kernel that this machine can run; without it, the one that users get."""
-    best = torch.ops.rootfree_fused.cpu_isa()
-    try:
-        torch.ops.rootfree_fused._use_cpu_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    torch.ops.rootfree_fused._use_cpu_isa(best)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(
+        ops.backends()["cpu"].startswith("reference") and not shutil.which("c++"),
+        reason="no extension, and no compiler to build it",
+    ),
+]
 
 
 class Problem:

@@ -36,29 +36,10 @@ MODES = {
 DENSE, DIAGONAL = (True, True), (False, False)
 RAGGED = [(2, 3), (1, 65), (7, 63), (63, 65), (64, 64), (65, 7), (128, 33), (130, 66), (20, 600)]
 
-pytestmark = pytest.mark.skipif(
-    ops.backends()["cpu"].startswith("reference"), reason="no extension"
-)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    """Stacks of oneDNN's products, and with AVX512_BF16 the kernel."""
-    best = torch.ops.rootfree_fused.cpu_isa()
-    try:
-        torch.ops.rootfree_fused._use_cpu_isa(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    yield request.param
-    torch.ops.rootfree_fused._use_cpu_isa(best)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(ops.backends()["cpu"].startswith("reference"), reason="no extension"),
+]
 
 
 class Problem:

@@ -1,4 +1,4 @@
-"""Imports flow one way: __init__ -> diag -> _base -> ops -> reference; kernels stand alone."""
+"""Imports flow one way: matrix -> diag -> _base -> ops -> reference; kernels stand alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGE = "rootfree_fused"
 # What each module may import of the package itself.
 ALLOWED = {
     "__init__": {"diag", "matrix"},
-    "matrix": {"_base", "_state", "factors", "ops", "reference"},
+    "matrix": {"_base", "_state", "diag", "factors", "ops", "reference"},
     "factors": {"_state"},
     "diag": {"_base", "_state", "ops"},
     "_base": {"_checks", "_state", "ops"},
