@@ -26,38 +26,15 @@ class _Stacks:
     buffers: list[Tensor]
 
 
-def ifshampoo_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    factors: list[Tensor],
-    residuals: list[Tensor],
-    factor_momenta: list[Tensor],
-    products: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    *,
-    axes: list[int],
-    **scalars: Any,
-) -> None:
+def ifshampoo_(*tensors: Any, axes: list[int], **scalars: Any) -> None:
     """The operator on CPU tensors, one bucket after the other.
 
     In bfloat16 the kernel counts 18 n^3 a step for an n x n matrix, its symmetric products being
     half as dear, and stacks count 24 n^3.
     """
-    first_member = first_axis = 0
-    for count in axes:
-        here = slice(first_axis, first_axis + count)
-        members = slice(first_member, first_member + factors[first_axis].shape[0])
-        first_axis, first_member = here.stop, members.stop
-        stacks = _Stacks(
-            params[members],
-            grads[members],
-            factors[here],
-            residuals[here],
-            factor_momenta[here],
-            products[here],
-            momentum_buffers[members],
-        )
+    for bucket, count in enumerate(axes):
+        *lists, lr = _fallback.take_bucket(bucket, *tensors, axes=axes)
+        stacks = _Stacks(*lists)
         if count != 2:
             _one_by_one(stacks, lr, count, scalars)
         elif _suit_the_kernel(stacks):

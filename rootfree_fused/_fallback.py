@@ -120,10 +120,9 @@ def take_bucket(
     axes: list[int],
 ) -> tuple[Any, ...]:
     """The tensors of one bucket out of those of a call of `ifshampoo_`."""
-    first = sum(axes[:bucket])
-    here = slice(first, first + axes[bucket])
     starts = [sum(axes[:i]) for i in range(bucket + 1)]
     sizes = [factors[start].shape[0] for start in starts]
+    here = slice(starts[-1], starts[-1] + axes[bucket])
     members = slice(sum(sizes[:-1]), sum(sizes))
     per_axis = (factors, residuals, factor_momenta, products)
     return (
