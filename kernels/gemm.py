@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
+from .tiles import (
     PARKED_ROWS,
     find_tile,
     padded,
@@ -98,14 +98,27 @@ def _scales(ptr, size, pid, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _product(job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION):
+def _product(
+    job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
+):
     a_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
     b_ptr = pointer_at(job_ptr + 2, scratch_ptr, FACTOR)
     a_columns = size_at(job_ptr + 1)
     b_columns = size_at(job_ptr + 3)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     return product_tile(
-        a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION
+        a_ptr,
+        a_columns,
+        b_ptr,
+        b_columns,
+        acc,
+        size,
+        tile,
+        TRANS_A,
+        False,
+        BLOCK_K,
+        PRECISION,
+        DESCRIPTORS,
     )
 
 
@@ -119,13 +132,23 @@ def _product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     m = size_at(job_ptr + 6)
     n = size_at(job_ptr + 7)
     k = size_at(job_ptr + 8)
     acc = _product(
-        job_ptr, scratch_ptr, (m, n, k), tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION
+        job_ptr,
+        scratch_ptr,
+        (m, n, k),
+        tile,
+        TRANS_A,
+        FACTOR,
+        BLOCK,
+        BLOCK_K,
+        PRECISION,
+        DESCRIPTORS,
     )
     if k == 0:  # both factors are diagonal: G itself
         acc = parked(pointer_at(job_ptr, scratch_ptr, tl.float32), (m, n), tile, BLOCK, BLOCK)
@@ -195,6 +218,7 @@ def _factors_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
@@ -214,7 +238,7 @@ def _factors_kernel(
         m_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(
-            k_ptr, d, m_ptr, d, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION
+            k_ptr, d, m_ptr, d, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION, DESCRIPTORS
         )
         factor_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
         residual_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.int16)
@@ -282,13 +306,23 @@ def _params_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     m = size_at(job_ptr + 6)
     n = size_at(job_ptr + 7)
     k = size_at(job_ptr + 8)
     update = _product(
-        job_ptr, scratch_ptr, (m, n, k), tile, False, FACTOR, BLOCK, BLOCK_K, PRECISION
+        job_ptr,
+        scratch_ptr,
+        (m, n, k),
+        tile,
+        False,
+        FACTOR,
+        BLOCK,
+        BLOCK_K,
+        PRECISION,
+        DESCRIPTORS,
     )
     lr = tl.load(lr_ptr).to(tl.float32)
     member_ptr = members_ptr + 4 * tl.load(job_ptr + 4)

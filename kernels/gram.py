@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
+from .tiles import (
     PARKED_ROWS,
     find_tile,
     padded,
@@ -120,6 +120,7 @@ def _factor_momenta_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, place = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
@@ -142,16 +143,38 @@ def _factor_momenta_kernel(
         width = size_at(job_ptr + 4)
         gram = tl.zeros([BLOCK, BLOCK], tl.float32)
         gram = product_tile(
-            k_ptr, d, k_ptr, d, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION
+            k_ptr, d, k_ptr, d, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION, DESCRIPTORS
         )
         gram *= ratio
         if side == 0:
             gram = product_tile(
-                m_ptr, width, m_ptr, width, gram, (d, d, e), tile, False, True, BLOCK_K, PRECISION
+                m_ptr,
+                width,
+                m_ptr,
+                width,
+                gram,
+                (d, d, e),
+                tile,
+                False,
+                True,
+                BLOCK_K,
+                PRECISION,
+                DESCRIPTORS,
             )
         else:
             gram = product_tile(
-                m_ptr, width, m_ptr, width, gram, (d, d, e), tile, True, False, BLOCK_K, PRECISION
+                m_ptr,
+                width,
+                m_ptr,
+                width,
+                gram,
+                (d, d, e),
+                tile,
+                True,
+                False,
+                BLOCK_K,
+                PRECISION,
+                DESCRIPTORS,
             )
         momentum_ptr = pointer_at(job_ptr + 6, scratch_ptr, FACTOR)
         is_diagonal = tile[0] == tile[1]
@@ -188,12 +211,15 @@ def _products_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
     k_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    acc = product_tile(k_ptr, d, k_ptr, d, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION)
+    acc = product_tile(
+        k_ptr, d, k_ptr, d, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION, DESCRIPTORS
+    )
     product_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]
     if tl.load(job_ptr + 4) == 0:  # rows are aligned

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import JOB_COLUMNS, DeviceTable
+from .common import DeviceTable
+from .tiles import JOB_COLUMNS
 
 # Tiles of the gather launch: rows are contiguous, so a warp reads 256 or 512 bytes of one.
 GATHER_ROWS, GATHER_COLUMNS = 64, 128
@@ -26,7 +27,10 @@ GROUP = 8
 
 
 class Tiling(NamedTuple):
-    """How a GEMM is cut: tiles of block x block, operands staged block_k at a time."""
+    """How a GEMM is cut: tiles of block x block, operands staged block_k at a time.
+
+    `descriptors`: operands come through the tensor memory accelerator (sm_90 and newer).
+    """
 
     block: int
     block_k: int
@@ -34,6 +38,7 @@ class Tiling(NamedTuple):
     num_stages: int
     precision: str | None
     max_registers: int | None = None
+    descriptors: bool = False
 
 
 class Bucket(NamedTuple):

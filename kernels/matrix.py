@@ -30,12 +30,14 @@ of an n x n bfloat16 weight at an update (G, T or V, M, the old factors) and 4 b
 
 from __future__ import annotations
 
+import contextvars
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .common import DTYPES, DeviceTable, readable, scalar_table
@@ -48,6 +50,9 @@ LARGE = Tiling(block=128, block_k=64, num_warps=8, num_stages=3, precision=None)
 # Without the limit some kernels take 130 to 170 registers (Triton 3.6) and one program fills a
 # multiprocessor; with it two do, and nothing spills. On sm_80 and sm_100 it would spill.
 LARGE_HOPPER = LARGE._replace(max_registers=128)
+# Operands by tensor descriptors need fewer registers, but every program must write its own: their
+# addresses come from a table. Not yet measured, so nothing chooses it.
+LARGE_DESCRIPTORS = LARGE._replace(descriptors=True)
 # Fewer large tiles than multiprocessors leave some idle; small matrices leave tiles half empty.
 SMALL = Tiling(block=64, block_k=64, num_warps=4, num_stages=4, precision=None)
 ENOUGH_LARGE_TILES = 132  # the multiprocessors of an H100
@@ -250,16 +255,22 @@ def _run(
             "BLOCK": tiling.block,
             "BLOCK_K": tiling.block_k,
             "PRECISION": tiling.precision,
+            "DESCRIPTORS": tiling.descriptors,
             "num_warps": tiling.num_warps,
             "num_stages": tiling.num_stages,
             "maxnreg": tiling.max_registers,
             "enable_fp_fusion": True,
         }
 
+        context = contextvars.copy_context()
+        if tiling.descriptors:
+            context.run(triton.set_allocator, partial(_allocate, device))
+
         def launch(name: str, kernel: Any, *args: Any, **options: Any) -> None:
             for other, start, stop in plan.launches.get(name, ()):
                 named = {} if other is None else {_DTYPE_OPTIONS[name]: DTYPES[other]}
-                kernel[(stop - start,)](tiles[start:stop], jobs, scratch, *args, **named, **options)
+                run = kernel[(stop - start,)]
+                context.run(run, tiles[start:stop], jobs, scratch, *args, **named, **options)
 
         launch("gather", _gather_kernel, members, **gather)
         launch("left", _product_kernel, TRANS_A=True, **gemm)
@@ -275,6 +286,11 @@ def _run(
             for i in bucket.places:
                 if results[i] is not tensors[i]:
                     tensors[i].copy_(results[i])
+
+
+def _allocate(device: torch.device, size: int, alignment: int, stream: int | None) -> Tensor:
+    """Room for the descriptors of a launch, for Triton."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 _DTYPE_OPTIONS = {"gather": "GRAD", "params": "PARAM"}

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from _kernels_matrix import BF16, DENSE, F16, F32, KERNELS, Model
 from _offline import Recorder, compile_call, first_index, widths
-from test_kernels_matrix import BF16, DENSE, F16, F32, KERNELS, Model
 from triton.runtime.jit import JITFunction
 
-from rootfree_fused.kernels import common, gemm, matrix
+from rootfree_fused.kernels import gemm, matrix, tiles
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm._product_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
@@ -31,6 +31,7 @@ ANY_TENSOR_CORE = r"\b(HMMA|HGMMA|UTC\w*MMA|OMMA|QMMA)\b"
 TILINGS = {
     "large": matrix.LARGE,
     "large_hopper": matrix.LARGE_HOPPER,
+    "large_descriptors": matrix.LARGE_DESCRIPTORS,
     "small": matrix.SMALL,
     "float32": matrix.FLOAT32,
 }
@@ -73,14 +74,29 @@ NAMES = [
 GEMMS = NAMES[1:]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids="sm_{}".format)
-def architecture(request):
+def targets():
+    """Every architecture with the tilings that it may run."""
+    for architecture in ARCHITECTURES:
+        large = ["large"] if architecture == 80 else ["large", "large_descriptors"]
+        if architecture == 90:
+            large[0] = "large_hopper"
+        for tiling in (*large, "small", "float32"):
+            yield pytest.param((architecture, tiling), id=f"sm_{architecture}-{tiling}")
+
+
+@pytest.fixture(scope="module", params=targets())
+def target(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["large", "small", "float32"])
-def tiling(request, architecture):
-    return "large_hopper" if (request.param, architecture) == ("large", 90) else request.param
+@pytest.fixture(scope="module")
+def architecture(target):
+    return target[0]
+
+
+@pytest.fixture(scope="module")
+def tiling(target):
+    return target[1]
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +147,11 @@ def test_products_are_tensor_core_products(programs, name, architecture, tiling)
 def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, tiling):
     """But float32's operands: the copy may also transpose them, an element at a time."""
     widths_found = copies(programs[name])
+    if tiling == "large_descriptors":  # by the tensor memory accelerator alone
+        lines = programs[name].instructions
+        assert not widths_found
+        assert first_index(lines, r"\bUTMALDG\.2D") < len(lines)
+        return
     assert widths_found if tiling == "float32" else widths_found == {"128"}
 
 
@@ -159,7 +180,7 @@ def test_the_main_path_moves_vectors(programs, name, tiling):
 @pytest.mark.parametrize("name", ["factor_momenta", "factors", "products", "params"])
 def test_ragged_rows_promise_no_alignment(programs, name, tiling):
     """Every element of them is stored by itself, and mirrored by itself."""
-    part = common.PARKED_ROWS.value * TILINGS[tiling].block // threads(tiling)
+    part = tiles.PARKED_ROWS.value * TILINGS[tiling].block // threads(tiling)
     factor_bytes = 4 if tiling == "float32" else 2
     size = 4 if name == "params" else factor_bytes
     arrays = 1 if name == "factors" and factor_bytes == 4 else 2
@@ -168,12 +189,13 @@ def test_ragged_rows_promise_no_alignment(programs, name, tiling):
 
 @pytest.mark.parametrize("name", GEMMS)
 def test_two_large_tiles_fit_a_hopper_multiprocessor(programs, name, architecture, tiling):
-    """One computes while the other begins or ends."""
-    if architecture == 90 and tiling != "float32":
+    """One computes while the other begins or ends. Of the tilings that something chooses."""
+    if architecture == 90 and tiling in ("large_hopper", "small"):
         assert programs[name].resident_programs >= 2
         assert 2 * (programs[name].shared_bytes + 1024) <= 228 << 10
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtypes", ROW_DTYPES)
 @pytest.mark.parametrize("case", ["momentum", "plain"])
 def test_parameters_and_gradients_of_every_dtype(architecture, dtypes, case):

@@ -1,0 +1,199 @@
+"""Tiles of many matrices in one launch: where a program's tile lies, and products of tiles.
+
+Jobs are rows of a device table (kernels/jobs.py), each a matrix that a launch computes; tiles are
+rows (job, tile row, tile column, place among the tiles of its job), one a program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+JOB_COLUMNS = 16
+_JOB = tl.constexpr(JOB_COLUMNS)
+# Rows that are worked on at a time where rows are not aligned.
+PARKED_ROWS = tl.constexpr(8)
+
+
+@triton.jit
+def find_tile(tiles_ptr, jobs_ptr):
+    """This program's job, its tile's (row, column), and the tile's place among its job's."""
+    tile_ptr = tiles_ptr + 4 * tl.program_id(0).to(tl.int64)
+    job_ptr = jobs_ptr + tl.load(tile_ptr).to(tl.int64) * _JOB
+    return job_ptr, (tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)), tl.load(tile_ptr + 3)
+
+
+@triton.jit
+def pointer_at(column_ptr, scratch_ptr, DTYPE: tl.constexpr):
+    """The pointer in a job's column: an address, or -1 - the place of a byte in the scratch."""
+    value = tl.load(column_ptr)
+    address = tl.where(value < 0, scratch_ptr.to(tl.int64) - 1 - value, value)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def size_at(column_ptr):
+    return tl.load(column_ptr).to(tl.int32)
+
+
+@triton.jit
+def padded(size):
+    """The row length of a matrix in the scratch, where every row starts on 16 bytes."""
+    return (size + 7) // 8 * 8
+
+
+@triton.jit
+def tile_of(ptr, stride, size, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers and mask of a tile of a row-major matrix; within a tile, offsets fit 32 bits."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    row, column = tile[0] * BLOCK_M, tile[1] * BLOCK_N
+    ptr += row.to(tl.int64) * stride + column
+    ptrs = ptr + (offs_m[:, None] * stride + offs_n[None, :])
+    return ptrs, (offs_m[:, None] < size[0] - row) & (offs_n[None, :] < size[1] - column)
+
+
+@triton.jit
+def product_tile(
+    a_ptr,
+    a_columns,
+    b_ptr,
+    b_columns,
+    acc,
+    size,
+    tile,
+    TRANS_A: tl.constexpr,
+    TRANS_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """acc + a tile of A B, for A (m, k) and B (k, n), stored as (k, m) or (n, k) where transposed.
+
+    Rows are padded with zeros to a multiple of 8, and read to there: no mask may cut a vector.
+    DESCRIPTORS: one thread asks the tensor memory accelerator for whole tiles (Hopper and newer).
+    """
+    if DESCRIPTORS:
+        acc = _product_by_descriptors(
+            a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K
+        )
+    else:
+        acc = _product_by_pointers(
+            a_ptr,
+            a_columns,
+            b_ptr,
+            b_columns,
+            acc,
+            size,
+            tile,
+            TRANS_A,
+            TRANS_B,
+            BLOCK_K,
+            PRECISION,
+        )
+    return acc
+
+
+@triton.jit
+def _operand(ptr, columns, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """A descriptor of an (outer, inner) matrix; an empty one has no descriptor, so at least 8."""
+    shape = [tl.maximum(outer, 1), tl.maximum(padded(inner), 8)]
+    return tl.make_tensor_descriptor(ptr, shape, [padded(columns), 1], [OUTER, INNER])
+
+
+@triton.jit
+def _product_by_descriptors(
+    a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K
+):
+    m, n, k = size
+    row, column = tile[0] * acc.shape[0], tile[1] * acc.shape[1]
+    if TRANS_A:
+        a_tiles = _operand(a_ptr, a_columns, k, m, BLOCK_K, acc.shape[0])
+    else:
+        a_tiles = _operand(a_ptr, a_columns, m, k, acc.shape[0], BLOCK_K)
+    if TRANS_B:
+        b_tiles = _operand(b_ptr, b_columns, n, k, acc.shape[1], BLOCK_K)
+    else:
+        b_tiles = _operand(b_ptr, b_columns, k, n, BLOCK_K, acc.shape[1])
+    for done in range(0, k, BLOCK_K):
+        a = tl.trans(a_tiles.load([done, row])) if TRANS_A else a_tiles.load([row, done])
+        b = tl.trans(b_tiles.load([column, done])) if TRANS_B else b_tiles.load([done, column])
+        acc = tl.dot(a, b, acc)
+    return acc
+
+
+@triton.jit
+def _product_by_pointers(
+    a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECISION
+):
+    m, n, k = size
+    offs_m = tl.arange(0, acc.shape[0])
+    offs_n = tl.arange(0, acc.shape[1])
+    offs_k = tl.arange(0, BLOCK_K)
+    row, column = tile[0] * acc.shape[0], tile[1] * acc.shape[1]
+    a_stride, b_stride = padded(a_columns), padded(b_columns)
+    if TRANS_A:
+        a_ptrs = a_ptr + row + (offs_k[None, :] * a_stride + offs_m[:, None])
+        mask_a, a_step, a_end = offs_m < padded(m) - row, BLOCK_K * a_stride, k
+    else:
+        a_ptrs = a_ptr + row.to(tl.int64) * a_stride
+        a_ptrs += offs_m[:, None] * a_stride + offs_k[None, :]
+        mask_a, a_step, a_end = offs_m < m - row, BLOCK_K, padded(k)
+    if TRANS_B:
+        b_ptrs = b_ptr + column.to(tl.int64) * b_stride
+        b_ptrs += offs_n[None, :] * b_stride + offs_k[:, None]
+        mask_b, b_step, b_end = offs_n < n - column, BLOCK_K, padded(k)
+    else:
+        b_ptrs = b_ptr + column + (offs_k[:, None] * b_stride + offs_n[None, :])
+        mask_b, b_step, b_end = offs_n < padded(n) - column, BLOCK_K * b_stride, k
+    for done in range(0, k, BLOCK_K):
+        a = tl.load(a_ptrs, mask=mask_a[:, None] & (offs_k[None, :] < a_end - done), other=0.0)
+        b = tl.load(b_ptrs, mask=mask_b[None, :] & (offs_k[:, None] < b_end - done), other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_ptrs += a_step
+        b_ptrs += b_step
+    return acc
+
+
+@triton.jit
+def quarters(acc):
+    """A tile by quarters of its columns, so that an epilogue needs few registers."""
+    left, right = _halves(acc)
+    return _halves(left) + _halves(right)
+
+
+@triton.jit
+def _halves(acc):
+    acc = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+    return tl.split(tl.permute(acc, (0, 2, 1)))
+
+
+@triton.jit
+def park(acc, ptr, size, tile):
+    """Leave a tile in the scratch, whence `parked` reads a few rows at a time.
+
+    Where rows are not aligned, every element has an address of its own; a whole tile of them would
+    cost the aligned path of the same kernel its registers.
+    """
+    ptrs, mask = tile_of(
+        ptr, padded(size[1]), (size[0], padded(size[1])), tile, acc.shape[0], acc.shape[1]
+    )
+    tl.store(ptrs, acc, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def parked(ptr, size, tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    ptrs, mask = tile_of(ptr, padded(size[1]), (size[0], padded(size[1])), tile, ROWS, BLOCK)
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def sum_of(ptr, count, square, BLOCK: tl.constexpr):
+    """The sum of float32 numbers, or of their squares, in one fixed order."""
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for done in range(0, count, BLOCK):
+        x = tl.load(ptr + done + offs, mask=offs < count - done, other=0.0)
+        total += tl.where(square, x * x, x)
+    return tl.sum(total, 0)
