@@ -413,12 +413,12 @@ def test_factors_never_freeze(d):
     steps = 200 if d == 64 else 60
     generator = torch.Generator().manual_seed(0)
     params = [torch.zeros(d, d, dtype=dtype, requires_grad=True) for dtype in (F32, F64)]
+    rules = {"factor_lr": 0.01, "factor_momentum": 0.5, "damping": 1e-4, "batch_size": 1}
     low, high = (
-        IFShampoo([p], batch_size=1, factor_lr=0.01, factor_dtype=dtype)
+        IFShampoo([p], factor_dtype=dtype, **rules)
         for p, dtype in zip(params, (BF16, F64), strict=True)
     )
     frozen, still = [torch.eye(d, dtype=BF16)] * 2, [torch.zeros(d, d)] * 2
-    rules = {"factor_lr": 0.01, "factor_momentum": 0.5, "damping": 1e-4, "batch_size": 1}
     for _ in range(steps):
         grad = 1e-3 * torch.randn(d, d, generator=generator).bfloat16()
         params[0].grad, params[1].grad = grad.float(), grad.double()

@@ -93,7 +93,14 @@ def test_merged_axes_are_a_matrix(device, interval):
 
 def test_vectors_are_root_free_rmsprops(device):
     params, twins = (parameters((5,), (), dtype=FLOAT64, device=device) for _ in range(2))
-    common = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1, "batch_size": 4, "alpha": 0.9}
+    common = {
+        "lr": 0.05,
+        "damping": 1e-3,
+        "momentum": 0.8,
+        "weight_decay": 0.1,
+        "batch_size": 4,
+        "alpha": 0.9,
+    }
     run(IFShampoo(params, **common), params, 5)
     run(RootFreeRMSprop(twins, **common), twins, 5)
     assert_identical([p.detach() for p in params], [p.detach() for p in twins])
@@ -168,7 +175,8 @@ def test_training_in_bfloat16_follows_float32(device):
 
     def losses(dtype):
         (weight,) = parameters((24, 12), device=device)
-        optimizer = IFShampoo([weight], lr=0.05, batch_size=128, factor_dtype=dtype, damping=1e-3)
+        settings = {"lr": 0.05, "momentum": 0.9, "factor_lr": 0.1, "batch_size": 128}
+        optimizer = IFShampoo([weight], factor_dtype=dtype, **settings)
         history = []
         for _ in range(60):
             optimizer.zero_grad()
