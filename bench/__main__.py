@@ -9,8 +9,8 @@ from pathlib import Path
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
-    "matrix": "time steps of IFShampoo against sirfshampoo, with the error of each",
-    "train": "train a small CNN on scikit-learn's digits with four optimizers",
+    "matrix": "time steps of IFShampoo against sirfshampoo, SOAP and Shampoo",
+    "train": "train a CNN on digits and a transformer on text with several optimizers",
 }
 
 

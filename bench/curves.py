@@ -1,4 +1,4 @@
-"""Table and plot of the rows of `python -m bench train`."""
+"""Tables and plots of the rows of `python -m bench train`."""
 
 from __future__ import annotations
 
@@ -13,45 +13,73 @@ from torch import Tensor
 from .common import optional
 from .rows import Row, markdown, provenance, select, unique
 
-COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#555555")  # distinct to the colour-blind
-DASHES = ("-", "--", "-.", ":")
+# By optimizer: colours that are distinct to the colour-blind, and a dash; ours have full lines.
+STYLES = {
+    "IFShampoo": ("#0072b2", "-"),
+    "RootFreeRMSprop": ("#009e73", "-"),
+    "RootFreeAdamW": ("#56b4e9", "-"),
+    "torch AdamW": ("#d55e00", "-."),
+    "torch SGD": ("#555555", ":"),
+    "SOAP": ("#cc79a7", "--"),
+}
+TITLES = {
+    "digits": "Small CNN on scikit-learn's digits",
+    "text": "Character transformer on Python's standard library",
+}
+# The two panels of a plot: metric, what it is drawn against, and the label of either axis.
+PANELS = {
+    "digits": (
+        ("training loss", "steps", "step", "training loss, nat"),
+        ("test accuracy", "steps", "step", "test error, %"),
+    ),
+    "text": (
+        ("test loss", "steps", "step", "test loss, nat a character"),
+        ("test loss", "seconds", "seconds of training", "test loss, nat a character"),
+    ),
+}
+LEAST_ERROR = 0.1  # %, because a logarithmic axis has no 0; one of the digits' test images is 0.19
+
+
+# Table ----------------------------------------------------------------------------------------
 
 
 def table(rows: list[Row]) -> str:
     """Markdown: mean and standard deviation over the seeds."""
+    last = select(rows, metric="test loss")[0]["detail"]
+    seeds = {row["detail"]["seed"] for row in select(rows, metric="test loss")}
+    accuracy = ["test accuracy, %"] if select(rows, metric="test accuracy") else []
     header = (
         "optimizer",
         "settings",
-        "test accuracy, %",
+        *accuracy,
         "test loss",
         "final training loss",
         "optimizer step, ms",
         "training step, ms",
+        "state, bytes a parameter",
     )
-    example = select(rows, metric="test accuracy")[0]["detail"]
-    seeds = {row["detail"]["seed"] for row in rows}
-    epochs, images = len(example["curve"]), example["images"]
     notes = (
-        f"Mean and standard deviation over {len(seeds)} seeds after {epochs} epochs; a time is the "
-        f"median over seeds of the median step. One of the {images} test images is "
-        f"{100 / images:.2f} %."
+        f"Mean and standard deviation over {len(seeds)} seeds after {last['steps'][-1]} steps; a "
+        "time is the median over seeds of the median step; losses in nat."
     )
     lines = [_line(select(rows, provider=name)) for name in unique(rows, "provider")]
-    parts = ["# Training on digits", provenance(rows), markdown(header, lines), notes]
+    parts = [f"# {TITLES[rows[0]['case']]}", provenance(rows), markdown(header, lines), notes]
     return "\n\n".join(parts) + "\n"
 
 
 def _line(rows: list[Row]) -> list[str]:
-    settings = select(rows, metric="test accuracy")[0]["detail"]["settings"]
+    settings = select(rows, metric="test loss")[0]["detail"]["settings"]
+    accuracy = [100 * v for v in _values(rows, "test accuracy")]
     times = [statistics.median(_values(rows, f"{what} step")) for what in ("optimizer", "training")]
     return [
         rows[0]["provider"],
         ", ".join(f"{key} {_text(value)}" for key, value in settings.items()),
-        _mean_and_deviation([100 * v for v in _values(rows, "test accuracy")], ".2f"),
+        *([_mean_and_deviation(accuracy, ".2f")] if accuracy else []),
         _mean_and_deviation(_values(rows, "test loss"), ".3f"),
-        _mean_and_deviation(_values(rows, "training loss"), ".1e"),
-        f"{times[0]:.3f}",
-        f"{times[1]:.2f}",
+        _mean_and_deviation(_values(rows, "training loss"), ".2g"),
+        f"{times[0]:.3g}",
+        f"{times[1]:.3g}",
+        f"{_values(rows, 'state')[0]:.3g}",
     ]
 
 
@@ -72,35 +100,41 @@ def _mean_and_deviation(values: list[float], spec: str) -> str:
     return f"{mean} ± {statistics.stdev(values):{spec}}" if len(values) > 1 else mean
 
 
+# Plot -----------------------------------------------------------------------------------------
+
+
 def plot(rows: list[Row], path: Path) -> None:
-    """Training loss and test error against epochs: mean over seeds, band from lowest to highest."""
+    """Two panels: mean over the seeds, band from lowest to highest."""
     optional("matplotlib").use("Agg")
     pyplot = optional("matplotlib.pyplot")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for name, colour, dash in zip(unique(rows, "provider"), COLOURS, DASHES, strict=True):
-        own = select(rows, provider=name)
-        images = select(own, metric="test accuracy")[0]["detail"]["images"]
-        error = 100 * (1 - _curves(own, "test accuracy")).clamp_min(0.5 / images)
-        for axis, curves in ((left, _curves(own, "training loss")), (right, error)):
-            epochs = range(1, curves.shape[1] + 1)
-            axis.plot(epochs, curves.mean(0), color=colour, ls=dash, lw=1.8, label=name)
-            axis.fill_between(
-                epochs, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, lw=0
-            )
-    for axis, label in ((left, "training loss, nat"), (right, "test error, %")):
-        axis.set(yscale="log", xlabel="epoch", ylabel=label)
+    case = rows[0]["case"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, (metric, along, *labels) in zip(axes, PANELS[case], strict=True):
+        for name in unique(rows, "provider"):
+            colour, dash = STYLES[name]
+            own = select(rows, provider=name, metric=metric)
+            curves = _lines(own, "curve")
+            if metric == "test accuracy":
+                curves = (100 * (1 - curves)).clamp_min(LEAST_ERROR)
+            x = _lines(own, along).median(0).values
+            axis.plot(x, curves.mean(0), color=colour, ls=dash, lw=1.8, label=name)
+            axis.fill_between(x, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, lw=0)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
         axis.grid(alpha=0.3)
-    ticks = [0.5, 1, 2, 5, 10, 20, 50, 100]
-    right.set_yticks(ticks, labels=map(str, ticks), minor=False)
-    right.set_yticks([], minor=True)
-    left.legend(frameon=False)
-    seeds = len({row["detail"]["seed"] for row in rows})
-    figure.suptitle(f"Small CNN on scikit-learn's digits: mean and range of {seeds} seeds")
+        if case == "digits":
+            axis.set_yscale("log")
+    if case == "digits":
+        ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+        axes[1].set_yticks(ticks, labels=map(str, ticks), minor=False)
+        axes[1].set_yticks([], minor=True)
+    axes[0].legend(frameon=False)
+    seeds = len({row["detail"]["seed"] for row in select(rows, metric="test loss")})
+    figure.suptitle(f"{TITLES[case]}: mean and range of {seeds} seeds")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _curves(rows: list[Row], metric: str) -> Tensor:
-    """One line a seed."""
-    curves = [row["detail"]["curve"] for row in select(rows, metric=metric)]
-    return torch.tensor([[_number(v) for v in curve] for curve in curves], dtype=torch.float64)
+def _lines(rows: list[Row], key: str) -> Tensor:
+    """The list of a detail, one line a seed."""
+    lines = [row["detail"][key] for row in rows]
+    return torch.tensor([[_number(v) for v in line] for line in lines], dtype=torch.float64)

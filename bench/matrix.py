@@ -1,8 +1,9 @@
-"""Time steps of IFShampoo, factors updated every step, against sirfshampoo on equal settings.
+"""Time steps of IFShampoo against peers, factors updated every step.
 
-The models are matrices alone, so that every provider does the same mathematics and the float64
-specification says how far each is from it. `pip install rootfree-fused[peers]` brings the peer;
-without it the table says that it is absent.
+The models are matrices alone, so that sirfshampoo does the same mathematics on equal settings and
+the float64 specification says how far each is from it. Shampoo and SOAP of pytorch-optimizer,
+which decompose their factors, are other methods: of them only the time is compared.
+`pip install rootfree-fused[peers]` brings them; the table says which of them is absent.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ LR, MOMENTUM, DAMPING, BATCH = 1e-3, 0.9, 1e-4, 8
 FACTOR_LR, FACTOR_MOMENTUM = 0.1, 0.5
 # Allowed distance from the float64 displacement: several roundings of the products' dtype.
 ALLOWED_ERROR = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-16}
-PEER = "sirfshampoo"
+BASE = "sirfshampoo, bfloat16"
 
 
 def transformer(width: int, layers: int) -> list[Shape]:
@@ -71,8 +73,8 @@ def ours(model: Matrices, dtype: torch.dtype) -> Optimizer:
     )
 
 
-def peer(model: Matrices, dtype: torch.dtype) -> Optimizer:
-    return importlib.import_module(PEER).SIRFShampoo(
+def sirfshampoo(model: Matrices, dtype: torch.dtype) -> Optimizer:
+    return importlib.import_module("sirfshampoo").SIRFShampoo(
         model,
         lr=LR,
         beta2=FACTOR_LR,
@@ -84,11 +86,36 @@ def peer(model: Matrices, dtype: torch.dtype) -> Optimizer:
     )
 
 
-PROVIDERS: dict[str, tuple[Callable[[Matrices, torch.dtype], Optimizer], torch.dtype]] = {
-    "IFShampoo, bfloat16": (ours, torch.bfloat16),
-    "IFShampoo, float32": (ours, torch.float32),
-    "sirfshampoo, bfloat16": (peer, torch.bfloat16),
-    "sirfshampoo, float32": (peer, torch.float32),
+def shampoo(model: Matrices, dtype: torch.dtype) -> Optimizer:
+    # No momentum: with it this Shampoo overwrites p.grad, and the next step's matrices differ.
+    build = importlib.import_module("pytorch_optimizer").Shampoo
+    return build(model.parameters(), lr=LR, preconditioning_compute_steps=1)
+
+
+def soap(model: Matrices, dtype: torch.dtype) -> Optimizer:
+    build = importlib.import_module("pytorch_optimizer").SOAP
+    return build(model.parameters(), lr=LR, precondition_frequency=1)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An optimizer of matrices, the dtype of its products, and the package that it comes from."""
+
+    build: Callable[[Matrices, torch.dtype], Optimizer]
+    dtype: torch.dtype
+    package: str = "rootfree_fused"
+    same_mathematics: bool = True
+
+
+PROVIDERS = {
+    "IFShampoo, bfloat16": Provider(ours, torch.bfloat16),
+    "IFShampoo, float32": Provider(ours, torch.float32),
+    BASE: Provider(sirfshampoo, torch.bfloat16, "sirfshampoo"),
+    "sirfshampoo, float32": Provider(sirfshampoo, torch.float32, "sirfshampoo"),
+    "SOAP, float32": Provider(soap, torch.float32, "pytorch_optimizer", same_mathematics=False),
+    "Shampoo, float32": Provider(
+        shampoo, torch.float32, "pytorch_optimizer", same_mathematics=False
+    ),
 }
 
 
@@ -128,43 +155,49 @@ def measure(
     truth = [displacement(p, g) for p, g in zip(params, grads, strict=True)]
     size = math.sqrt(sum(t.square().sum() for t in truth))
     steps = {}
-    for name, (build, dtype) in PROVIDERS.items():
-        if build is peer and importlib.util.find_spec(PEER) is None:
+    for name, provider in PROVIDERS.items():
+        if importlib.util.find_spec(provider.package) is None:
             rows.add(case, name, "absent", None, "")
             continue
         model = Matrices(params, grads)
-        optimizer = build(model, dtype)
+        optimizer = provider.build(model, provider.dtype)
         for _ in range(CHECK_STEPS):
             optimizer.step()
-        moved = [
-            q.detach().double() - p.double() for q, p in zip(model.params, params, strict=True)
-        ]
-        pairs = zip(moved, truth, strict=True)
-        error = float(math.sqrt(sum((m - t).square().sum() for m, t in pairs)) / size)
-        right = error <= ALLOWED_ERROR[dtype]
-        rows.add(case, name, "error", error, "of the displacement", right=right)
-        if right:
-            steps[name] = optimizer.step
+        if provider.same_mathematics:
+            moved = [
+                q.detach().double() - p.double() for q, p in zip(model.params, params, strict=True)
+            ]
+            pairs = zip(moved, truth, strict=True)
+            error = float(math.sqrt(sum((m - t).square().sum() for m, t in pairs)) / size)
+            right = error <= ALLOWED_ERROR[provider.dtype]
+            rows.add(case, name, "error", error, "of the displacement", right=right)
+            if not right:
+                continue
+        steps[name] = optimizer.step
     for name, timing in interleave(steps, device_timer(device), seconds=seconds).items():
         rows.add_time(case, name, "time", timing)
-        rate = step_flops(shapes) / timing.median / 1e9
-        rows.add(case, name, "rate", rate, "GFLOP/s", flops=step_flops(shapes))
+        if PROVIDERS[name].same_mathematics:
+            rate = step_flops(shapes) / timing.median / 1e9
+            rows.add(case, name, "rate", rate, "GFLOP/s", flops=step_flops(shapes))
 
 
 def table(rows: list[Row]) -> str:
     """Markdown, a table a case."""
+    limits = ", ".join(
+        f"{limit:.2g} in {str(dtype).split('.')[1]}" for dtype, limit in ALLOWED_ERROR.items()
+    )
     notes = (
-        "Rates count 18 n^3 FLOPs for a square, symmetric products at half price, for every "
-        f"provider. The error is that of {CHECK_STEPS} steps against float64, relative to the way "
-        "that they went; above "
-        + ", ".join(f"{limit:.2g} in {str(d).split('.')[1]}" for d, limit in ALLOWED_ERROR.items())
-        + " it is WRONG."
+        "Rates count 18 n^3 FLOPs for a square, symmetric products at half price, for IFShampoo "
+        "and sirfshampoo alike. SOAP and Shampoo are those of pytorch-optimizer: other "
+        "mathematics in float32, so of them only the time is given. The error is that of "
+        f"{CHECK_STEPS} steps against float64, relative to the way that they went; above {limits} "
+        "it is WRONG."
     )
     parts = ["# IF-Shampoo: optimizer.step(), factors updated every step", provenance(rows), notes]
     header = ("provider", "ms a step (20 to 80 %)", "GFLOP/s", "x sirfshampoo, bfloat16", "error")
     for case in unique(rows, "case"):
         of_case = select(rows, case=case)
-        base = select(of_case, provider="sirfshampoo, bfloat16", metric="time")
+        base = select(of_case, provider=BASE, metric="time")
         lines = [_line(select(of_case, provider=p), base) for p in unique(of_case, "provider")]
         parts += [f"## {case}", markdown(header, lines)]
     return "\n\n".join(parts) + "\n"
@@ -174,13 +207,13 @@ def _line(rows: list[Row], base: list[Row]) -> list[str]:
     name, of = rows[0]["provider"], {row["metric"]: row for row in rows}
     if "absent" in of:
         return [name, "absent", "", "", ""]
-    error = number(of["error"]["value"], ".2g")
+    error = number(of["error"]["value"], ".2g") if "error" in of else ""
     if "time" not in of:
         return [name, "**WRONG**", "", "", f"**{error}**"]
     time = of["time"]
     band = f"{time['detail']['p20']:.3g} to {time['detail']['p80']:.3g}"
-    faster = f"{base[0]['value'] / time['value']:.2f}" if base else ""
-    rate = number(of["rate"]["value"], ".0f")
+    faster = f"{base[0]['value'] / time['value']:.3g}" if base else ""
+    rate = number(of["rate"]["value"], ".0f") if "rate" in of else ""
     return [name, f"{number(time['value'], '.3g')} ({band})", rate, faster, error]
 
 

@@ -1,7 +1,7 @@
-"""Train a small CNN on scikit-learn's handwritten digits with four optimizers.
+"""Train small networks on real data: a CNN on digits, a character-level transformer on text.
 
-The four networks of a seed start from the same weights, see the same batches and take their steps
-in turn. Settings come from a search of equal size for each, on a validation split.
+The networks of a seed start from the same weights, see the same batches and take their steps in
+turn. Settings come from a search of equal size for each optimizer, on a validation split.
 """
 
 from __future__ import annotations
@@ -9,86 +9,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
-
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
-
 from .common import optional, pick_device, summarize, threads
 from .curves import plot, table
-from .digits import BATCH, Run, load_digits, train
+from .digits import Digits
+from .methods import METHODS, Method, Settings
 from .rows import Row, Rows, read_rows, select
+from .text import Text
+from .training import Problem, Run, state_bytes, train
 
-CASE = "digits"
-EPOCHS = 30
-TUNING_SEEDS = (100, 101, 102, 103, 104)
-
-Settings = dict[str, Any]
-
-
-# Methods --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Method:
-    """An optimizer, the settings that were searched, the best of them, and all others."""
-
-    build: Callable[..., Optimizer]
-    search: dict[str, tuple[Any, ...]]
-    tuned: Settings
-    fixed: Settings
-
-    def grid(self) -> list[Settings]:
-        """Every setting of the search."""
-        values = itertools.product(*self.search.values())
-        return [dict(zip(self.search, chosen, strict=True)) for chosen in values]
-
-    def optimizer(self, model: nn.Module, settings: Settings) -> Optimizer:
-        """The optimizer on a model's parameters."""
-        return self.build(model.parameters(), **settings, **self.fixed)
-
-
-# `tuned` is the best of the 25 settings of `search` by `python -m bench train --tune`: the lowest
-# validation loss after EPOCHS epochs, mean of TUNING_SEEDS, on a fifth of the training images that
-# was held out; then all training images are used. Rows: results/train_tuning.jsonl.
-METHODS = {
-    "RootFreeRMSprop": Method(
-        RootFreeRMSprop,
-        search={"lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "alpha": (0.8, 0.9, 0.95, 0.98, 0.99)},
-        tuned={"lr": 1e-3, "alpha": 0.9},
-        fixed={"momentum": 0.9, "batch_size": BATCH},
-    ),
-    "RootFreeAdamW": Method(
-        RootFreeAdamW,
-        search={
-            "lr": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-            "betas": ((0.9, 0.9), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.995)),
-        },
-        tuned={"lr": 3e-1, "betas": (0.9, 0.99)},
-        fixed={"batch_size": BATCH},
-    ),
-    "torch AdamW": Method(
-        AdamW,
-        search={
-            "lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-            "betas": ((0.9, 0.6), (0.9, 0.8), (0.9, 0.9), (0.9, 0.99), (0.9, 0.999)),
-        },
-        tuned={"lr": 1e-2, "betas": (0.9, 0.8)},
-        fixed={"fused": True},
-    ),
-    "torch SGD": Method(
-        SGD,
-        search={"lr": (1e-2, 3e-2, 1e-1, 3e-1, 1.0), "momentum": (0.0, 0.5, 0.8, 0.9, 0.95)},
-        tuned={"lr": 1e-1, "momentum": 0.8},
-        fixed={"fused": True},
-    ),
-}
+PROBLEMS: dict[str, Problem] = {"digits": Digits(), "text": Text()}
+# The search of text has one seed: its run is ten times as long and its noise a tenth.
+TUNING_SEEDS = {"digits": (100, 101, 102, 103, 104), "text": (100,)}
+NEEDED = {"digits": ("sklearn",), "text": ("pytorch_optimizer",)}
+# Two threads are a third faster on digits, but on a busy machine they wait for each other.
+THREADS = {"digits": 1, "text": 2}
 
 
 # Subcommand -----------------------------------------------------------------------------------
@@ -96,7 +34,9 @@ METHODS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench train`."""
+    parser.add_argument("--problem", choices=PROBLEMS, help="one of them; both if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train")
+    parser.add_argument("--method", help="with --tune: search this optimizer alone")
     parser.add_argument(
         "--tune", action="store_true", help="search the settings again instead; takes minutes"
     )
@@ -104,53 +44,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare the tuned optimizers, or tune them."""
-    for module in ("sklearn", "tqdm", "matplotlib"):
+    names = [args.problem] if args.problem else list(PROBLEMS)
+    for module in ("tqdm", "matplotlib", *itertools.chain(*(NEEDED[name] for name in names))):
         optional(module)  # now, not after the training
-    with threads(1):  # two are a third faster, but on a busy machine they wait for each other
-        return tune(args) if args.tune else compare(args)
+    for name in names:
+        with threads(THREADS[name]):
+            (tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args)
+    return 0
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Train with the tuned settings on all training images and look at the test images."""
+def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> None:
+    """Train with the tuned settings and look at the test data."""
     device = pick_device(args.device)
-    epochs = 2 if args.quick else EPOCHS
+    rounds = 2 if args.quick else problem.rounds
     seeds = range(1 if args.quick else args.seeds)
-    train_set, test_set = load_digits(device, tuning=False)
-    optimizers = {name: partial(m.optimizer, settings=m.tuned) for name, m in METHODS.items()}
-    rows = Rows(args.out / "train.jsonl", "train", device)
-    with optional("tqdm").tqdm(total=epochs * len(seeds), unit="epoch") as bar:
+    sets = problem.load(device, tuning=False)
+    optimizers = {name: partial(m.optimizer, settings=m.tuned) for name, m in methods.items()}
+    rows = Rows(args.out / f"train_{problem.name}.jsonl", "train", device)
+    with optional("tqdm").tqdm(total=rounds * len(seeds), unit="round") as bar:
         for seed in seeds:
-            bar.set_description(f"{len(METHODS)} optimizers, seed {seed}")
+            bar.set_description(f"{problem.name}: {len(methods)} optimizers, seed {seed}")
             runs = train(
-                optimizers, train_set, test_set, seed=seed, epochs=epochs, progress=bar.update
+                problem, optimizers, sets, device, seed=seed, rounds=rounds, progress=bar.update
             )
             for name, finished in runs.items():
-                add_rows(rows, name, seed, finished, images=len(test_set[1]))
+                settings = {**methods[name].tuned, **methods[name].fixed}
+                add_rows(rows, problem, name, finished, seed=seed, settings=settings)
 
     written = read_rows(rows.path)
-    report, figure = args.out / "train.md", args.out / "train.png"
+    report, figure = rows.path.with_suffix(".md"), rows.path.with_suffix(".png")
     report.write_text(table(written))
     plot(written, figure)
     print(report.read_text())
     print(f"rows   {rows.path}\ntable  {report}\nplot   {figure}")
-    return 0
 
 
-def add_rows(rows: Rows, name: str, seed: int, finished: Run, *, images: int) -> None:
-    """Final values with their curves, and medians of the times of a step."""
-    settings = {**METHODS[name].tuned, **METHODS[name].fixed}
-    for metric, curve, unit in (
-        ("test accuracy", finished.accuracy, "of images"),
-        ("test loss", finished.held_out_loss, "nat"),
-        ("training loss", finished.training_loss, "nat"),
-    ):
-        detail = {"seed": seed, "settings": settings, "images": images, "curve": rounded(curve)}
-        rows.add(CASE, name, metric, curve[-1], unit, **detail)
+def add_rows(
+    rows: Rows, problem: Problem, name: str, run: Run, *, seed: int, settings: Settings
+) -> None:
+    """Final values with their curves, medians of the times of a step, and the state's size."""
+    steps, rounds = len(run.training_step), len(run.training_loss)
+    ends = range(steps // rounds, steps + 1, steps // rounds)
+    elapsed = list(itertools.accumulate(run.training_step))
+    detail = {
+        "seed": seed,
+        "settings": settings,
+        "steps": list(ends),
+        "seconds": rounded([elapsed[end - 1] for end in ends]),
+    }
+    curves = {f"test {measure}": curve for measure, curve in run.held_out.items()}
+    for metric, curve in {"training loss": run.training_loss, **curves}.items():
+        unit = "nat" if metric.endswith("loss") else "of all"
+        rows.add(problem.name, name, metric, curve[-1], unit, **detail, curve=rounded(curve))
     for metric, samples in (
-        ("optimizer step", finished.optimizer_step),
-        ("training step", finished.training_step),
+        ("optimizer step", run.optimizer_step),
+        ("training step", run.training_step),
     ):
-        rows.add_time(CASE, name, metric, summarize(samples), seed=seed)
+        rows.add_time(problem.name, name, metric, summarize(samples), seed=seed)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    state = state_bytes(run.optimizer) / parameters
+    rows.add(problem.name, name, "state", state, "bytes a parameter", parameters=parameters)
 
 
 def rounded(values: list[float]) -> list[float | None]:
@@ -161,51 +114,46 @@ def rounded(values: list[float]) -> list[float | None]:
 # Tuning ---------------------------------------------------------------------------------------
 
 
-def tune(args: argparse.Namespace) -> int:
+def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> None:
     """Train every setting of every search on the validation split, and print the best."""
     device = pick_device(args.device)
-    epochs = 2 if args.quick else EPOCHS
-    seeds = TUNING_SEEDS[:1] if args.quick else TUNING_SEEDS
-    train_set, validation_set = load_digits(device, tuning=True)
-    rows = Rows(args.out / "train_tuning.jsonl", "train", device)
-    with optional("tqdm").tqdm(total=epochs * len(seeds) * len(METHODS), unit="epoch") as bar:
-        for name, method in METHODS.items():
-            bar.set_description(f"{len(method.grid())} settings of {name}")
+    rounds = 2 if args.quick else problem.rounds
+    seeds = TUNING_SEEDS[problem.name][: 1 if args.quick else None]
+    if args.method:
+        methods = {args.method: methods[args.method]}
+    sets = problem.load(device, tuning=True)
+    rows = Rows(args.out / f"train_{problem.name}_tuning.jsonl", "train", device)
+    with optional("tqdm").tqdm(total=rounds * len(seeds) * len(methods), unit="round") as bar:
+        for name, method in methods.items():
+            bar.set_description(f"{problem.name}: {len(method.grid())} settings of {name}")
             optimizers = {str(s): partial(method.optimizer, settings=s) for s in method.grid()}
             runs = [
-                train(
-                    optimizers,
-                    train_set,
-                    validation_set,
-                    seed=s,
-                    epochs=epochs,
-                    progress=bar.update,
-                )
+                train(problem, optimizers, sets, device, seed=s, rounds=rounds, progress=bar.update)
                 for s in seeds
             ]
             for key, settings in zip(optimizers, method.grid(), strict=True):
-                losses = [by_setting[key].held_out_loss[-1] for by_setting in runs]
-                accuracies = [by_setting[key].accuracy[-1] for by_setting in runs]
+                last = {
+                    measure: [by_setting[key].held_out[measure][-1] for by_setting in runs]
+                    for measure in runs[0][key].held_out
+                }
                 rows.add(
-                    CASE,
+                    problem.name,
                     name,
                     "validation loss",
-                    fmean(losses),
+                    fmean(last["loss"]),
                     "nat",
                     settings=settings,
                     seeds=list(seeds),
-                    epochs=epochs,
-                    losses=rounded(losses),
-                    accuracy=fmean(accuracies),
+                    rounds=rounds,
+                    **{measure: rounded(values) for measure, values in last.items()},
                 )
 
     written = read_rows(rows.path)
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         found = best(select(written, provider=name))
         inside = "inside" if interior(found, method.search) else "on the edge of"
         print(f"{name}: {found}, {inside} the search; in use {method.tuned}")
     print(f"rows   {rows.path}")
-    return 0
 
 
 def best(rows: list[Row]) -> Settings:

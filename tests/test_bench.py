@@ -5,27 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from importlib.util import find_spec
-from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
+from _bench import CPU, RESULTS, ROOT, needs_extras, row
 
-sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
-
-from bench import common, curves, diag, matrix, providers, rows, train
+from bench import common, diag, matrix, providers, rows
 from bench.__main__ import SUBCOMMANDS, main
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
-CPU = torch.device("cpu")
 TINY = {"tiny, float32": ([(300,), (), (0,), (2, 3)], torch.float32)}
-needs_extras = pytest.mark.skipif(
-    not all(map(find_spec, ("sklearn", "matplotlib", "tqdm"))),
-    reason="pip install rootfree-fused[bench]",
-)
 
 
 def stepped(build, *shapes, dtype=torch.float32):
@@ -169,21 +158,6 @@ def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
 # Tables ---------------------------------------------------------------------------------------
 
 
-def row(provider, metric, value, **detail):
-    return {
-        "kernel": "diag",
-        "case": "c",
-        "provider": provider,
-        "metric": metric,
-        "value": value,
-        "unit": "",
-        "detail": detail,
-        "device": "a CPU",
-        "versions": {"torch": "2"},
-        "commit": "abc",
-    }
-
-
 def test_diag_table_shows_time_band_bandwidth_and_error():
     text = diag.table(
         [
@@ -202,52 +176,7 @@ def test_diag_table_shows_time_band_bandwidth_and_error():
     assert "| C | **WRONG** |  |  |  |  | **not finite** |" in text
 
 
-def test_train_table_shows_mean_and_deviation_over_seeds():
-    settings = {"lr": 0.1, "betas": [0.9, 0.99]}
-    of_seed = [
-        [
-            row("A", "test accuracy", accuracy, seed=s, settings=settings, images=50, curve=[0.0]),
-            row("A", "test loss", 0.1, seed=s),
-            row("A", "training loss", 1e-3, seed=s),
-            row("A", "optimizer step", 0.02 + s, seed=s),
-            row("A", "training step", 1.0 + s, seed=s),
-        ]
-        for s, accuracy in enumerate((0.9, 0.8, 1.0))
-    ]
-    text = curves.table(list(chain.from_iterable(of_seed)))
-    line = "| A | lr 0.1, betas (0.9, 0.99) | 90.00 ± 10.00 | 0.100 ± 0.000 | 1.0e-03 ± 0.0e+00 |"
-    assert f"{line} 1.020 | 2.00 |" in text
-    assert "over 3 seeds after 1 epochs" in text
-
-
-# Tuning ---------------------------------------------------------------------------------------
-
-
-def test_the_best_setting_is_the_lowest_that_ended():
-    found = train.best(
-        [
-            row("A", "validation loss", None, settings={"lr": 3}),
-            row("A", "validation loss", 0.2, settings={"lr": 2}),
-            row("A", "validation loss", 0.3, settings={"lr": 1}),
-        ]
-    )
-    assert found == {"lr": 2}
-
-
-def test_interior_means_away_from_both_ends_of_every_range():
-    search = {"lr": (1, 2, 3), "betas": ((0.9, 0.8), (0.9, 0.9), (0.9, 0.95))}
-    assert train.interior({"lr": 2, "betas": [0.9, 0.9]}, search)
-    assert not train.interior({"lr": 1, "betas": [0.9, 0.9]}, search)
-    assert not train.interior({"lr": 2, "betas": [0.9, 0.95]}, search)
-
-
-@pytest.mark.parametrize("name", train.METHODS)
-def test_the_settings_in_use_are_the_best_of_the_stored_search(name):
-    found = train.best(rows.select(rows.read_rows(RESULTS / "train_tuning.jsonl"), provider=name))
-    assert json.loads(json.dumps(train.METHODS[name].tuned)) == found
-
-
-@pytest.mark.parametrize(("name", "table"), [("diag", diag.table), ("train", curves.table)])
+@pytest.mark.parametrize(("name", "table"), [("diag", diag.table), ("matrix", matrix.table)])
 def test_stored_tables_are_made_of_the_stored_rows(name, table):
     assert (RESULTS / f"{name}.md").read_text() == table(rows.read_rows(RESULTS / f"{name}.jsonl"))
 
@@ -262,7 +191,7 @@ def test_the_command_alone_lists_its_subcommands(capsys):
 
 
 @needs_extras
-@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm"])
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm", "pytorch_optimizer"])
 def test_a_missing_package_is_named_with_its_cure(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing}.*pip install rootfree-fused\[bench\]"):
@@ -309,41 +238,6 @@ def test_an_interruption_keeps_the_rows_so_far(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) in capsys.readouterr().out
 
 
-@needs_extras
-def test_train_end_to_end(tmp_path):
-    assert main(["train", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    written = rows.read_rows(tmp_path / "train.jsonl")
-    assert rows.unique(written, "provider") == list(train.METHODS)
-    accuracies = rows.select(written, metric="test accuracy")
-    assert [len(r["detail"]["curve"]) for r in accuracies] == [2] * len(train.METHODS)
-    assert (tmp_path / "train.md").read_text() == curves.table(written)
-    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
-
-
-@needs_extras
-def test_tuning_end_to_end(tmp_path, monkeypatch, capsys):
-    method = train.Method(
-        RootFreeRMSprop, {"lr": (1e-3, 1e-2)}, tuned={"lr": 1e-3}, fixed={"batch_size": train.BATCH}
-    )
-    monkeypatch.setattr(train, "METHODS", {"RootFreeRMSprop": method})
-    assert main(["train", "--tune", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    written = rows.read_rows(tmp_path / "train_tuning.jsonl")
-    assert [r["detail"]["settings"] for r in written] == [{"lr": 1e-3}, {"lr": 1e-2}]
-    assert "on the edge of the search" in capsys.readouterr().out
-
-
-@needs_extras
-def test_optimizers_of_a_seed_start_alike_and_see_the_same_batches():
-    train_set, held_out = train.load_digits(CPU, tuning=True)
-    twins = {
-        name: lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        for name in ("first", "second")
-    }
-    runs = train.train(twins, train_set, held_out, seed=0, epochs=1, progress=lambda: None)
-    assert runs["first"].training_loss == runs["second"].training_loss
-    assert runs["first"].accuracy == runs["second"].accuracy
-
-
 # Matrices
 
 
@@ -364,7 +258,7 @@ def test_matrix_end_to_end(tmp_path, monkeypatch):
         optimizer.param_groups[0]["lr"] *= 1.1
         return optimizer
 
-    providers_ = {**matrix.PROVIDERS, "IFShampoo, off": (off, torch.float32)}
+    providers_ = {**matrix.PROVIDERS, "IFShampoo, off": matrix.Provider(off, torch.float32)}
     monkeypatch.setattr(matrix, "PROVIDERS", providers_)
     monkeypatch.setattr(matrix, "CASES", {str(i): [(6, 4), (3, 3)] for i in range(4)})
     assert main(["matrix", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1

@@ -1,0 +1,150 @@
+"""Train copies of one network, an optimizer each, on the same batches at the same time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+Data = Any  # what a problem's `load` returns and its other methods take
+
+
+class Problem(Protocol):
+    """A training problem. A round is what lies between two evaluations."""
+
+    name: str
+    batch_size: int  # loss terms that a gradient averages
+    rounds: int
+    warm_up: float  # share of all steps in which the learning rate rises
+
+    def load(self, device: torch.device, *, tuning: bool) -> tuple[Data, Data]:
+        """Training data, and held-out data: other data for tuning than for the comparison."""
+
+    def build_model(self) -> nn.Module:
+        """The network with its first weights, from torch's global generator."""
+
+    def batches(self, data: Data, generator: torch.Generator) -> Iterable[Data]:
+        """The batches of one round, always as many."""
+
+    def loss(self, model: nn.Module, batch: Data) -> Tensor:
+        """Mean over the batch's `batch_size` loss terms."""
+
+    def evaluate(self, model: nn.Module, held_out: Data) -> dict[str, float]:
+        """The `loss`, and other measures by their names."""
+
+
+@dataclass
+class Run:
+    """One network in training, and what was measured: a value a round, seconds a step."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LambdaLR
+    training_loss: list[float] = field(default_factory=list)
+    held_out: dict[str, list[float]] = field(default_factory=dict)
+    optimizer_step: list[float] = field(default_factory=list)
+    training_step: list[float] = field(default_factory=list)
+
+    def step(self, loss_of: Callable[[nn.Module], Tensor], device: torch.device) -> Tensor:
+        """One training step; returns the loss before it."""
+        start = _now(device)
+        self.optimizer.zero_grad()
+        loss = loss_of(self.model)
+        loss.backward()
+        before = _now(device)
+        self.optimizer.step()
+        end = _now(device)
+        self.schedule.step()
+        self.optimizer_step.append(end - before)
+        self.training_step.append(end - start)
+        return loss.detach()
+
+    def evaluate(self, problem: Problem, data: Data) -> None:
+        """Append every measure on held-out data."""
+        with torch.no_grad():
+            for name, value in problem.evaluate(self.model, data).items():
+                self.held_out.setdefault(name, []).append(value)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def learning_rate(step: int, *, steps: int, warm_up: int) -> float:
+    """Factor of the learning rate at a step: a line to 1 in `warm_up` steps, a cosine to 0."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
+
+
+def train(
+    problem: Problem,
+    optimizers: dict[str, Callable[[nn.Module], Optimizer]],
+    sets: tuple[Data, Data],
+    device: torch.device,
+    *,
+    seed: int,
+    rounds: int,
+    progress: Callable[[], object],
+) -> dict[str, Run]:
+    """Train one network an optimizer, all from the same weights on the same batches.
+
+    They take their steps in turn, so that noise falls on the times of all alike.
+    """
+    train_set, held_out = sets
+    generator = torch.Generator().manual_seed(seed)
+    runs: dict[str, Run] = {}
+    for _ in range(rounds):
+        batches = list(problem.batches(train_set, generator))
+        if not runs:
+            runs = _start(problem, optimizers, device, seed=seed, steps=rounds * len(batches))
+        totals = dict.fromkeys(runs, 0.0)
+        for batch in batches:
+            for name, run in runs.items():
+                totals[name] += run.step(partial(problem.loss, batch=batch), device)
+        for name, run in runs.items():
+            run.training_loss.append(float(totals[name]) / len(batches))
+            run.evaluate(problem, held_out)
+        progress()
+    return runs
+
+
+def _start(
+    problem: Problem,
+    optimizers: dict[str, Callable[[nn.Module], Optimizer]],
+    device: torch.device,
+    *,
+    seed: int,
+    steps: int,
+) -> dict[str, Run]:
+    runs = {}
+    factor = partial(learning_rate, steps=steps, warm_up=round(problem.warm_up * steps))
+    for name, build in optimizers.items():
+        torch.manual_seed(seed)
+        model = problem.build_model().to(device)
+        optimizer = build(model)
+        runs[name] = Run(model, optimizer, LambdaLR(optimizer, factor))
+    return runs
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state, in lists and dicts too; caches left out."""
+
+    def count(entry: Any) -> int:
+        if isinstance(entry, Tensor):
+            return entry.nbytes
+        if isinstance(entry, dict):
+            return sum(map(count, entry.values()))
+        return sum(map(count, entry)) if isinstance(entry, (list, tuple)) else 0
+
+    return count(dict(optimizer.state))
