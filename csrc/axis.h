@@ -6,7 +6,7 @@
 #include <bit>
 #include <cmath>
 
-#include "packed.h"
+#include "product.h"
 
 namespace rootfree_fused {
 

@@ -76,7 +76,7 @@ struct Bodies {
     body(options, data, begin, end);
   }
   static Body<Options> current() {
-    constexpr Body<Options> bodies[ISA_COUNT] = {baseline, avx2, avx512};
+    constexpr Body<Options> bodies[ISA_COUNT] = {baseline, avx2, avx512, avx512};
     return bodies[isa_in_use()];
   }
 };

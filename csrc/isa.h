@@ -2,6 +2,11 @@
 // when it runs: a wheel built on one machine works on another.
 #pragma once
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 
 #define ROOTFREE_INLINE inline __attribute__((always_inline))
@@ -23,9 +28,21 @@
 
 namespace rootfree_fused {
 
-enum Isa { BASELINE, AVX2, AVX512, ISA_COUNT };
+enum Isa { BASELINE, AVX2, AVX512, AMX, ISA_COUNT };  // AMX: AVX512 with AMX for products
 
-inline constexpr const char* isa_names[ISA_COUNT] = {"baseline", "avx2", "avx512"};
+inline constexpr const char* isa_names[ISA_COUNT] = {"baseline", "avx2", "avx512", "amx"};
+
+inline bool amx_supported() {
+#if defined(__x86_64__) && defined(__linux__)
+  // Linux gives the registers of tiles to processes that ask for them.
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 inline bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
@@ -33,7 +50,8 @@ inline bool isa_supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return isa == BASELINE || (isa == AVX2 && avx2) || (isa == AVX512 && avx512);
+  return isa == BASELINE || (isa == AVX2 && avx2) || (isa == AVX512 && avx512) ||
+         (isa == AMX && avx512 && amx_supported());
 #else
   return isa == BASELINE;
 #endif
@@ -41,9 +59,10 @@ inline bool isa_supported(Isa isa) {
 
 // The instruction set in use: the best supported, unless a test chooses another.
 inline std::atomic<Isa>& isa_in_use() {
-  static std::atomic<Isa> isa{isa_supported(AVX512) ? AVX512
-                              : isa_supported(AVX2) ? AVX2
-                                                    : BASELINE};
+  static std::atomic<Isa> isa{isa_supported(AMX)      ? AMX
+                              : isa_supported(AVX512) ? AVX512
+                              : isa_supported(AVX2)   ? AVX2
+                                                      : BASELINE};
   return isa;
 }
 

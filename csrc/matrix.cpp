@@ -124,6 +124,7 @@ template <class Body>
 void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Body& body) {
   if (tasks == 0) return;
   torch::stable::parallel_for(0, count * tasks, 1, [&](int64_t begin, int64_t end) {
+    const AmxRegisters registers;
     for (int64_t i = begin; i < end; ++i) body(matrices[i / tasks], i % tasks);
   });
 }
@@ -359,7 +360,8 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
 
 bool bf16_kernel_runs() {
 #if defined(__x86_64__)
-  return isa_in_use() == AVX512 && __builtin_cpu_supports("avx512bf16");
+  return isa_in_use() == AMX ||
+         (isa_in_use() == AVX512 && __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif

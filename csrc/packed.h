@@ -1,8 +1,7 @@
-// bfloat16 products X^T Y with float32 accumulators (AVX512_BF16), by tiles of 64 x 64.
+// How the operands of bfloat16 products lie in memory, and the tiles of 64 x 64 of the results.
 //
 // A packed matrix lies in panels of 16 columns. A panel has one vector for each pair of rows, whose
-// i-th 32-bit lane holds rows 2k and 2k+1 of its column i; beyond the edges lie zeros. vdpbf16ps
-// multiplies such pairs: Y is read by whole vectors and X lane by lane, so one layout serves both.
+// i-th 32-bit lane holds rows 2k and 2k+1 of its column i; beyond the edges lie zeros.
 #pragma once
 
 #if defined(__x86_64__)
@@ -51,61 +50,6 @@ struct Tile {
         rows(std::min(tile_size, total_rows - row)),
         columns(std::min(tile_size, total_columns - column)) {}
 };
-
-// C (8 x 16 vectors) = scale A^T B, or C + scale A^T B.
-template <int vectors>
-ROOTFREE_BF16 inline void multiply_block(const uint32_t* a, const uint32_t* b, int64_t panel_stride,
-                                         int64_t pairs, float* c, float scale, bool add) {
-  __m512 sums[8][vectors];
-#pragma GCC unroll 8
-  for (auto& row : sums) {
-    for (auto& sum : row) sum = _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < pairs; ++k, a += lanes, b += lanes) {
-    __m512bh right[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      right[v] = (__m512bh)_mm512_load_si512(b + v * panel_stride);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const auto left = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i]));
-      for (int v = 0; v < vectors; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], left, right[v]);
-    }
-  }
-  const __m512 factor = _mm512_set1_ps(scale);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    for (int v = 0; v < vectors; ++v) {
-      float* out = c + i * tile_size + v * lanes;
-      const __m512 scaled = _mm512_mul_ps(sums[i][v], factor);
-      _mm512_store_ps(out, add ? _mm512_add_ps(_mm512_load_ps(out), scaled) : scaled);
-    }
-  }
-}
-
-// tile = scale X^T Y, or tile + scale X^T Y; of a tile on the diagonal of a symmetric product only
-// what `mirror` needs.
-ROOTFREE_BF16 inline void multiply(Tile& tile, float scale, const Packed& x, const Packed& y,
-                                   bool add = false, bool symmetric = false) {
-  constexpr int64_t pairs_at_once = 256;  // a panel of X and two of Y fill an L1 cache of 48 KiB
-  const int64_t panels = ceil_div(tile.columns, lanes), blocks = 2 * ceil_div(tile.rows, lanes);
-  const bool lower = symmetric && tile.row == tile.column;
-  for (int64_t first = 0; first < x.pairs; first += pairs_at_once, add = true) {
-    const int64_t pairs = std::min(pairs_at_once, x.pairs - first);
-    for (int64_t j = 0; j < panels; j += 2) {
-      const uint32_t* right = y.at(first, tile.column / lanes + j);
-      for (int64_t i = lower ? 2 * j : 0; i < blocks; ++i) {
-        const uint32_t* left = x.at(first, tile.row / lanes + i / 2) + i % 2 * 8;
-        float* out = &tile.values[i * 8][j * lanes];
-        if (j + 1 < panels) {
-          multiply_block<2>(left, right, y.pairs * lanes, pairs, out, scale, add);
-        } else {
-          multiply_block<1>(left, right, 0, pairs, out, scale, add);
-        }
-      }
-    }
-  }
-}
 
 // Transposes 16 x 16 lanes of 32 bits.
 ROOTFREE_BF16 inline void transpose(__m512i (&r)[16]) {

@@ -21,7 +21,7 @@ namespace {
 std::string cpu_isa() { return isa_names[isa_in_use()]; }
 
 void use_cpu_isa(const std::string& name) {
-  for (Isa isa : {BASELINE, AVX2, AVX512}) {
+  for (Isa isa : {BASELINE, AVX2, AVX512, AMX}) {
     if (name == isa_names[isa] && isa_supported(isa)) {
       isa_in_use() = isa;
       return;

@@ -59,13 +59,11 @@ def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]
 
 
 def _suit_the_kernel(stacks: _Stacks) -> bool:
-    # oneDNN multiplies by AMX tiles many times faster than any kernel of vector instructions.
     return (
         all(residual.numel() for residual in stacks.residuals)
         and all(p.dtype != torch.float64 for p in stacks.params)
         and hasattr(torch.ops.rootfree_fused, "_bf16_kernel_runs")  # the extension is built
         and torch.ops.rootfree_fused._bf16_kernel_runs()
-        and not torch.cpu._is_amx_tile_supported()
     )
 
 

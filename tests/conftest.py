@@ -18,7 +18,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
 def isa(request):
     """Every body of a kernel that this machine can run; without it, the one that users get."""
     best = torch.ops.rootfree_fused.cpu_isa()
