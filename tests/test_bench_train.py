@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from functools import partial
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _bench import CPU, RESULTS, needs_extras, row
+from torch.optim import SGD
 
 from bench import curves, methods, rows, text, train, training
 from bench.__main__ import main
@@ -122,15 +124,37 @@ def test_state_is_counted_in_lists_and_dicts_too():
 # Search ---------------------------------------------------------------------------------------
 
 
-def test_the_best_setting_is_the_lowest_that_ended():
-    found = train.best(
-        [
-            row("A", "validation loss", None, settings={"lr": 3}),
-            row("A", "validation loss", 0.2, settings={"lr": 2}),
-            row("A", "validation loss", 0.3, settings={"lr": 1}),
-        ]
-    )
-    assert found == {"lr": 2}
+def test_the_best_setting_is_the_lowest_of_those_that_ended_with_every_seed():
+    def searched(value, seeds, lr):
+        return row("A", "validation loss", value, settings={"lr": lr}, seeds=seeds)
+
+    rows_ = [
+        searched(None, [1, 2], 4),
+        searched(0.2, [1, 2], 2),
+        searched(0.3, [1, 2], 1),
+        searched(0.1, [1], 3),
+    ]
+    assert train.best(rows_) == {"lr": 2}
+
+
+def test_only_the_best_of_the_first_seed_are_trained_with_the_others(monkeypatch):
+    method = methods.Method(SGD, {"lr": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}, tuned={}, fixed={})
+    losses = {1.0: 0.5, 2.0: float("nan"), 3.0: 0.1, 4.0: 0.4, 5.0: 0.3, 6.0: 0.2}
+    trained = []
+
+    def fake_train(problem, optimizers, sets, device, *, seed, rounds, progress):
+        of = {i: build.keywords["settings"]["lr"] for i, build in optimizers.items()}
+        trained.append((seed, sorted(of.values())))
+        held_out = {i: {"loss": [9.0, losses[lr] + seed]} for i, lr in of.items()}
+        return {i: SimpleNamespace(held_out=curves) for i, curves in held_out.items()}
+
+    monkeypatch.setattr(train, "train", fake_train)
+    monkeypatch.setitem(train.FINALISTS, "text", 3)
+    ends = train.search(Text(), method, ((), ()), CPU, (0, 1, 2), rounds=2, progress=int)
+    finalists = [3.0, 5.0, 6.0]
+    assert trained == [(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), (1, finalists), (2, finalists)]
+    assert [len(end["loss"]) for end in ends] == [1, 1, 3, 1, 3, 3]
+    assert ends[2]["loss"] == [0.1, 1.1, 2.1]
 
 
 def test_interior_means_away_from_both_ends_of_every_range():
