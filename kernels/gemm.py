@@ -103,23 +103,9 @@ def _product(
 ):
     a_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
     b_ptr = pointer_at(job_ptr + 2, scratch_ptr, FACTOR)
-    a_columns = size_at(job_ptr + 1)
-    b_columns = size_at(job_ptr + 3)
+    a, b = (a_ptr, size_at(job_ptr + 1)), (b_ptr, size_at(job_ptr + 3))
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    return product_tile(
-        a_ptr,
-        a_columns,
-        b_ptr,
-        b_columns,
-        acc,
-        size,
-        tile,
-        TRANS_A,
-        False,
-        BLOCK_K,
-        PRECISION,
-        DESCRIPTORS,
-    )
+    return product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION, DESCRIPTORS)
 
 
 @triton.jit
@@ -135,20 +121,10 @@ def _product_kernel(
     DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
-    m = size_at(job_ptr + 6)
-    n = size_at(job_ptr + 7)
-    k = size_at(job_ptr + 8)
+    size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
+    m, n, k = size
     acc = _product(
-        job_ptr,
-        scratch_ptr,
-        (m, n, k),
-        tile,
-        TRANS_A,
-        FACTOR,
-        BLOCK,
-        BLOCK_K,
-        PRECISION,
-        DESCRIPTORS,
+        job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
     )
     if k == 0:  # both factors are diagonal: G itself
         acc = parked(pointer_at(job_ptr, scratch_ptr, tl.float32), (m, n), tile, BLOCK, BLOCK)
@@ -234,11 +210,11 @@ def _factors_kernel(
         m = tl.load(pointer_at(job_ptr + 1, scratch_ptr, tl.float32) + offs, mask=offs < d)
         tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
     else:
-        k_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
-        m_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
+        factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
+        momentum = (pointer_at(job_ptr + 1, scratch_ptr, FACTOR), d)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(
-            k_ptr, d, m_ptr, d, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION, DESCRIPTORS
+            factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION, DESCRIPTORS
         )
         factor_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
         residual_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.int16)
@@ -309,20 +285,10 @@ def _params_kernel(
     DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
-    m = size_at(job_ptr + 6)
-    n = size_at(job_ptr + 7)
-    k = size_at(job_ptr + 8)
+    size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
+    m, n, k = size
     update = _product(
-        job_ptr,
-        scratch_ptr,
-        (m, n, k),
-        tile,
-        False,
-        FACTOR,
-        BLOCK,
-        BLOCK_K,
-        PRECISION,
-        DESCRIPTORS,
+        job_ptr, scratch_ptr, size, tile, False, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
     )
     lr = tl.load(lr_ptr).to(tl.float32)
     member_ptr = members_ptr + 4 * tl.load(job_ptr + 4)

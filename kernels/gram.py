@@ -138,43 +138,21 @@ def _factor_momenta_kernel(
         )
         tl.store(norm_ptr, norm)
     else:
-        k_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
-        m_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-        width = size_at(job_ptr + 4)
+        factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
+        m = (pointer_at(job_ptr + 1, scratch_ptr, FACTOR), size_at(job_ptr + 4))
+        size = (d, d, e)
         gram = tl.zeros([BLOCK, BLOCK], tl.float32)
         gram = product_tile(
-            k_ptr, d, k_ptr, d, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION, DESCRIPTORS
+            factor, factor, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION, DESCRIPTORS
         )
         gram *= ratio
         if side == 0:
             gram = product_tile(
-                m_ptr,
-                width,
-                m_ptr,
-                width,
-                gram,
-                (d, d, e),
-                tile,
-                False,
-                True,
-                BLOCK_K,
-                PRECISION,
-                DESCRIPTORS,
+                m, m, gram, size, tile, False, True, BLOCK_K, PRECISION, DESCRIPTORS
             )
         else:
             gram = product_tile(
-                m_ptr,
-                width,
-                m_ptr,
-                width,
-                gram,
-                (d, d, e),
-                tile,
-                True,
-                False,
-                BLOCK_K,
-                PRECISION,
-                DESCRIPTORS,
+                m, m, gram, size, tile, True, False, BLOCK_K, PRECISION, DESCRIPTORS
             )
         momentum_ptr = pointer_at(job_ptr + 6, scratch_ptr, FACTOR)
         is_diagonal = tile[0] == tile[1]
@@ -215,10 +193,10 @@ def _products_kernel(
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
-    k_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
+    factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     acc = product_tile(
-        k_ptr, d, k_ptr, d, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION, DESCRIPTORS
+        factor, factor, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION, DESCRIPTORS
     )
     product_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]

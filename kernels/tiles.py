@@ -55,10 +55,8 @@ def tile_of(ptr, stride, size, tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def product_tile(
-    a_ptr,
-    a_columns,
-    b_ptr,
-    b_columns,
+    a,
+    b,
     acc,
     size,
     tile,
@@ -70,86 +68,73 @@ def product_tile(
 ):
     """acc + a tile of A B, for A (m, k) and B (k, n), stored as (k, m) or (n, k) where transposed.
 
-    Rows are padded with zeros to a multiple of 8, and read to there: no mask may cut a vector.
-    DESCRIPTORS: one thread asks the tensor memory accelerator for whole tiles (Hopper and newer).
+    a and b are a pointer and how many columns are stored; size is (m, n, k). Rows are padded with
+    zeros to a multiple of 8, and read to there: no mask may cut a vector. DESCRIPTORS: one thread
+    asks the tensor memory accelerator for whole tiles (Hopper and newer).
     """
     if DESCRIPTORS:
-        acc = _product_by_descriptors(
-            a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K
-        )
+        acc = _product_by_descriptors(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K)
     else:
-        acc = _product_by_pointers(
-            a_ptr,
-            a_columns,
-            b_ptr,
-            b_columns,
-            acc,
-            size,
-            tile,
-            TRANS_A,
-            TRANS_B,
-            BLOCK_K,
-            PRECISION,
-        )
+        acc = _product_by_pointers(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECISION)
     return acc
 
 
 @triton.jit
-def _operand(ptr, columns, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
+def _operand(stored, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
     """A descriptor of an (outer, inner) matrix; an empty one has no descriptor, so at least 8."""
     shape = [tl.maximum(outer, 1), tl.maximum(padded(inner), 8)]
-    return tl.make_tensor_descriptor(ptr, shape, [padded(columns), 1], [OUTER, INNER])
+    return tl.make_tensor_descriptor(stored[0], shape, [padded(stored[1]), 1], [OUTER, INNER])
 
 
 @triton.jit
-def _product_by_descriptors(
-    a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K
-):
+def _product_by_descriptors(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K):
     m, n, k = size
     row, column = tile[0] * acc.shape[0], tile[1] * acc.shape[1]
     if TRANS_A:
-        a_tiles = _operand(a_ptr, a_columns, k, m, BLOCK_K, acc.shape[0])
+        a_tiles = _operand(a, k, m, BLOCK_K, acc.shape[0])
     else:
-        a_tiles = _operand(a_ptr, a_columns, m, k, acc.shape[0], BLOCK_K)
+        a_tiles = _operand(a, m, k, acc.shape[0], BLOCK_K)
     if TRANS_B:
-        b_tiles = _operand(b_ptr, b_columns, n, k, acc.shape[1], BLOCK_K)
+        b_tiles = _operand(b, n, k, acc.shape[1], BLOCK_K)
     else:
-        b_tiles = _operand(b_ptr, b_columns, k, n, BLOCK_K, acc.shape[1])
+        b_tiles = _operand(b, k, n, BLOCK_K, acc.shape[1])
     for done in range(0, k, BLOCK_K):
-        a = tl.trans(a_tiles.load([done, row])) if TRANS_A else a_tiles.load([row, done])
-        b = tl.trans(b_tiles.load([column, done])) if TRANS_B else b_tiles.load([done, column])
-        acc = tl.dot(a, b, acc)
+        place = [done, row] if TRANS_A else [row, done]
+        a_tile = tl.trans(a_tiles.load(place)) if TRANS_A else a_tiles.load(place)
+        place = [column, done] if TRANS_B else [done, column]
+        b_tile = tl.trans(b_tiles.load(place)) if TRANS_B else b_tiles.load(place)
+        acc = tl.dot(a_tile, b_tile, acc)
     return acc
 
 
 @triton.jit
-def _product_by_pointers(
-    a_ptr, a_columns, b_ptr, b_columns, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECISION
-):
+def _product_by_pointers(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECISION):
     m, n, k = size
     offs_m = tl.arange(0, acc.shape[0])
     offs_n = tl.arange(0, acc.shape[1])
     offs_k = tl.arange(0, BLOCK_K)
     row, column = tile[0] * acc.shape[0], tile[1] * acc.shape[1]
-    a_stride, b_stride = padded(a_columns), padded(b_columns)
+    a_stride, b_stride = padded(a[1]), padded(b[1])
     if TRANS_A:
-        a_ptrs = a_ptr + row + (offs_k[None, :] * a_stride + offs_m[:, None])
+        a_ptrs = a[0] + row + (offs_k[None, :] * a_stride + offs_m[:, None])
         mask_a, a_step, a_end = offs_m < padded(m) - row, BLOCK_K * a_stride, k
     else:
-        a_ptrs = a_ptr + row.to(tl.int64) * a_stride
+        a_ptrs = a[0] + row.to(tl.int64) * a_stride
         a_ptrs += offs_m[:, None] * a_stride + offs_k[None, :]
         mask_a, a_step, a_end = offs_m < m - row, BLOCK_K, padded(k)
     if TRANS_B:
-        b_ptrs = b_ptr + column.to(tl.int64) * b_stride
+        b_ptrs = b[0] + column.to(tl.int64) * b_stride
         b_ptrs += offs_n[None, :] * b_stride + offs_k[:, None]
         mask_b, b_step, b_end = offs_n < n - column, BLOCK_K, padded(k)
     else:
-        b_ptrs = b_ptr + column + (offs_k[:, None] * b_stride + offs_n[None, :])
+        b_ptrs = b[0] + column + (offs_k[:, None] * b_stride + offs_n[None, :])
         mask_b, b_step, b_end = offs_n < padded(n) - column, BLOCK_K * b_stride, k
     for done in range(0, k, BLOCK_K):
-        a = tl.load(a_ptrs, mask=mask_a[:, None] & (offs_k[None, :] < a_end - done), other=0.0)
-        b = tl.load(b_ptrs, mask=mask_b[None, :] & (offs_k[:, None] < b_end - done), other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        within = mask_a[:, None] & (offs_k[None, :] < a_end - done)
+        a_tile = tl.load(a_ptrs, mask=within, other=0.0)
+        within = mask_b[None, :] & (offs_k[:, None] < b_end - done)
+        b_tile = tl.load(b_ptrs, mask=within, other=0.0)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
         a_ptrs += a_step
         b_ptrs += b_step
     return acc
