@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def extensions() -> list[Extension]:
         )
         return []
     try:
+        import torch
         from torch.utils.cpp_extension import include_paths, library_paths
     except ImportError as error:
         warn_without_extension(str(error), "install torch where rootfree_fused is built")
@@ -66,7 +68,19 @@ def extensions() -> list[Extension]:
             ],
             language="c++",
             optional=True,
-        )
+        ),
+        # The name as rootfree_fused/_prepared.py makes it.
+        Extension(
+            host := "rootfree_fused._host_" + re.sub(r"\W", "_", torch.__version__),
+            ["csrc/host.cpp"],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["c10", "torch_cpu", "torch_python"],
+            define_macros=[("ROOTFREE_HOST", host.rpartition(".")[2])],
+            extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
+            language="c++",
+            optional=True,
+        ),
     ]
 
 

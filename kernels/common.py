@@ -32,7 +32,7 @@ class DeviceTable:
     _captured: list[tuple[Tensor, Tensor]] = []  # noqa: RUF012 (shared by all tables)
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
-        self._host = host
+        self.host = host
         self._device = device
         self._copy: Tensor | None = None
         self._stream: int | None = None
@@ -40,16 +40,16 @@ class DeviceTable:
     def on_device(self) -> Tensor:
         """The copy for the current stream; the current device is the table's."""
         if self._device.type == "cpu":
-            return self._host
+            return self.host
         if torch.cuda.is_current_stream_capturing():
             copy = self._copy
             if copy is None:
-                copy = self._host.to(self._device, non_blocking=True)
-            self._captured.append((self._host, copy))
+                copy = self.host.to(self._device, non_blocking=True)
+            self._captured.append((self.host, copy))
             return copy
         stream = torch.cuda.current_stream(self._device).cuda_stream
         if self._copy is None or self._stream != stream:
-            self._copy = self._host.pin_memory().to(self._device, non_blocking=True)
+            self._copy = self.host.pin_memory().to(self._device, non_blocking=True)
             self._stream = stream
         return self._copy
 
@@ -77,6 +77,7 @@ class Plan(NamedTuple):
 
     launches: list[Launch]
     copied: list[int]
+    states: int  # lists of them
 
 
 _plans: dict[Any, Plan] = {}
@@ -100,7 +101,7 @@ def find_plan(lists: Sequence[Sequence[Tensor]], *, block: int, vector: int) -> 
         launches = [] if copied else _build(lists, addresses, lengths, block, vector)
         if len(_plans) >= _MAX_PLANS:
             del _plans[next(iter(_plans))]
-        plan = _plans[key] = Plan(launches, copied)
+        plan = _plans[key] = Plan(launches, copied, len(lists) - 2)
     return plan
 
 
@@ -140,16 +141,14 @@ def _build(
         first = kinds.index(kind)
         _check_kind(kind[: len(lists)], kind[len(lists) :], first)
         param, grad = lists[0][first], lists[1][first]
-        at_once = vector * torch.tensor([ts[first].itemsize for ts in lists], device="cpu")
-        aligned = (address % at_once == 0).all(1)
         table = torch.zeros(len(kinds), 8, device="cpu", dtype=torch.int64)
         table[:, : len(lists)] = address
         table[:, 4] = length
-        table[:, 6] = torch.where(aligned, length // block * block, 0)
         table[:, 7] = torch.arange(len(kinds), device="cpu")
         places = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device="cpu")
         rows, counts = table[places], programs[places]
         rows[:, 5] = counts.cumsum(0) - counts
+        _mark_aligned(rows, DTYPES[param.dtype], DTYPES[grad.dtype], block, vector)
         launches.append(
             Launch(
                 param.device,
@@ -161,6 +160,23 @@ def _build(
             )
         )
     return launches
+
+
+def _mark_aligned(rows: Tensor, param: tl.dtype, grad: tl.dtype, block: int, vector: int) -> None:
+    sizes = [param.primitive_bitwidth // 8, grad.primitive_bitwidth // 8, 4, 4]
+    aligned = (rows[:, :4] % (vector * torch.tensor(sizes, device="cpu")) == 0).all(1)
+    rows[:, 6] = torch.where(aligned, rows[:, 4] // block * block, 0)
+
+
+def at_gradients(plan: Plan, addresses: Tensor, *, block: int, vector: int) -> Plan:
+    """The plan for the same tensors, but gradients at these addresses; on the host, int64."""
+    launches = []
+    for launch in plan.launches:
+        rows = launch.rows.host.clone()
+        rows[:, 1] = addresses[rows[:, 7]]
+        _mark_aligned(rows, launch.param_dtype, launch.grad_dtype, block, vector)
+        launches.append(launch._replace(rows=DeviceTable(rows, launch.device)))
+    return plan._replace(launches=launches)
 
 
 def _check_kind(devices: tuple[int, ...], dtypes: tuple[torch.dtype, ...], i: int) -> None:

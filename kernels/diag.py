@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import find_plan, readable, scalar_table
+from .common import Plan, at_gradients, find_plan, readable, scalar_table
 
 # One row serves every dtype and device; not yet measured on a GPU. The SASS for sm_80, sm_90 and
 # sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so
@@ -180,19 +180,7 @@ def _diag_kernel(
         )
 
 
-def _launch(
-    update: Any,
-    lists: Sequence[Sequence[Tensor]],
-    lr: Tensor,
-    steps: Tensor | None,
-    scalars: tuple[float, ...],
-) -> None:
-    if not lists[0]:
-        return
-    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
-    if plan.copied:
-        _launch_on_copies(plan.copied, update, lists, lr, steps, scalars)
-        return
+def _launch(plan: Plan, update: Any, lr: Tensor, steps: Tensor | None, *scalars: float) -> None:
     # Scalar 0 is lr, unless lr is read where it is.
     values = (float(lr) if lr.is_cpu else 0.0, *scalars)
     for device, param_dtype, grad_dtype, chunks, rows, programs in plan.launches:
@@ -209,7 +197,7 @@ def _launch(
                 UPDATE=update,
                 PARAM=param_dtype,
                 GRAD=grad_dtype,
-                HAS_M=len(lists) == 4,
+                HAS_M=plan.states == 2,
                 BLOCK=BLOCK,
                 VECTOR=VECTOR,
                 num_warps=NUM_WARPS,
@@ -218,25 +206,42 @@ def _launch(
 
 
 @torch.no_grad()
-def _launch_on_copies(
-    places: list[int], update: Any, lists: Sequence[Sequence[Tensor]], *scalars: Any
-) -> None:
+def _run(launch: Any, lists: list[Sequence[Tensor]], *args: Any, **settings: Any) -> None:
+    """Launch on tensors; those that are no dense blocks in one order go through copies."""
+    if not lists[0]:
+        return
+    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
+    if not plan.copied:
+        launch(plan, *args, **settings)
+        return
     dense = [list(tensors) for tensors in lists]
     for tensors in dense:
-        for i in places:
+        for i in plan.copied:
             tensors[i] = tensors[i].contiguous()
-    _launch(update, dense, *scalars)
+    _run(launch, dense, *args, **settings)
     for tensors, results in zip((lists[0], *lists[2:]), (dense[0], *dense[2:]), strict=True):
-        for i in places:
+        for i in plan.copied:
             if results[i] is not tensors[i]:
                 tensors[i].copy_(results[i])
 
 
-def rmsprop_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    square_avgs: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+def prepare(lists: list[Sequence[Tensor]]) -> Plan | None:
+    """What the `launch_` functions take, where no tensor has to be copied.
+
+    lists: params, grads, s, and momentum buffers or m where there are any. The plan holds
+    addresses, not tensors: it is right while each of them stays where and what it is.
+    """
+    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
+    return None if plan.copied else plan
+
+
+def move_grads(plan: Plan, addresses: Tensor) -> Plan:
+    """The plan for the same tensors with gradients at other addresses; int64, one a tensor."""
+    return at_gradients(plan, addresses, block=BLOCK, vector=VECTOR)
+
+
+def launch_rmsprop(
+    plan: Plan,
     lr: Tensor,
     *,
     alpha: float,
@@ -247,15 +252,16 @@ def rmsprop_(
     decoupled: bool,
     maximize: bool,
 ) -> None:
-    """One root-free RMSProp step on every tensor; momentum_buffers is empty where there are none.
+    """One root-free RMSProp step on every tensor.
 
     lr is a 0-d tensor, on the CPU or on the parameters' device; there a captured graph reads it at
     every replay.
     """
-    lists = [params, grads, square_avgs]
-    if momentum_buffers:
-        lists.append(momentum_buffers)
-    scalars = (
+    _launch(
+        plan,
+        _rmsprop_update,
+        lr,
+        None,
         -1.0 if maximize else 1.0,
         batch_size,
         damping,
@@ -265,14 +271,10 @@ def rmsprop_(
         1 - alpha,
         momentum,
     )
-    _launch(_rmsprop_update, lists, lr, None, scalars)
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+def launch_adamw(
+    plan: Plan,
     steps: Tensor | None,
     lr: Tensor,
     *,
@@ -286,9 +288,13 @@ def adamw_(
     """One root-free AdamW step on every tensor.
 
     steps has a float32 entry per tensor that counts this step already, on the CPU or on the device
-    of the parameters; None means no bias correction. lr is as in `rmsprop_`.
+    of the parameters; None means no bias correction. lr is as in `launch_rmsprop`.
     """
-    scalars = (
+    _launch(
+        plan,
+        _adamw_update,
+        lr,
+        steps,
         -1.0 if maximize else 1.0,
         batch_size,
         damping,
@@ -300,4 +306,29 @@ def adamw_(
         math.log(beta1) if beta1 > 0 else -math.inf,
         math.log(beta2) if beta2 > 0 else -math.inf,
     )
-    _launch(_adamw_update, [params, grads, exp_avg_sqs, exp_avgs], lr, steps, scalars)
+
+
+def rmsprop_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    square_avgs: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: Tensor,
+    **settings: Any,
+) -> None:
+    """`launch_rmsprop` on lists; momentum_buffers is empty where there are none."""
+    buffers = [momentum_buffers] if momentum_buffers else []
+    _run(launch_rmsprop, [params, grads, square_avgs, *buffers], lr, **settings)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Tensor | None,
+    lr: Tensor,
+    **settings: Any,
+) -> None:
+    """`launch_adamw` on lists."""
+    _run(launch_adamw, [params, grads, exp_avg_sqs, exp_avgs], steps, lr, **settings)

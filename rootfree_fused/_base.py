@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from . import ops
 from ._checks import check_hyperparameters, check_param
+from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
 from ._state import Initial, State, check_saved, initial_step, stack_steps, unstacked
 
 Group = dict[str, Any]
@@ -66,6 +67,17 @@ class RootFreeOptimizer(Optimizer):
     ) -> None:
         """Update parameters and states in place; `steps` holds each count, this step included."""
         raise NotImplementedError
+
+    def _prepare(
+        self,
+        index: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
+    ) -> Launch | None:
+        """What `_update` would do at every step on these tensors, if something can do it faster."""
+        return None
 
     # Groups and declared state ----------------------------------------------------------------
 
@@ -131,14 +143,31 @@ class RootFreeOptimizer(Optimizer):
                 loss = closure()
 
         self._refuse_capture()
-        work = [self._gather(index, group) for index, group in enumerate(self.param_groups)]
-        for index, (params, grads) in enumerate(work):
-            if params:
-                states = [self.state[p] for p in params]
-                steps = self._count_step(index, states)
-                self._update(index, params, grads, states, steps)
-                ops.mark_changed(params)
+        if not torch.compiler.is_compiling():
+            for index, group in enumerate(self.param_groups):
+                self._check_if_changed(index, group)
+        self._prepared.forget_unless_owned(self.state)
+        work = [
+            self._prepared.find(index, group["params"]) or self._gather(group)
+            for index, group in enumerate(self.param_groups)
+        ]
+        for index, (found, group) in enumerate(zip(work, self.param_groups, strict=True)):
+            if isinstance(found, Prepared):
+                found.run(group)
+            elif found[0]:
+                self._run(index, group, *found)
         return loss
+
+    def _run(self, index: int, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        steps = self._count_step(index, states)
+        prepared = self._prepare_step(index, group, params, grads, states, steps)
+        if prepared is None:
+            self._update(index, params, grads, states, steps)
+        else:
+            prepared.launch.run(prepared.launch.plan, group)
+            self._prepared.keep(index, prepared)
+        ops.mark_changed(params)
 
     def _refuse_capture(self) -> None:
         if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
@@ -151,10 +180,8 @@ class RootFreeOptimizer(Optimizer):
                 "pass capturable=True so that the step count lives on the device"
             )
 
-    def _gather(self, index: int, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    def _gather(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and the gradients; checked before anything moves."""
-        if not torch.compiler.is_compiling():
-            self._check_if_changed(index, group)
         params, grads = [], []
         for param in group["params"]:
             grad = param.grad
@@ -194,6 +221,23 @@ class RootFreeOptimizer(Optimizer):
             return stacks[0]
         return torch.stack([state["step"].to(stacks[0].device) for state in states])
 
+    def _prepare_step(
+        self,
+        index: int,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
+    ) -> Prepared | None:
+        launch = self._prepare(index, params, grads, states, steps) if can_compare() else None
+        if launch is None:
+            return None
+        of_all = [self.state[p] for p in group["params"]]
+        found = fingerprint(group["params"], of_all)
+        stacks = self._stacked_steps[index][1]
+        return Prepared(*found, of_all, params, stacks, launch) if found else None
+
     # Saving and loading -----------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -203,6 +247,7 @@ class RootFreeOptimizer(Optimizer):
     def _reset_caches(self) -> None:
         """Drop everything derived; the next step rebuilds it from groups and state."""
         self._forget()
+        self._prepared = PreparedSteps()
         self._stacked_steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:

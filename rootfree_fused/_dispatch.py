@@ -42,6 +42,18 @@ def backends() -> dict[str, str]:
     }
 
 
+def launcher(params: list[Tensor]) -> Any:
+    """The Triton module of the diagonal updates, or None unless it serves all these parameters."""
+    if not all(map(_served, params)):
+        return None
+    kernels = _kernels("diag")
+    return None if isinstance(kernels, ImportError) else kernels
+
+
+def _served(param: Tensor) -> bool:
+    return param.is_cuda and param.dtype is not torch.float64
+
+
 @functools.cache
 def _extension() -> ModuleType | ImportError:
     """The C++ kernels, which register themselves for CPU when imported, or why there are none."""
@@ -99,7 +111,7 @@ def _on_cuda(name: str) -> Callable[..., None]:
         kernels = _kernels(_STEMS[name])
         slow = _slowly(name)
         body = slow if isinstance(kernels, ImportError) else getattr(kernels, name)
-        served = [p.is_cuda and p.dtype is not torch.float64 for p in params]
+        served = list(map(_served, params))
         if all(served):
             body(params, *tensors, **scalars)
             return

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import ops
 from ._base import Group, RootFreeOptimizer
+from ._prepared import Launch
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+
+
+def _rmsprop_settings(group: Group) -> dict[str, Any]:
+    return {
+        "alpha": group["alpha"],
+        "damping": group["damping"],
+        "weight_decay": group["weight_decay"],
+        "momentum": group["momentum"],
+        "batch_size": group["batch_size"],
+        "decoupled": group["weight_decay_mode"] == "decoupled",
+        "maximize": group["maximize"],
+    }
+
+
+def _adamw_settings(group: Group) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "damping": group["damping"],
+        "weight_decay": group["weight_decay"],
+        "batch_size": group["batch_size"],
+        "maximize": group["maximize"],
+    }
 
 
 def update_rmsprop_(
@@ -21,13 +48,7 @@ def update_rmsprop_(
         [state["square_avg"] for state in states],
         momentum_buffers(states, group["momentum"]),
         ops.as_scalar_tensor(group["lr"]),
-        alpha=group["alpha"],
-        damping=group["damping"],
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        batch_size=group["batch_size"],
-        decoupled=group["weight_decay_mode"] == "decoupled",
-        maximize=group["maximize"],
+        **_rmsprop_settings(group),
     )
 
 
@@ -121,6 +142,28 @@ class RootFreeRMSprop(RootFreeOptimizer):
     ) -> None:
         update_rmsprop_(self.param_groups[index], params, grads, states)
 
+    def _prepare(
+        self,
+        index: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
+    ) -> Launch | None:
+        lists = [params, grads, [state["square_avg"] for state in states]]
+        if buffers := momentum_buffers(states, self.param_groups[index]["momentum"]):
+            lists.append(buffers)
+        kernels = ops.launcher(params)
+        plan = kernels and kernels.prepare(lists)
+        if plan is None:
+            return None
+
+        def run(plan: Any, group: Group) -> None:
+            lr = ops.as_scalar_tensor(group["lr"])
+            kernels.launch_rmsprop(plan, lr, **_rmsprop_settings(group))
+
+        return Launch(plan, run, kernels.move_grads)
+
 
 class RootFreeAdamW(RootFreeOptimizer):
     r"""AdamW without the square root (root-free AdamW).
@@ -200,7 +243,6 @@ class RootFreeAdamW(RootFreeOptimizer):
         steps: Tensor,
     ) -> None:
         group = self.param_groups[index]
-        beta1, beta2 = group["betas"]
         torch.ops.rootfree_fused.adamw_(
             params,
             grads,
@@ -208,10 +250,26 @@ class RootFreeAdamW(RootFreeOptimizer):
             [state["exp_avg_sq"] for state in states],
             steps if group["bias_correction"] else None,
             ops.as_scalar_tensor(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            damping=group["damping"],
-            weight_decay=group["weight_decay"],
-            batch_size=group["batch_size"],
-            maximize=group["maximize"],
+            **_adamw_settings(group),
         )
+
+    def _prepare(
+        self,
+        index: int,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        steps: Tensor,
+    ) -> Launch | None:
+        kernels = ops.launcher(params)
+        averages = ([state[key] for state in states] for key in ("exp_avg_sq", "exp_avg"))
+        plan = kernels and kernels.prepare([params, grads, *averages])
+        if plan is None:
+            return None
+
+        def run(plan: Any, group: Group) -> None:
+            counts = steps if group["bias_correction"] else None
+            lr = ops.as_scalar_tensor(group["lr"])
+            kernels.launch_adamw(plan, counts, lr, **_adamw_settings(group))
+
+        return Launch(plan, run, kernels.move_grads)

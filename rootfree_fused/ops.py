@@ -8,7 +8,7 @@ specification (reference/) on every other device and wherever one of the two is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -189,6 +189,11 @@ def adamw_(
 def backends() -> dict[str, str]:
     """What runs on each device, for example {"cpu": "C++ (avx512)", "cuda": "Triton 3.6.0"}."""
     return _dispatch.backends()
+
+
+def launcher(params: list[Tensor]) -> Any:
+    """The kernels that a step on all these parameters may launch directly, or None."""
+    return _dispatch.launcher(params)
 
 
 def as_scalar_tensor(lr: float | Tensor) -> Tensor:

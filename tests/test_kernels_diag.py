@@ -241,7 +241,24 @@ def test_only_aligned_full_chunks_promise_alignment(which, dtypes, device):
         row = [[tensor[: 3 * BLOCK + 7]] for tensor in row]
         (launch,) = common.find_plan(row, block=BLOCK, vector=diag.VECTOR).launches
         assert launch.programs == 4
-        assert launch.rows._host[0, 6] == expected
+        assert launch.rows.host[0, 6] == expected
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_a_plan_for_gradients_that_moved_is_the_plan_for_those_gradients(dtypes, device):
+    def gradient(late):
+        return torch.ones(3 * BLOCK + late, dtype=dtypes[1], device=device)[late:]
+
+    params, states = ([torch.ones(3 * BLOCK, dtype=t, device=device)] * 2 for t in (dtypes[0], F32))
+    plan = diag.prepare([params, [gradient(0), gradient(1)], states])
+    moved = [gradient(1), gradient(0)]
+    addresses = torch.tensor([g.data_ptr() for g in moved])
+    (found,), (expected,) = (
+        p.launches
+        for p in (diag.move_grads(plan, addresses), diag.prepare([params, moved, states]))
+    )
+    assert torch.equal(found.rows.host, expected.rows.host)
+    assert found._replace(rows=None) == expected._replace(rows=None)
 
 
 def test_few_plans_are_kept(device):

@@ -1,0 +1,110 @@
+"""Steps on tensors that are known already, with nothing done a parameter at a time from Python.
+
+C++ compares the tensors of a step with those of the last one (csrc/host.cpp, where it was built for
+this torch). While they are what they were, the launch that was prepared for them is right: settings
+are read anew, and gradients may lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._state import State
+
+
+def module_name(torch_version: str) -> str:
+    """The C++ reads torch's own structs, so it serves the version that it was built with, alone."""
+    return "_host_" + re.sub(r"\W", "_", torch_version)
+
+
+@functools.cache
+def extension() -> Any:
+    """The C++, or None."""
+    try:
+        return importlib.import_module(f"rootfree_fused.{module_name(torch.__version__)}")
+    except ImportError:
+        return None
+
+
+class Launch(NamedTuple):
+    """An update of known tensors: a plan, how to run it with a group's settings, how to change it.
+
+    `move` makes of a plan that of other gradients, from their addresses (int64, one a gradient).
+    """
+
+    plan: Any
+    run: Callable[[Any, dict[str, Any]], None]
+    move: Callable[[Any, Tensor], Any]
+
+
+class Prepared(NamedTuple):
+    """A launch for the tensors that a fingerprint describes. It keeps no gradient alive."""
+
+    what: bytes
+    grads: bytes
+    states: list[State]  # of every parameter of the group
+    params: list[Tensor]  # those that have a gradient
+    steps: list[Tensor]
+    launch: Launch
+
+    def run(self, group: dict[str, Any]) -> None:
+        """A step."""
+        for stack in self.steps:
+            stack.add_(1)
+        self.launch.run(self.launch.plan, group)
+        extension().mark_changed(self.params)
+
+    def with_grads(self, grads: bytes) -> Prepared:
+        """For gradients at these addresses."""
+        if grads == self.grads:
+            return self
+        addresses = torch.frombuffer(bytearray(grads), dtype=torch.int64)
+        plan = self.launch.move(self.launch.plan, addresses)
+        return self._replace(grads=grads, launch=self.launch._replace(plan=plan))
+
+
+class PreparedSteps:
+    """What the last step prepared, by the place of the group."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, Prepared] = {}
+        self._states: list[State] = []
+
+    def forget_unless_owned(self, state: Mapping[Tensor, State]) -> None:
+        """Drop all of it if the parameters' state dicts are no longer the same objects."""
+        if not can_compare():
+            return
+        states = state.values()
+        if len(states) != len(self._states) or not all(map(operator.is_, states, self._states)):
+            self._steps.clear()
+            self._states = list(states)
+
+    def find(self, index: int, params: list[Tensor]) -> Prepared | None:
+        """The step that is right for these parameters, their gradients and state, if there is."""
+        known = self._steps.get(index) if can_compare() else None
+        found = known and fingerprint(params, known.states)
+        if known is None or found is None or found[0] != known.what:
+            return None
+        self._steps[index] = known.with_grads(found[1])
+        return self._steps[index]
+
+    def keep(self, index: int, prepared: Prepared) -> None:
+        self._steps[index] = prepared
+
+
+def can_compare() -> bool:
+    return not torch.compiler.is_compiling() and extension() is not None
+
+
+def fingerprint(params: list[Tensor], states: list[State]) -> tuple[bytes, bytes] | None:
+    """What and where the tensors are; None where one of them is no plain tensor."""
+    found: tuple[bytes, bytes] | None = extension().fingerprint(params, states)
+    return found

@@ -1,0 +1,259 @@
+"""Steps on known tensors: found only while nothing moved, and then the same to the bit."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from _optimizers import DIAGONAL, assert_identical, build, parameters, set_grads, snapshot
+
+from rootfree_fused import _base, _dispatch, _prepared, ops
+
+host = _prepared.extension()
+pytestmark = pytest.mark.skipif(host is None, reason="csrc/host.cpp is not built")
+SHAPES = [(3, 5), (), (1500,), (0,), (2, 3, 4, 5)]
+
+
+# What C++ compares ----------------------------------------------------------------------------
+
+
+def tensors():
+    params = parameters((3, 4), (2, 3, 4, 4), (5,))
+    for p in params[:2]:
+        p.grad = torch.ones_like(p)
+    return params, [{"step": torch.zeros(()), "square_avg": torch.ones_like(p)} for p in params]
+
+
+def set_data(tensor, value):
+    tensor.data = value
+
+
+CHANGES = {
+    "a parameter's memory": lambda params, _: set_data(params[0], params[0].detach().clone()),
+    "a parameter": lambda params, _: params.__setitem__(2, torch.nn.Parameter(params[2].detach())),
+    "a gradient's strides": lambda params, _: set_data(
+        params[1].grad, params[1].grad.as_strided((2, 3, 4, 4), (48, 1, 12, 3))
+    ),
+    "a gradient's dtype": lambda params, _: set_data(
+        params[0].grad, params[0].grad.view(torch.int32)
+    ),
+    "no gradient": lambda params, _: setattr(params[0], "grad", None),
+    "one gradient more": lambda params, _: setattr(params[2], "grad", torch.ones(5)),
+    "a state": lambda _, states: states[1].__setitem__("square_avg", torch.ones(2, 3, 4, 4)),
+    "a state's memory": lambda _, states: set_data(states[0]["step"], torch.zeros(())),
+    "one state more": lambda _, states: states[0].__setitem__("exp_avg", torch.ones(3, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_shows(change):
+    params, states = tensors()
+    before = host.fingerprint(params, states)
+    kept = [p.detach() for p in params], [p.grad for p in params], [dict(s) for s in states]
+    kept = (kept, [t.detach() for s in states for t in s.values()])  # no address is used again
+    assert before is not None
+    assert host.fingerprint(params, states) == before
+    CHANGES[change](params, states)
+    assert host.fingerprint(params, states)[0] != before[0]
+    del kept
+
+
+def test_new_places_of_gradients_show_apart():
+    params, states = tensors()
+    what, grads = host.fingerprint(params, states)
+    old = params[0].grad, params[1].grad.detach()
+    params[0].grad = torch.ones(3, 4)
+    params[1].grad.data = torch.ones(2, 3, 4, 4)
+    new_what, new_grads = host.fingerprint(params, states)
+    assert new_what == what
+    addresses = torch.frombuffer(bytearray(new_grads), dtype=torch.int64).tolist()
+    assert addresses == [p.grad.data_ptr() for p in params[:2]]
+    former = torch.frombuffer(bytearray(grads), dtype=torch.int64).tolist()
+    assert former == [g.data_ptr() for g in old]
+
+
+def test_new_values_do_not_show():
+    params, states = tensors()
+    before = host.fingerprint(params, states)
+    with torch.no_grad():
+        params[0].add_(1)
+        params[1].grad.mul_(2)
+        states[0]["step"].add_(1)
+    assert host.fingerprint(params, states) == before
+
+
+def test_views_of_other_strides_show():
+    base = torch.zeros(64)
+    prints = {
+        host.fingerprint([base.as_strided((4, 4), strides)], [{}])[0]
+        for strides in ((4, 1), (1, 4), (8, 2), (8, 1))
+    }
+    assert len(prints) == 4
+
+
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        lambda p: torch.Tensor._make_wrapper_subclass(Subclass, p.shape),
+        lambda p: p.detach().to_sparse(),
+        lambda p: [1.0],
+        lambda p: torch.ones(3, 4, dtype=torch.complex64).conj(),
+    ],
+)
+def test_what_is_no_plain_tensor_is_not_compared(strange):
+    params, states = tensors()
+    states[0]["square_avg"] = strange(params[0])
+    assert host.fingerprint(params, states) is None
+    params, states = tensors()
+    params[2] = strange(params[2])
+    assert host.fingerprint(params, states) is None
+
+
+def test_misuse_is_an_error():
+    params, states = tensors()
+    for arguments in ((), (params,), (params, states, 1), (tuple(params), states)):
+        with pytest.raises(TypeError, match="expected 2 lists"):
+            host.fingerprint(*arguments)
+    assert host.fingerprint(params, states[:2]) is None
+    with pytest.raises(TypeError, match="expected tensors"):
+        host.mark_changed([1])
+
+
+def test_autograd_sees_the_change():
+    (p,) = parameters((3,))
+    loss = (p * p).sum()
+    host.mark_changed([p])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# The optimizers, on the CPU with the kernels interpreted ----------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launch directly on CPU tensors; the list says for each group's step if it was prepared."""
+    pytest.importorskip("triton")
+    from _offline import interpreted
+
+    from rootfree_fused.kernels import diag
+
+    seen = []
+    found = _prepared.PreparedSteps.find
+
+    def find(self, index, params):
+        prepared = found(self, index, params)
+        seen.append(prepared is not None)
+        return prepared
+
+    monkeypatch.setattr(_dispatch, "_served", lambda param: param.dtype != torch.float64)
+    monkeypatch.setattr(_base.PreparedSteps, "find", find)
+    with interpreted(diag):
+        assert ops.launcher(parameters((3,))) is diag
+        yield seen
+
+
+def plain_twin(name, params, monkeypatch, **overrides):
+    """The same optimizer, which prepares nothing and calls the operator on the Triton body."""
+    from rootfree_fused.kernels import diag
+
+    twin = build(name, params, **overrides)
+    twin._prepare = lambda *_: None
+    operator = {"rmsprop_": diag.rmsprop_, "adamw_": diag.adamw_}
+    for op, body in operator.items():
+        monkeypatch.setattr(torch.ops.rootfree_fused, op, body, raising=False)
+    return twin
+
+
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_prepared_steps_are_the_same_to_the_bit(name, launches, monkeypatch):
+    params, others = parameters(*SHAPES), parameters(*SHAPES)
+    optimizer, twin = build(name, params), plain_twin(name, others, monkeypatch)
+    for t in range(8):
+        for mine in (params, others):
+            for i, p in enumerate(mine):
+                if p.grad is None or t == 5:
+                    p.grad = torch.zeros_like(p)
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * t + i))
+                p.grad.copy_(0.1 * grad)
+        if t == 3:  # a schedule
+            for other in (optimizer, twin):
+                other.param_groups[0]["lr"] *= 0.5
+        if t == 6:
+            params[0].grad = others[0].grad = None
+        optimizer.step()
+        twin.step()
+        assert_identical(snapshot(optimizer, params), snapshot(twin, others))
+    assert launches[::2] == [t not in (0, 6, 7) for t in range(8)]
+    assert not any(launches[1::2])
+
+
+def test_a_changed_setting_is_read_at_a_prepared_step(launches):
+    (p,) = params = parameters((4,))
+    optimizer = build("rmsprop", params, lr=0.0, weight_decay=0.0)
+    set_grads(params, 0)
+    grad = p.grad
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()
+    assert launches == [False, True]
+    assert p.grad is grad
+    assert not torch.equal(p, before)
+
+
+def test_a_replaced_state_dict_or_tensor_is_used(launches):
+    params = parameters((4,), (5,))
+    optimizer = build("rmsprop-momentum", params)
+    set_grads(params, 0)
+    for change in (
+        lambda: None,
+        lambda: None,
+        lambda: optimizer.state.__setitem__(params[0], dict(optimizer.state[params[0]])),
+        lambda: optimizer.state[params[1]].__setitem__("square_avg", torch.full((5,), 2.0)),
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ):
+        change()
+        before = optimizer.state[params[1]]["square_avg"].clone()
+        optimizer.step()
+        assert not torch.equal(optimizer.state[params[1]]["square_avg"], before)
+    assert launches == [False, True, False, False, True]
+    assert [int(optimizer.state[p]["step"]) for p in params] == [5, 5]
+
+
+def test_groups_are_prepared_apart(launches):
+    params = parameters((4,), (5,), (6,))
+    optimizer = build("adamw", [{"params": params[:2]}, {"params": params[2:], "lr": 0.0}])
+    set_grads(params, 0)
+    for _ in range(3):
+        optimizer.step()
+    params[2].grad = None
+    optimizer.step()
+    assert launches == [False] * 2 + [True] * 4 + [True, False]
+
+
+def test_no_gradient_is_kept_alive(launches):
+    (p,) = params = parameters((4,))
+    optimizer = build("rmsprop", params)
+    set_grads(params, 0)
+    optimizer.step()
+    grad = weakref.ref(p.grad)
+    optimizer.zero_grad()
+    assert grad() is None
+
+
+def test_without_the_extension_nothing_is_prepared(launches, monkeypatch):
+    monkeypatch.setattr(_prepared, "extension", lambda: None)
+    params = parameters((4,))
+    optimizer = build("rmsprop", params)
+    for t in range(3):
+        set_grads(params, t)
+        optimizer.step()
+    assert launches == [False] * 3
