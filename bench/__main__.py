@@ -11,6 +11,7 @@ SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
     "matrix": "time steps of IFShampoo against sirfshampoo, SOAP and Shampoo",
     "host": "time the host's part of a step, with the launch stubbed out",
+    "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train a CNN on digits and a transformer on text with several optimizers",
 }
 

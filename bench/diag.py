@@ -36,7 +36,8 @@ from .providers import CHECK_STEPS, PROVIDERS, Provider
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
 
 ALLOWED_ERROR = 2.0
-CHECK_CHUNK = 2**15  # elements: the comparison stays in the cache
+# Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
+CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
 COPY = "copy"
 PROBE_BYTES = {COPY: 16, "in-place add": 24}  # a parameter
 
@@ -93,7 +94,7 @@ def check(
 
 
 def _chunks(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.cat([t.reshape(-1) for t in tensors]).split(CHECK_CHUNK)
+    return torch.cat([t.reshape(-1) for t in tensors]).split(CHECK_CHUNK[tensors[0].device.type])
 
 
 def _probes(elements: int, device: torch.device) -> dict[str, Call]:
@@ -110,12 +111,13 @@ def measure(
     rows: Rows,
     device: torch.device,
     seconds: float,
+    providers: dict[str, Provider] = PROVIDERS,
 ) -> None:
     """Check and time every provider on one case."""
     params = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=1)
     optimizers = {}
-    for name, provider in PROVIDERS.items():
+    for name, provider in providers.items():
         optimizer = built(provider, params, grads)
         ratio = check(provider, optimizer, params, grads)
         right = ratio <= ALLOWED_ERROR
@@ -127,7 +129,7 @@ def measure(
     runs = _probes(elements, device)
     runs |= {name: optimizer.step for name, optimizer in optimizers.items()}
     times = interleave(runs, device_timer(device), seconds=0.8 * seconds)
-    host = _host_times(optimizers, params, device, seconds=0.2 * seconds)
+    host = _host_times(providers, optimizers, params, device, seconds=0.2 * seconds)
 
     bytes_ = {name: step_bytes(optimizer) / elements for name, optimizer in optimizers.items()}
     bytes_ |= PROBE_BYTES
@@ -142,12 +144,16 @@ def measure(
 
 
 def _host_times(
-    optimizers: dict[str, Optimizer], params: list[Tensor], device: torch.device, seconds: float
+    providers: dict[str, Provider],
+    optimizers: dict[str, Optimizer],
+    params: list[Tensor],
+    device: torch.device,
+    seconds: float,
 ) -> dict[str, Timing]:
     """What a step costs the host: on a GPU until step() returns, on the CPU with empty tensors."""
     if device.type == "cpu":
         empty = [p.new_empty(0) for p in params]
-        optimizers = {name: built(PROVIDERS[name], empty, empty) for name in optimizers}
+        optimizers = {name: built(providers[name], empty, empty) for name in optimizers}
     return interleave({n: o.step for n, o in optimizers.items()}, time_host, seconds=seconds)
 
 

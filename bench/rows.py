@@ -76,7 +76,9 @@ def _git(*arguments: str) -> str:
 class Rows:
     """The rows of one run, each in the file (JSON lines) as soon as it is added."""
 
-    def __init__(self, path: Path, kernel: str, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, kernel: str, device: torch.device, *, append: bool = False
+    ) -> None:
         self._constants = {
             "device": describe_device(device),
             "versions": versions(device),
@@ -85,7 +87,8 @@ class Rows:
         self._kernel = kernel
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
+        if not append:
+            path.write_text("")
 
     def add(
         self, case: str, provider: str, metric: str, value: float | None, unit: str, **detail: Any

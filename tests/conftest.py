@@ -8,6 +8,15 @@ import torch
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that run on a GPU carry the mark `gpu`, and are skipped where there is none."""
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda":
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)

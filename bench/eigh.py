@@ -1,0 +1,50 @@
+"""Shampoo as it is usually made: inverse fourth roots by eigendecompositions, batched by shape.
+
+Gupta, Koren and Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", ICML 2018. With
+L and R starting at damping I, and everything in float32:
+
+    L <- L + G G^T ; R <- R + G^T G ; p <- p - lr L^(-1/4) G R^(-1/4)
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class EighShampoo(Optimizer):
+    """On matrices alone; equal shapes are decomposed in one call."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, damping: float = 1e-4) -> None:
+        super().__init__(params, {"lr": lr, "damping": damping})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter; each has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                shapes[p.shape].append(p)
+            for (m, n), params in shapes.items():
+                state = self.state[params[0]]
+                g = torch.stack([p.grad for p in params])
+                if not state:
+                    for key, d in (("left", m), ("right", n)):
+                        one = torch.eye(d, device=g.device, dtype=g.dtype)
+                        state[key] = group["damping"] * one.repeat(len(params), 1, 1)
+                state["left"].baddbmm_(g, g.mT)
+                state["right"].baddbmm_(g.mT, g)
+                update = inverse_fourth_root(state["left"]) @ g
+                update = update @ inverse_fourth_root(state["right"])
+                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+
+
+def inverse_fourth_root(matrices: Tensor) -> Tensor:
+    """Of symmetric positive definite matrices, (..., d, d)."""
+    values, vectors = torch.linalg.eigh(matrices)
+    roots = values.clamp_min(torch.finfo(values.dtype).tiny).pow(-0.25)
+    return (vectors * roots.unsqueeze(-2)) @ vectors.mT

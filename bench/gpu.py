@@ -1,0 +1,175 @@
+"""Everything that needs a GPU, in one command: the tests, then the benchmarks of the targets.
+
+Each part is a process of its own, so that one that fails leaves the others their GPU; rows are
+written as they are measured, and parts stop when the minutes are over. Without a GPU the same
+command rehearses itself on small sizes, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+from .common import pick_device
+from .gpu_cases import CASES, small
+from .rows import ROOT, Row, Rows, markdown, provenance, read_rows, select
+
+# The tests may take this share of the time.
+TESTS_SHARE = 0.5
+SECONDS_A_CASE = 30.0
+
+
+class Target(NamedTuple):
+    """A row and the value that it has to reach."""
+
+    what: str
+    case: str
+    provider: str
+    metric: str
+    goal: float
+    at_most: bool = False
+    unit: str = ""
+
+
+def _targets() -> list[Target]:
+    large = [
+        Target(f"{name}, {dtype}, of a copy", f"one large tensor, {dtype}", name, *rest)
+        for name in ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW")
+        for dtype in ("float32", "bfloat16")
+        for rest in (("bandwidth fraction", 0.92),)
+    ]
+    goals = {"1 of 4096": 1.7, "16 of 2048": 1.5, "32 of 1024": 1.4, "64 of 512": 1.1}
+    ours = "IFShampoo, bfloat16"
+    return [
+        *large,
+        Target("114 of 1024: a step", "114 of 1024", ours, "time", 6.0, True, "ms"),
+        Target("of the mm rate", "114 of 1024", ours, "rate fraction", 0.6),
+        Target("eigh Shampoo", "114 of 1024", "Shampoo by batched eigh", "slowdown", 50.0),
+        Target("the eager loop", "114 of 1024", "eager loop, bfloat16", "slowdown", 5.0),
+        *(
+            Target(f"K K^T, {case}, x bmm", case, "products", "speed", goal)
+            for case, goal in goals.items()
+        ),
+        *(
+            Target(f"K m, {case}, x bmm", case, "factors", "speed", 0.95)
+            for case in ("16 of 2048", "32 of 1024")
+        ),
+        Target("2,000 tensors, x one", "many tensors", "2,000 tensors", "time ratio", 1.05, True),
+        Target("300 tensors, host", "many tensors", "300 tensors", "host time", 0.1, True, "ms"),
+        Target("2,000, host", "many tensors", "2,000 tensors", "host time", 0.5, True, "ms"),
+        Target(
+            "300, graph, host", "many tensors", "300 tensors, graph", "host time", 0.01, True, "ms"
+        ),
+    ]
+
+
+TARGETS = _targets()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m bench gpu`."""
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    parser.add_argument("--case", choices=CASES, help="measure this one alone, in this process")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run every part; 1 if a test or a case failed."""
+    device = pick_device(args.device)
+    path = args.out / "gpu.jsonl"
+    if args.case:
+        rows = Rows(path, "gpu", device, append=True)
+        CASES[args.case](rows, device, 1.0 if args.quick or small(device) else SECONDS_A_CASE)
+        return 0
+
+    deadline = time.monotonic() + 60 * args.minutes
+    rows = Rows(path, "gpu", device)
+    if small(device):
+        print("no CUDA device: small sizes on the CPU, no GPU test, no product by a kernel")
+    run_tests(rows, device, TESTS_SHARE * 60 * args.minutes)
+    for name in CASES:
+        command = [sys.executable, "-m", "bench", "gpu", "--case", name, "--out", str(args.out)]
+        command += ["--device", device.type, *(["--quick"] if args.quick else [])]
+        run_part(rows, name, command, deadline - time.monotonic())
+    written = read_rows(path)
+    report = path.with_suffix(".md")
+    report.write_text(table(written))
+    print(report.read_text())
+    print(f"rows   {path}\ntable  {report}")
+    return int(any(row["metric"] == "failed" and row["value"] != 0 for row in written))
+
+
+def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
+    """A process; a row says if it failed, or was stopped, and with what last words."""
+    if seconds < 10:
+        rows.add(name, "process", "skipped", None, "", why="no time left")
+        return ""
+    print(f"{name} ...", flush=True)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired as stopped:
+        output = (stopped.stdout or b"").decode(errors="replace")
+        rows.add(name, "process", "failed", 1, "", why="stopped: no time left")
+        return output
+    if done.returncode != 0:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        rows.add(name, "process", "failed", 1, "", why=" ".join(last)[:300])
+    return done.stdout
+
+
+def run_tests(rows: Rows, device: torch.device, seconds: float) -> None:
+    """The tests with the mark `gpu`; on all cores, since most of their time is compilation."""
+    if small(device):
+        rows.add("tests", "pytest", "skipped", None, "", why="no CUDA device")
+        return
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--tb=line"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "8"]
+    output = run_part(rows, "tests", command, seconds)
+    for outcome in ("passed", "failed", "skipped", "error"):
+        found = re.search(rf"(\d+) {outcome}", output)
+        rows.add("tests", "pytest", outcome, int(found[1]) if found else 0, "tests")
+    for line in re.findall(r"^FAILED (.*)", output, re.MULTILINE):
+        rows.add("tests", "pytest", "failed test", None, "", test=line[:300])
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: the targets with what was measured, then whatever failed or was left out."""
+    limits = select(rows, case="limits")
+    tests = [row for row in select(rows, case="tests") if row["unit"] == "tests"]
+    parts = ["# GPU: measured against the targets", provenance(rows)]
+    if not on_gpu(rows):
+        parts.append("**A rehearsal on the CPU with small sizes: none of these is a result.**")
+    for name, found in (("Tests", tests), ("Limits", limits)):
+        numbers = [f"{row['metric']} {row['value']:.4g} {row['unit']}" for row in found]
+        parts.append(f"{name}: {', '.join(numbers) or 'none'}")
+    parts.append(markdown(("what", "measured", "target", ""), [_line(t, rows) for t in TARGETS]))
+    troubles = [
+        f"- {row['case']}, {row['metric']}: {row['detail'].get('why') or row['detail'].get('test')}"
+        for row in rows
+        if row["detail"].keys() & {"why", "test"}
+    ]
+    return "\n\n".join(parts + (["\n".join(troubles)] if troubles else [])) + "\n"
+
+
+def _line(target: Target, rows: list[Row]) -> list[str]:
+    found = select(rows, case=target.case, provider=target.provider, metric=target.metric)
+    goal = f"{'<=' if target.at_most else '>='} {target.goal:g} {target.unit}".strip()
+    if not found or found[0]["value"] is None:
+        return [target.what, "not measured", goal, ""]
+    value = found[0]["value"]
+    reached = value <= target.goal if target.at_most else value >= target.goal
+    verdict = "reached" if reached else "missed"
+    return [target.what, f"{value:.3g}", goal, verdict if on_gpu(found) else "rehearsal"]
+
+
+def on_gpu(rows: list[Row]) -> bool:
+    return "sm_" in rows[0]["device"]

@@ -1,0 +1,204 @@
+"""The cases of `python -m bench gpu`, each measured with its limit or its rival in the same run."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
+
+from . import diag
+from .common import device_timer, interleave, random_tensors, time_host
+from .eigh import EighShampoo
+from .matrix import step_flops
+from .providers import PROVIDERS
+from .rows import Rows
+
+Case = Callable[[Rows, torch.device, float], None]
+BF16 = torch.bfloat16
+KERNELS = ("gather", "product", "factor_momenta", "factors", "products", "params")
+
+
+def small(device: torch.device) -> bool:
+    """Without a GPU a case runs as a rehearsal, on sizes that mean nothing."""
+    return device.type != "cuda"
+
+
+def mixed_shapes(count: int, elements: int) -> list[tuple[int, ...]]:
+    """Lengths spread evenly over three decades, about `elements` in all."""
+    draw = random.Random(0)
+    weights = [10 ** draw.uniform(0, 3) for _ in range(count)]
+    return [(max(1, round(elements * w / sum(weights))),) for w in weights]
+
+
+def limits(rows: Rows, device: torch.device, seconds: float) -> None:
+    """What the machine gives: a copy of 4 GB, and products of 8192 x 8192 in bfloat16."""
+    elements, n = (1 << 20, 256) if small(device) else (1 << 30, 8192)
+    source, target = (torch.zeros(elements, device=device) for _ in range(2))
+    a, b = random_tensors([(n, n)] * 2, scale=1.0, dtype=BF16, device=device, seed=0)
+    runs = {"copy": lambda: target.copy_(source), "mm": lambda: a @ b}
+    times = interleave(runs, device_timer(device), seconds=seconds)
+    rows.add("limits", "copy", "bandwidth", 8 * elements / times["copy"].median / 1e9, "GB/s")
+    rows.add("limits", "mm", "rate", 2 * n**3 / times["mm"].median / 1e12, "TFLOP/s")
+
+
+def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
+    """One tensor far larger than the caches, beside a copy and torch's fused AdamW."""
+    names = ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW", "torch AdamW, fused")
+    chosen = {name: PROVIDERS[name] for name in names}
+    elements = 100_000 if small(device) else 500_000_000
+    for dtype in (torch.float32, BF16):
+        case = f"one large tensor, {str(dtype).split('.')[1]}"
+        diag.measure(case, [(elements,)], dtype, rows, device, seconds / 2, chosen)
+
+
+def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:
+    """2,000 mixed tensors beside one of as many elements; host time, eager and replayed."""
+    elements = 200_000 if small(device) else 250_000_000
+    optimizers = {}
+    for name, shapes in {
+        "2,000 tensors": mixed_shapes(2000, elements),
+        "300 tensors": mixed_shapes(300, elements),
+        "one tensor": [(elements,)],
+    }.items():
+        tensors = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=0)
+        params = [Parameter(t) for t in tensors]
+        optimizer = RootFreeRMSprop(params, momentum=0.9, batch_size=1, capturable=True)
+        for p in params:
+            p.grad = torch.full_like(p, 0.1)
+        optimizers[name] = optimizer
+    runs = {name: optimizer.step for name, optimizer in optimizers.items()}
+    times = interleave(runs, device_timer(device), seconds=seconds / 2)
+    for name, timing in times.items():
+        rows.add_time("many tensors", name, "time", timing)
+        ratio = timing.median / times["one tensor"].median
+        rows.add("many tensors", name, "time ratio", ratio, "x one tensor")
+    if device.type == "cuda":
+        runs |= {f"{name}, graph": captured(runs[name]) for name in list(runs)}
+    for name, timing in interleave(runs, time_host, seconds=seconds / 2).items():
+        rows.add_time("many tensors", name, "host time", timing)
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A graph of a step, to replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+PRODUCTS = {"1 of 4096": (1, 4096), "16 of 2048": (16, 2048), "32 of 1024": (32, 1024)}
+PRODUCTS |= {"64 of 512": (64, 512)}
+
+
+def products(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Each launch of an update step, by the profiler, beside torch.bmm on the same stacks."""
+    if small(device):
+        rows.add("products", "profiler", "skipped", None, "", why="the kernels need a GPU")
+        return
+    for case, (count, n) in PRODUCTS.items():
+        params = [Parameter(torch.zeros(n, n, device=device, dtype=BF16)) for _ in range(count)]
+        for p, g in zip(
+            params,
+            random_tensors([(n, n)] * count, scale=0.1, dtype=BF16, device=device, seed=0),
+            strict=True,
+        ):
+            p.grad = g
+        optimizer = IFShampoo(params, batch_size=1, factor_dtype=BF16, max_dense_dim=n)
+        times = kernel_times(optimizer.step)
+        stack = torch.stack([p.grad for p in params])
+        runs = {"torch.bmm": lambda stack=stack: torch.bmm(stack, stack.mT)}
+        bmm = interleave(runs, device_timer(device), seconds=seconds / 8)["torch.bmm"]
+        rows.add_time(case, "torch.bmm", "time", bmm, gemms=count)
+        # GEMMs of n x n in each launch, for both factors, at full price.
+        gemms = {"products": 2, "factor_momenta": 4, "factors": 2, "product": 3, "params": 1}
+        for name, each in times.items():
+            rows.add(case, name, "time", 1e3 * each, "ms")
+            if name in gemms:
+                ratio = gemms[name] * bmm.median / each
+                rows.add(case, name, "speed", ratio, "x torch.bmm", gemms=gemms[name] * count)
+
+
+def kernel_times(step: Callable[[], object], rounds: int = 10) -> dict[str, float]:
+    """Mean seconds a step in each of our kernels; all launches of one kernel together."""
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            step()
+        torch.cuda.synchronize()
+    times: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        name = event.name.removeprefix("_").removesuffix("_kernel")
+        if event.name.startswith("_") and name in KERNELS:
+            times[name] += event.device_time / 1e6 / rounds
+    return dict(times)
+
+
+def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
+    """114 matrices of 1024 x 1024, factors updated every step; an eighth of a 953M model."""
+    count, n = (3, 64) if small(device) else (114, 1024)
+    shapes = [(n, n)] * count
+    values = random_tensors(shapes, scale=0.02, dtype=torch.float32, device=device, seed=0)
+    grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
+    builders: dict[str, Callable[[list[Parameter]], Optimizer]] = {
+        "IFShampoo, bfloat16": functools.partial(IFShampoo, batch_size=8, factor_dtype=BF16),
+        "IFShampoo every 2nd step": functools.partial(
+            IFShampoo, batch_size=8, factor_dtype=BF16, update_interval=2
+        ),
+        "Shampoo by batched eigh": functools.partial(EighShampoo, lr=1e-3),
+    }
+    runs = {}
+    for name, build in builders.items():
+        params = [Parameter(v.clone()) for v in values]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        runs[name] = build(params).step
+    runs["eager loop, bfloat16"] = functools.partial(eager_steps, grads)
+    side = 256 if small(device) else 8192
+    a, b = random_tensors([(side, side)] * 2, scale=1.0, dtype=BF16, device=device, seed=0)
+    runs["mm"] = lambda: a @ b
+    times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=3)
+    ours = times["IFShampoo, bfloat16"].median
+    for name, timing in times.items():
+        rows.add_time("114 of 1024", name, "time", timing)
+        if name != "mm":
+            rows.add("114 of 1024", name, "slowdown", timing.median / ours, "x IFShampoo, bfloat16")
+    rate = step_flops(shapes) / ours
+    limit = 2 * side**3 / times["mm"].median
+    rows.add("114 of 1024", "IFShampoo, bfloat16", "rate", rate / 1e12, "TFLOP/s")
+    rows.add("114 of 1024", "IFShampoo, bfloat16", "rate fraction", rate / limit, "x mm")
+
+
+def eager_steps(grads: list[Tensor]) -> None:
+    """The matrix products of sirfshampoo's step, a matrix at a time, in bfloat16."""
+    factors = [torch.eye(g.shape[0], device=g.device, dtype=BF16) for g in grads[:1]] * 2
+    for grad in grads:
+        momenta = [torch.zeros_like(f) for f in factors]
+        g = grad.to(BF16)
+        reference.update_factors_(
+            g,
+            [f.clone() for f in factors],
+            momenta,
+            factor_lr=0.1,
+            factor_momentum=0.5,
+            damping=1e-4,
+            batch_size=8,
+        )
+        reference.precondition(g, factors)
+
+
+CASES: dict[str, Case] = {
+    "limits": limits,
+    "large diagonal": large_diagonal,
+    "whole steps": whole_steps,
+    "products": products,
+    "many tensors": many_tensors,
+}

@@ -1,0 +1,102 @@
+"""`python -m bench gpu`: rehearsed on the CPU, where parts fail on purpose."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from _bench import CPU, needs_extras
+
+from bench import eigh, gpu, rows
+from bench.__main__ import main
+
+# What the CPU cannot rehearse.
+GPU_ALONE = ("K K^T", "K m", "300, graph")
+
+
+@needs_extras
+def test_the_rehearsal_gives_every_target_a_row(tmp_path, capsys):
+    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    written = rows.read_rows(tmp_path / "gpu.jsonl")
+    for target in gpu.TARGETS:
+        keys = {"case": target.case, "provider": target.provider, "metric": target.metric}
+        found = rows.select(written, **keys)
+        assert len(found) == (0 if target.what.startswith(GPU_ALONE) else 1), target
+        assert not found or found[0]["unit"].split()[0] in ("ms", "x")
+    printed = capsys.readouterr().out
+    assert "no CUDA device" in printed
+    assert "none of these is a result" in printed
+    assert "reached" not in printed
+    assert (tmp_path / "gpu.md").read_text() in printed
+
+
+def collected(tmp_path):
+    return rows.Rows(tmp_path / "gpu.jsonl", "gpu", CPU)
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "why"),
+    [
+        ("import sys; print('x'); sys.exit('RuntimeError: out of luck')", 60.0, "out of luck"),
+        ("import time; time.sleep(60)", 10.0, "stopped: no time left"),
+    ],
+)
+def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
+    found = collected(tmp_path)
+    gpu.run_part(found, "whole steps", [sys.executable, "-c", script], seconds)
+    (row,) = rows.read_rows(found.path)
+    assert (row["case"], row["metric"], row["value"]) == ("whole steps", "failed", 1)
+    assert why in row["detail"]["why"]
+    assert why in gpu.table([row])
+
+
+def test_a_part_without_time_is_not_started(tmp_path):
+    found = collected(tmp_path)
+    assert gpu.run_part(found, "limits", ["/no/such/program"], 9.0) == ""
+    (row,) = rows.read_rows(found.path)
+    assert row["metric"] == "skipped"
+
+
+def test_a_failing_test_is_counted_and_named(tmp_path, monkeypatch):
+    output = "FAILED tests/test_a.py::test_b[cuda] - assert\n2 failed, 31 passed, 4 skipped in 9s"
+    monkeypatch.setattr(gpu, "run_part", lambda *_: output)
+    monkeypatch.setattr(gpu, "small", lambda _: False)
+    found = collected(tmp_path)
+    gpu.run_tests(found, CPU, 60.0)
+    written = rows.read_rows(found.path)
+    counts = {row["metric"]: row["value"] for row in written if row["unit"] == "tests"}
+    assert counts == {"passed": 31, "failed": 2, "skipped": 4, "error": 0}
+    assert "test_b[cuda]" in gpu.table(written)
+
+
+def test_a_target_is_reached_from_its_own_side(tmp_path):
+    found = collected(tmp_path)
+    found.add("a", "p", "time", 5.0, "ms")
+    written = [{**row, "device": "NVIDIA H100, sm_90"} for row in rows.read_rows(found.path)]
+    at_most, at_least = (gpu.Target("t", "a", "p", "time", 6.0, side) for side in (True, False))
+    assert gpu._line(at_most, written)[-1] == "reached"
+    assert gpu._line(at_least, written)[-1] == "missed"
+    absent = gpu.Target("t", "b", "p", "time", 6.0)
+    assert gpu._line(absent, written)[1] == "not measured"
+
+
+def test_the_eigendecomposition_shampoo_is_shampoo():
+    params = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
+    twins = [p.clone() for p in params]
+    optimizer = eigh.EighShampoo(params, lr=0.1, damping=0.01)
+    left = [0.01 * torch.eye(5, dtype=torch.float64) for _ in params]
+    right = [0.01 * torch.eye(3, dtype=torch.float64) for _ in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(5, 3, dtype=torch.float64)
+        optimizer.step()
+        for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+            left[i] += p.grad @ p.grad.T
+            right[i] += p.grad.T @ p.grad
+            inverses = [torch.linalg.inv(m) for m in (left[i], right[i])]
+            decomposed = [torch.linalg.svd(inverse) for inverse in inverses]
+            a, b = (u @ torch.diag(s.pow(0.25)) @ vh for u, s, vh in decomposed)
+            twin -= 0.1 * a @ p.grad @ b
+    for p, twin in zip(params, twins, strict=True):
+        assert (p - twin).abs().max() < 1e-9
