@@ -70,7 +70,7 @@ def extensions() -> list[Extension]:
         warn_without_extension(str(error), "install torch where rootfree_fused is built")
         return []
     found = {
-        "depends": [str(header) for header in sorted(Path("csrc").glob("*.h"))],
+        "depends": sorted(map(str, Path("csrc").iterdir())),  # an sdist has what is listed
         "include_dirs": include_paths(),
         "library_dirs": library_paths(),
         "py_limited_api": True,

@@ -23,6 +23,7 @@ from .common import (
     device_timer,
     error_ratio,
     interleave,
+    mixed_shapes,
     optional,
     pick_device,
     random_tensors,
@@ -32,6 +33,7 @@ from .common import (
     threads,
     time_host,
 )
+from .cuda import cuda_providers
 from .providers import CHECK_STEPS, PROVIDERS, Provider
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
 
@@ -55,13 +57,24 @@ def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], tor
         resnet50 = list(resnet50_shapes())
     float32, bfloat16 = torch.float32, torch.bfloat16
     name = f"{large / 1e6:g}M in one tensor"
+    on_gpu = {
+        f"{count:,} mixed tensors, float32": (list(mixed_shapes(count, large // 250)), float32)
+        for count in (300, 2000)
+    }
+    on_gpu["4 large tensors, float32"] = [(large // 4,)] * 4, float32
     return {
         f"{name}, float32": ([(large,)], float32),
         f"{name}, bfloat16": ([(large,)], bfloat16),
         "ResNet-50, float32": (resnet50, float32),
         f"{many:,} tensors of 1,000, float32": ([(1000,)] * many, float32),
         f"{many:,} tensors of 100, float32": ([(100,)] * many, float32),
+        **(on_gpu if device.type == "cuda" else {}),
     }
+
+
+def providers(device: torch.device) -> dict[str, Provider]:
+    """What is timed on the device."""
+    return {**PROVIDERS, **(cuda_providers() if device.type == "cuda" else {})}
 
 
 def built(provider: Provider, params: list[Tensor], grads: list[Tensor]) -> Optimizer:
@@ -115,7 +128,7 @@ def measure(
     params = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=1)
     optimizers = {}
-    for name, provider in PROVIDERS.items():
+    for name, provider in providers(device).items():
         optimizer = built(provider, params, grads)
         ratio = check(provider, optimizer, params, grads)
         right = ratio <= ALLOWED_ERROR
