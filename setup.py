@@ -4,30 +4,63 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import warnings
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/diag.cpp", "csrc/matrix.cpp", "csrc/registration.cpp"]
+HOST_SOURCES = ["csrc/host.cpp"]
+CUDA_SOURCES = ["csrc/diag_cuda.cpp", "csrc/diag.cu"]
+# torch's stable ABI from 2.11 and Python's from 3.10 on: one build serves all newer.
+MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+# Machine code for A100, H100 and B200; newer chips compile the PTX of the last.
+CUDA_TARGETS = {80: "sm_80", 90: "sm_90", 100: "[sm_100,compute_100]"}
 
 
 class OptionalBuildExt(build_ext):
     """The package works without its extension: one that does not compile is a warning."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.sources == CUDA_SOURCES:
+            self.build_with_nvcc(ext)
+            return
         try:
             super().build_extension(ext)
         except Exception as error:
-            warn_without_extension(str(error), "install a C++20 compiler (g++ 11 or clang 14)")
+            cure = "install a C++20 compiler (g++ 11 or clang 14)"
+            if ext.sources == HOST_SOURCES:
+                warn_without_extension(str(error), cure, "a step on a GPU takes its host longer")
+            else:
+                warn_without_extension(str(error), cure)
+
+    def build_with_nvcc(self, ext: Extension) -> None:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            raise RuntimeError(
+                "ROOTFREE_FUSED_CUDA is 1 but there is no nvcc: install the CUDA toolkit (12.8 or "
+                "newer) and put its bin folder on PATH, or unset ROOTFREE_FUSED_CUDA"
+            )
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-shared", "-Xcompiler=-fPIC", *ext.extra_compile_args, *ext.sources]
+        command += [f"-D{name}={value}" for name, value in ext.define_macros]
+        command += [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
+        command += [f"-L{path}" for path in ext.library_dirs]
+        command += [f"-l{name}" for name in ext.libraries]
+        subprocess.run([*command, "-o", output], check=True)
 
 
-def warn_without_extension(cause: str, cure: str) -> None:
+def warn_without_extension(
+    cause: str, cure: str, loss: str = "on the CPU its optimizers run several times slower"
+) -> None:
     warnings.warn(
         f"rootfree_fused is installed without its C++ extension: {cause}. It gives the same "
-        "results, but on the CPU its optimizers run several times slower. To cure this, "
-        f"{cure}, then reinstall with --no-build-isolation.",
+        f"results, but {loss}. To cure this, {cure}, then reinstall with --no-build-isolation.",
         stacklevel=2,
     )
 
@@ -44,44 +77,72 @@ def extensions() -> list[Extension]:
     except ImportError as error:
         warn_without_extension(str(error), "install torch where rootfree_fused is built")
         return []
+    found = {
+        "depends": sorted(map(str, Path("csrc").iterdir())),  # an sdist has what is listed
+        "include_dirs": include_paths(),
+        "library_dirs": library_paths(),
+    }
+    asked_for_cuda = os.environ.get("ROOTFREE_FUSED_CUDA") == "1"
     return [
-        Extension(
-            "rootfree_fused._C",
-            SOURCES,
-            depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
-            libraries=["torch_cpu"],
-            # torch's stable ABI from 2.11 and Python's from 3.10 on: one build serves all newer.
-            define_macros=[
-                ("TORCH_TARGET_VERSION", "0x020b000000000000"),
-                ("Py_LIMITED_API", "0x030a0000"),
-            ],
-            py_limited_api=True,
-            # No trapping mathematics: g++ vectorizes the float16 conversions only then.
-            extra_compile_args=[
-                "-std=c++20",
-                "-O3",
-                "-g0",
-                "-fno-trapping-math",
-                "-fvisibility=hidden",
-            ],
-            language="c++",
-            optional=True,
-        ),
-        # The name as rootfree_fused/_prepared.py makes it.
-        Extension(
-            host := "rootfree_fused._host_" + re.sub(r"\W", "_", torch.__version__),
-            ["csrc/host.cpp"],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
-            libraries=["c10", "torch_cpu", "torch_python"],
-            define_macros=[("ROOTFREE_HOST", host.rpartition(".")[2])],
-            extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
-            language="c++",
-            optional=True,
-        ),
+        cpu_extension(found),
+        host_extension(found, torch.__version__),
+        *([cuda_extension(found)] if asked_for_cuda else []),
     ]
+
+
+def cpu_extension(found: dict[str, Any]) -> Extension:
+    return Extension(
+        "rootfree_fused._C",
+        SOURCES,
+        py_limited_api=True,
+        libraries=["torch_cpu"],
+        define_macros=MACROS,
+        # No trapping mathematics: g++ vectorizes the float16 conversions only then.
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+        ],
+        language="c++",
+        optional=True,
+        **found,
+    )
+
+
+def host_extension(found: dict[str, Any], torch_version: str) -> Extension:
+    """For this torch and this Python alone; the name as rootfree_fused/_prepared.py makes it."""
+    name = "_host_" + re.sub(r"\W", "_", torch_version)
+    return Extension(
+        f"rootfree_fused.{name}",
+        HOST_SOURCES,
+        libraries=["c10", "torch_cpu", "torch_python"],
+        define_macros=[("ROOTFREE_HOST", name)],
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
+        language="c++",
+        optional=True,
+        **found,
+    )
+
+
+def cuda_extension(found: dict[str, Any]) -> Extension:
+    """The CUDA C++ kernels; a torch without CUDA builds them but cannot load them."""
+    has_cuda = any(Path(path, "libtorch_cuda.so").exists() for path in found["library_dirs"])
+    return Extension(
+        "rootfree_fused._C_cuda",
+        CUDA_SOURCES,
+        py_limited_api=True,
+        libraries=["torch_cpu", *(["torch_cuda"] if has_cuda else [])],
+        define_macros=[*MACROS, ("USE_CUDA", "1")],
+        extra_compile_args=[
+            "-std=c++20",
+            "-O3",
+            "-Xcompiler=-fvisibility=hidden",
+            *(f"-gencode=arch=compute_{n},code={code}" for n, code in CUDA_TARGETS.items()),
+        ],
+        **found,
+    )
 
 
 setup(

@@ -66,6 +66,13 @@ def resnet50_shapes() -> Iterator[Shape]:
     yield from ((1000, channels), (1000,))
 
 
+def mixed_shapes(count: int, largest: int) -> Iterator[Shape]:
+    """Lengths from 1 to `largest`, as many in every decade, in a fixed random order."""
+    lengths = [round(largest ** (i / (count - 1))) for i in range(count)]
+    for length in random.Random(0).sample(lengths, count):
+        yield (length,)
+
+
 def random_tensors(
     shapes: Iterable[Shape], *, scale: float, dtype: torch.dtype, device: torch.device, seed: int
 ) -> list[Tensor]:

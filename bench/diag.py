@@ -23,6 +23,7 @@ from .common import (
     device_timer,
     error_ratio,
     interleave,
+    mixed_shapes,
     optional,
     pick_device,
     random_tensors,
@@ -32,6 +33,7 @@ from .common import (
     threads,
     time_host,
 )
+from .cuda import cuda_providers
 from .providers import CHECK_STEPS, PROVIDERS, Provider
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
 
@@ -62,7 +64,26 @@ def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], tor
         "ResNet-50, float32": (resnet50, float32),
         f"{many:,} tensors of 1,000, float32": ([(1000,)] * many, float32),
         f"{many:,} tensors of 100, float32": ([(100,)] * many, float32),
+        **(cases_of_kernels(large) if device.type == "cuda" else {}),
     }
+
+
+def cases_of_kernels(large: int) -> dict[str, tuple[list[Shape], torch.dtype]]:
+    """Where Triton and CUDA C++ may differ: few large tensors of `large` elements, and many."""
+    few = {"4 large tensors, float32": ([(large // 4,)] * 4, torch.float32)}
+    many = {
+        f"{count:,} mixed tensors, float32": (
+            list(mixed_shapes(count, large // 250)),
+            torch.float32,
+        )
+        for count in (300, 2000)
+    }
+    return few | many
+
+
+def providers(device: torch.device) -> dict[str, Provider]:
+    """What is timed on the device."""
+    return {**PROVIDERS, **(cuda_providers() if device.type == "cuda" else {})}
 
 
 def built(provider: Provider, params: list[Tensor], grads: list[Tensor]) -> Optimizer:
@@ -111,13 +132,14 @@ def measure(
     rows: Rows,
     device: torch.device,
     seconds: float,
-    providers: dict[str, Provider] = PROVIDERS,
+    chosen: dict[str, Provider] | None = None,
 ) -> None:
-    """Check and time every provider on one case."""
+    """Check and time every provider on one case, or those that were chosen."""
     params = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=1)
     optimizers = {}
-    for name, provider in providers.items():
+    chosen = providers(device) if chosen is None else chosen
+    for name, provider in chosen.items():
         optimizer = built(provider, params, grads)
         ratio = check(provider, optimizer, params, grads)
         right = ratio <= ALLOWED_ERROR
@@ -129,7 +151,7 @@ def measure(
     runs = _probes(elements, device)
     runs |= {name: optimizer.step for name, optimizer in optimizers.items()}
     times = interleave(runs, device_timer(device), seconds=0.8 * seconds)
-    host = _host_times(providers, optimizers, params, device, seconds=0.2 * seconds)
+    host = _host_times(chosen, optimizers, params, device, seconds=0.2 * seconds)
 
     bytes_ = {name: step_bytes(optimizer) / elements for name, optimizer in optimizers.items()}
     bytes_ |= PROBE_BYTES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import random
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
 
 from . import diag
-from .common import device_timer, interleave, random_tensors, time_host
+from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .eigh import EighShampoo
 from .matrix import step_flops
 from .providers import PROVIDERS
@@ -29,13 +28,6 @@ KERNELS = ("gather", "product", "factor_momenta", "factors", "products", "params
 def small(device: torch.device) -> bool:
     """Without a GPU a case runs as a rehearsal, on sizes that mean nothing."""
     return device.type != "cuda"
-
-
-def mixed_shapes(count: int, elements: int) -> list[tuple[int, ...]]:
-    """Lengths spread evenly over three decades, about `elements` in all."""
-    draw = random.Random(0)
-    weights = [10 ** draw.uniform(0, 3) for _ in range(count)]
-    return [(max(1, round(elements * w / sum(weights))),) for w in weights]
 
 
 def limits(rows: Rows, device: torch.device, seconds: float) -> None:
@@ -61,12 +53,13 @@ def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
 
 def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:
     """2,000 mixed tensors beside one of as many elements; host time, eager and replayed."""
-    elements = 200_000 if small(device) else 250_000_000
+    largest = 1000 if small(device) else 2_000_000  # 276M elements in all
+    mixed = list(mixed_shapes(2000, largest))
     optimizers = {}
     for name, shapes in {
-        "2,000 tensors": mixed_shapes(2000, elements),
-        "300 tensors": mixed_shapes(300, elements),
-        "one tensor": [(elements,)],
+        "2,000 tensors": mixed,
+        "300 tensors": list(mixed_shapes(300, largest)),
+        "one tensor": [(sum(shape[0] for shape in mixed),)],
     }.items():
         tensors = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=0)
         params = [Parameter(t) for t in tensors]
@@ -195,10 +188,18 @@ def eager_steps(grads: list[Tensor]) -> None:
         reference.precondition(g, factors)
 
 
+def triton_or_cuda(rows: Rows, device: torch.device, seconds: float) -> None:
+    """The diagonal kernels beside each other, eager and replayed, on few and many tensors."""
+    large = 100_000 if small(device) else 250_000_000
+    for case, (shapes, dtype) in diag.cases_of_kernels(large).items():
+        diag.measure(case, shapes, dtype, rows, device, seconds / 3)
+
+
 CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
     "whole steps": whole_steps,
     "products": products,
     "many tensors": many_tensors,
+    "Triton or CUDA C++": triton_or_cuda,
 }

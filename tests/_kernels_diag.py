@@ -69,6 +69,8 @@ class Lists:
     specification in float64 `truth`.
     """
 
+    kernels = diag  # whose rmsprop_ and adamw_ are tested
+
     def __init__(self, case, shapes, device, dtypes, layouts=("contiguous",) * 4):
         self.scalars, extra = CASES[case]
         self.is_adamw = case.startswith("adamw")
@@ -110,9 +112,9 @@ class Lists:
     def launch(self, grads, lr):
         params, square_avgs, others = self.actual
         if self.is_adamw:
-            diag.adamw_(params, grads, others, square_avgs, self.steps, lr, **self.scalars)
+            self.kernels.adamw_(params, grads, others, square_avgs, self.steps, lr, **self.scalars)
         else:
-            diag.rmsprop_(params, grads, square_avgs, others, lr, **self.scalars)
+            self.kernels.rmsprop_(params, grads, square_avgs, others, lr, **self.scalars)
 
     def specify(self, lists, grads, lr):
         params, square_avgs, others = lists

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,6 +27,8 @@ from triton.runtime.jit import JITFunction
 needs_cuda = pytest.mark.gpu  # skipped by conftest.py where there is none
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _REGISTERS = 65536
+_SASS_HEADING = r"^\.text\.(\S+):$"
+_USAGE_HEADING = r"^ *Function (\S+):$"
 _WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128|256)\b")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
@@ -136,18 +138,25 @@ class Program:
     cubin: bytes
     shared_bytes: int
     num_warps: int
+    function: str = ""  # where the cubin has several
 
     @cached_property
     def instructions(self) -> list[str]:
         """SASS without addresses and encodings; a label is a line that ends in a colon."""
-        text = self._disassemble("nvdisasm", "-c")
+        text = self._own_part(disassemble(self.cubin, "nvdisasm", "-c"), _SASS_HEADING)
         lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines()]
         return [line for line in lines if line.endswith(";") or re.fullmatch(r"\.L_\w+:", line)]
 
     @cached_property
     def _resources(self) -> dict[str, int]:
-        text = self._disassemble("cuobjdump", "-res-usage")
+        text = self._own_part(disassemble(self.cubin, "cuobjdump", "-res-usage"), _USAGE_HEADING)
         return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+
+    def _own_part(self, text: str, heading: str) -> str:
+        if not self.function:
+            return text
+        parts = re.split(heading, text, flags=re.MULTILINE)
+        return parts[parts.index(self.function) + 1]
 
     @property
     def registers(self) -> int:
@@ -173,13 +182,21 @@ class Program:
                 paths.append([])
         return [path for path in paths if any("STG" in line for line in path)]
 
-    def _disassemble(self, tool: str, flag: str) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.cubin)
-            file.flush()
-            command = [_TOOLS / tool, flag, file.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
+
+def functions(cubin: bytes) -> list[str]:
+    """The mangled names of the kernels in a cubin."""
+    return re.findall(_SASS_HEADING, disassemble(cubin, "nvdisasm", "-c"), re.MULTILINE)
+
+
+@cache
+def disassemble(cubin: bytes, tool: str, flag: str) -> str:
+    """What cuobjdump or nvdisasm says of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_TOOLS / tool, flag, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def widths(path: list[str], operation: str) -> dict[int, int]:
