@@ -20,8 +20,9 @@ _FEWEST_FLOAT32_PRODUCTS = 64  # of a loop that multiplies matrices; an epilogue
 
 _GUARD = re.compile(r"@!?(U?P\d+) ")
 _REGISTER = re.compile(r"\b(U?R|U?P)(\d+)(?:\.reuse)?(\.64)?")
-_LEAVES = re.compile(r"(@\S+ )?(BRA|EXIT|RET)\b")
-_LABEL = re.compile(r"`\((\.L_\w+)\)")
+# A loop may be left by a call of what follows it, without a return.
+_BRANCH = re.compile(r"(?:@\S+ )?(?:BRA|CALL)\b.*`\((\.L_\w+)\)")
+_LEAVES = re.compile(r"(@\S+ )?(BRA|CALL|EXIT|RET)\b")
 _THREAD = re.compile(r"SR_(TID|LANEID|LTMASK)|^(LDS|LDSM|SHFL|VOTE|MATCH|LDL)\b")
 _NO_RESULT = re.compile(r"^(ST|LDGSTS|RED|BRA|BSSY|BSYNC|BAR|EXIT|UTMA|WARPSYNC|CALL|RET)")
 _RESULT_WORDS = {".64": 2, ".WIDE": 2, ".128": 4}
@@ -95,10 +96,10 @@ class ControlFlow:
         following = [i + 1] if i + 1 < len(self.blocks) else []
         if re.match(r"(EXIT|RET)\b", last):
             return []
-        if re.search(r"\bBRA\b", last):
-            target = [labels[_LABEL.findall(last)[0]]]
+        if match := _BRANCH.match(last):
+            target = [labels[match[1]]]
             # Without a guard or a condition before the label it always branches.
-            return target if re.match(r"BRA\S* `", last) else target + following
+            return target if re.match(r"\S+ `", last) else target + following
         return following
 
     @cached_property

@@ -94,6 +94,14 @@ def test_nothing_spills(programs, rows, name):
 
 
 @pytest.mark.parametrize("name", MATRIX_KERNELS)
+def test_the_main_path_goes_through_the_products_to_the_end(programs, rows, name):
+    path = programs[name].flow.main_path
+    assert path[-1].startswith("EXIT")
+    assert name == "gather" or set(programs[name].flow.main_loop) <= set(path)
+    assert (rows[name]["loop_instructions"] > 0) == (name != "gather")
+
+
+@pytest.mark.parametrize("name", MATRIX_KERNELS)
 def test_shared_memory_fits(rows, name, architecture):
     assert rows[name]["shared_bytes"] <= CHIPS[architecture].shared_bytes_a_program
     assert rows[name]["ctas_per_sm"] >= 1
@@ -124,8 +132,9 @@ def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, t
 
 
 @pytest.mark.parametrize("name", MATRIX_KERNELS)
-def test_the_main_path_moves_vectors(programs, name, tiling):
-    """At least every element of an aligned tile once in 16 bytes, beside the ragged path's."""
+def test_the_main_path_moves_vectors(programs, rows, name, tiling):
+    """Nothing else, and at least every element of an aligned tile once."""
+    assert rows[name]["wide_share"] == 1
     tile = matrix.GATHER_ROWS * matrix.GATHER_COLUMNS // (32 * matrix.GATHER_WARPS)
     if name != "gather":
         tile = TILINGS[tiling].block ** 2 // threads(tiling)
