@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from pathlib import Path
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
     "matrix": "time steps of IFShampoo against sirfshampoo, SOAP and Shampoo",
     "host": "time the host's part of a step, with the launch stubbed out",
+    "sass": "compile every kernel for GPUs, and show registers, spills and wide accesses",
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train a CNN on digits and a transformer on text with several optimizers",
 }
@@ -23,8 +23,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f"bench.{name}")
         sub = subparsers.add_parser(name, help=summary, description=module.__doc__)
-        sub.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
-        sub.add_argument("--device", help="cpu or cuda; cuda where there is one")
         sub.add_argument("--quick", action="store_true", help="a few seconds; numbers mean little")
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
@@ -35,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the rows measured so far are in {args.out}")
+        print("\ninterrupted" + (f"; the rows so far are in {args.out}" if args.out else ""))
         return 130
 
 

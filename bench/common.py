@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,14 +21,20 @@ Tensors = dict[str, Tensor]
 Call = Callable[[], object]
 
 
-def optional(module: str) -> ModuleType:
+def optional(module: str, extra: str = "bench") -> ModuleType:
     """Import a package that only the benchmarks need."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(
-            f"this benchmark needs {module} ({error}); pip install rootfree-fused[bench]"
+            f"this benchmark needs {module} ({error}); pip install rootfree-fused[{extra}]"
         ) from error
+
+
+def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every subcommand that measures on a device."""
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -20,6 +20,7 @@ from .common import (
     Shape,
     Tensors,
     Timing,
+    add_measurement_arguments,
     device_timer,
     error_ratio,
     interleave,
@@ -229,6 +230,7 @@ def _line(rows: list[Row]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench diag`."""
+    add_measurement_arguments(parser)
     parser.add_argument("--seconds", type=float, default=4.0, help="timing budget of a case")
 
 

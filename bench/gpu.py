@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .common import pick_device
+from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
 from .rows import ROOT, Row, Rows, markdown, provenance, read_rows, select
 
@@ -75,6 +75,7 @@ TARGETS = _targets()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench gpu`."""
+    add_measurement_arguments(parser)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--case", choices=CASES, help="measure this one alone, in this process")
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch, _prepared
 
-from .common import interleave, optional, random_tensors, time_host
+from .common import add_measurement_arguments, interleave, optional, random_tensors, time_host
 from .rows import Row, Rows, markdown, provenance, read_rows, select, unique
 
 # Microseconds a step, by the number of tensors.
@@ -89,6 +89,7 @@ def _moving(optimizer: Optimizer, params: list[Parameter]) -> Callable[[], Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench host`."""
+    add_measurement_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,15 @@ from torch.optim import Optimizer
 
 from rootfree_fused import IFShampoo, reference
 
-from .common import Shape, device_timer, interleave, optional, pick_device, random_tensors
+from .common import (
+    Shape,
+    add_measurement_arguments,
+    device_timer,
+    interleave,
+    optional,
+    pick_device,
+    random_tensors,
+)
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
 
 CHECK_STEPS = 3
@@ -219,6 +227,7 @@ def _line(rows: list[Row], base: list[Row]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench matrix`."""
+    add_measurement_arguments(parser)
     parser.add_argument("--seconds", type=float, default=8.0, help="timing budget of a case")
 
 

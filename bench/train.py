@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .common import optional, pick_device, summarize, threads
+from .common import add_measurement_arguments, optional, pick_device, summarize, threads
 from .curves import plot, table
 from .digits import Digits
 from .methods import METHODS, Method, Settings
@@ -39,6 +39,7 @@ THREADS = {"digits": 1, "text": 2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench train`."""
+    add_measurement_arguments(parser)
     parser.add_argument("--problem", choices=PROBLEMS, help="one of them; both if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train")
     parser.add_argument("--method", help="with --tune: search this optimizer alone")

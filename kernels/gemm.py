@@ -109,6 +109,25 @@ def _product(
 
 
 @triton.jit
+def _store_scaled(job_ptr, scratch_ptr, out_ptr, value, size, part):
+    """A part of a tile times the diagonal factors; returns its sums of squares by columns."""
+    ROWS: tl.constexpr = value.shape[0]
+    COLUMNS: tl.constexpr = value.shape[1]
+    m, n = size
+    rows = _scales(pointer_at(job_ptr + 9, scratch_ptr, tl.float32), m, part[0], ROWS)
+    columns = _scales(pointer_at(job_ptr + 10, scratch_ptr, tl.float32), n, part[1], COLUMNS)
+    value *= rows[:, None] * columns[None, :]
+    if out_ptr.to(tl.int64) != 0:
+        ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, ROWS, COLUMNS)
+        tl.store(ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
+    if tl.load(job_ptr + 11) != 0:
+        offs_m = part[0] * ROWS + tl.arange(0, ROWS)
+        sums_ptr = pointer_at(job_ptr + 11, scratch_ptr, tl.float32) + part[1].to(tl.int64) * m
+        tl.store(sums_ptr + offs_m, tl.sum(value * value, 1), mask=offs_m < m)
+    return tl.sum(value * value, 0)
+
+
+@triton.jit
 def _product_kernel(
     tiles_ptr,
     jobs_ptr,
@@ -126,23 +145,24 @@ def _product_kernel(
     acc = _product(
         job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
     )
-    if k == 0:  # both factors are diagonal: G itself
-        acc = parked(pointer_at(job_ptr, scratch_ptr, tl.float32), (m, n), tile, BLOCK, BLOCK)
-    rows = _scales(pointer_at(job_ptr + 9, scratch_ptr, tl.float32), m, tile[0], BLOCK)
-    columns = _scales(pointer_at(job_ptr + 10, scratch_ptr, tl.float32), n, tile[1], BLOCK)
-    acc *= rows[:, None] * columns[None, :]
     out_ptr = pointer_at(job_ptr + 4, scratch_ptr, FACTOR)
-    if out_ptr.to(tl.int64) != 0:
+    if (tl.load(job_ptr + 9) | tl.load(job_ptr + 10)) == 0:  # both factors are dense
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), tile, BLOCK, BLOCK)
         tl.store(ptrs, acc.to(FACTOR), mask=mask)
-    if tl.load(job_ptr + 11) != 0:
-        offs_m = tile[0] * BLOCK + tl.arange(0, BLOCK)
-        sums_ptr = pointer_at(job_ptr + 11, scratch_ptr, tl.float32) + tile[1].to(tl.int64) * m
-        tl.store(sums_ptr + offs_m, tl.sum(acc * acc, 1), mask=offs_m < m)
-    if tl.load(job_ptr + 12) != 0:
-        offs_n = tile[1] * BLOCK + tl.arange(0, BLOCK)
-        sums_ptr = pointer_at(job_ptr + 12, scratch_ptr, tl.float32) + tile[0].to(tl.int64) * n
-        tl.store(sums_ptr + offs_n, tl.sum(acc * acc, 0), mask=offs_n < n)
+    else:
+        if k > 0:
+            sums = _store_scaled(job_ptr, scratch_ptr, out_ptr, acc, (m, n), tile)
+        else:  # both are diagonal: G itself
+            source_ptr = pointer_at(job_ptr, scratch_ptr, tl.float32)
+            sums = tl.zeros([BLOCK], tl.float32)
+            for i in range(BLOCK // PARKED_ROWS):
+                part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
+                rows = parked(source_ptr, (m, n), part, PARKED_ROWS, BLOCK)
+                sums += _store_scaled(job_ptr, scratch_ptr, out_ptr, rows, (m, n), part)
+        if tl.load(job_ptr + 12) != 0:
+            offs_n = tile[1] * BLOCK + tl.arange(0, BLOCK)
+            sums_ptr = pointer_at(job_ptr + 12, scratch_ptr, tl.float32) + tile[0].to(tl.int64) * n
+            tl.store(sums_ptr + offs_n, sums, mask=offs_n < n)
 
 
 @triton.jit
@@ -253,9 +273,13 @@ def _update_param_part(
     ROWS: tl.constexpr = update.shape[0]
     COLUMNS: tl.constexpr = update.shape[1]
     m, n = size
-    rows = _scales(pointer_at(job_ptr + 9, scratch_ptr, tl.float32), m, part[0], ROWS)
-    columns = _scales(pointer_at(job_ptr + 10, scratch_ptr, tl.float32), n, part[1], COLUMNS)
-    update *= (rows * rows)[:, None] * (columns * columns)[None, :]
+    if tl.load(job_ptr + 9) != 0:
+        rows = _scales(pointer_at(job_ptr + 9, scratch_ptr, tl.float32), m, part[0], ROWS)
+        update *= (rows * rows)[:, None]
+    if tl.load(job_ptr + 10) != 0:
+        columns_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
+        columns = _scales(columns_ptr, n, part[1], COLUMNS)
+        update *= (columns * columns)[None, :]
     ptrs, mask = tile_of(param_ptr, n, size, part, ROWS, COLUMNS)
     p = tl.load(ptrs, mask=mask).to(tl.float32)
     buf = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))  # bench is not installed
-
 RESULTS = ROOT / "bench" / "results"
 CPU = torch.device("cpu")
 needs_extras = pytest.mark.skipif(

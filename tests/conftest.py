@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

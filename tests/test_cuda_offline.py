@@ -16,8 +16,11 @@ import pytest
 pytest.importorskip("triton")  # for its cuobjdump and nvdisasm
 
 from _cuda import CSRC
-from _offline import Program, first_index, functions, last_index, widths
-from test_offline_diag import ARCHITECTURES, FLOAT_ARITHMETIC, IN_FLIGHT
+from test_offline_diag import FLOAT_ARITHMETIC, IN_FLIGHT
+
+from bench.launches import ARCHITECTURES
+from bench.machine_code import first_index, last_index, widths
+from bench.offline import Program, functions
 
 ROOT = CSRC.parent
 NVCC = shutil.which("nvcc")
@@ -51,7 +54,7 @@ def compile_kernels(architecture: int, folder: Path) -> list[Kernel]:
                 f"{rule} {len(states)} {param} {grad[0]}",
                 [size, 4 if grad == "f" else size, *states],
                 [size, *states],
-                Program(cubin, 0, THREADS // 32, function),
+                Program(architecture, cubin, 0, THREADS // 32, function=function),
             )
         )
     return kernels
@@ -81,7 +84,7 @@ def test_every_rule_and_dtype_pair_has_a_kernel(kernels):
 def test_nothing_spills(kernels):
     for kernel in kernels:
         code = kernel.program.instructions
-        assert kernel.program.local_bytes == 0, kernel.name
+        assert kernel.program.spill_bytes == 0, kernel.name
         assert first_index(code, r"\b(LDL|STL)\b") == len(code), kernel.name
 
 

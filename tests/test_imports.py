@@ -85,3 +85,10 @@ def test_kernels_import_only_torch_and_triton():
             assert target.split(".")[0] in allowed | {PACKAGE}, f"{path.name} imports {target}"
             if target.startswith(PACKAGE):
                 assert target.startswith(f"{PACKAGE}.kernels"), f"{path.name} imports {target}"
+
+
+def test_bench_imports_no_tests():
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "pytest"}
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        for target in imports(path, "bench"):
+            assert target.split(".")[0] not in tests, f"{path.name} imports {target}"

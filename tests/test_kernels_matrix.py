@@ -24,9 +24,10 @@ from _kernels_matrix import (
     SCALARS,
     Model,
 )
-from _offline import Recorder, interpreted, needs_cuda
+from _offline import interpreted, needs_cuda
 from triton.runtime.interpreter import InterpretedFunction
 
+from bench.offline import Recorder
 from rootfree_fused.kernels import common, gemm, gram, matrix, tiles
 
 

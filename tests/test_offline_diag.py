@@ -7,42 +7,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from _offline import Recorder, compile_call, first_index, last_index, widths
-from test_kernels_diag import CASES, DTYPES
 from triton.runtime.jit import JITFunction
 
+from bench import sass
+from bench.launches import ARCHITECTURES, DIAG_CASES, DIAG_DTYPES, F32, diag_call, diag_program
+from bench.machine_code import LOCAL_MEMORY, first_index, last_index, widths
+from bench.offline import compile_call
 from rootfree_fused.kernels import diag
 
 pytestmark = pytest.mark.skipif(
     not isinstance(diag._diag_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
 )
 
-ARCHITECTURES = [80, 90, 100]
-# What differs in the compiled code: buffers or none, step counts or none, lr on the device or not.
-CONFIGURATIONS = ["rmsprop", "rmsprop momentum", "adamw", "adamw bias correction"]
 FLOAT_ARITHMETIC = r"\b(FADD|FMUL|FFMA)2?\b"
 # Bandwidth per multiprocessor times 0.8 us of latency, for H100 and B200, in bytes.
 IN_FLIGHT = {80: 15_000, 90: 20_000, 100: 45_000}
-
-
-def record(case, dtypes, lr=None, elements=diag.BLOCK):
-    """What the launcher would call the kernel with, for one tensor of one full chunk."""
-    scalars, extra = CASES[case]
-    param, grad = (torch.zeros(elements, dtype=dtype) for dtype in dtypes)
-    state, other = torch.ones(elements), torch.zeros(elements)
-    lr = torch.tensor(0.1) if lr is None else lr
-    recorder, kernel = Recorder(), diag._diag_kernel
-    diag._diag_kernel = recorder
-    try:
-        if case.startswith("adamw"):
-            steps = torch.ones(1) if extra else None
-            diag.adamw_([param], [grad], [other], [state], steps, lr, **scalars)
-        else:
-            diag.rmsprop_([param], [grad], [state], [other] if extra else [], lr, **scalars)
-    finally:
-        diag._diag_kernel = kernel
-    (call,) = recorder.calls
-    return call
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids="sm_{}".format)
@@ -50,19 +29,24 @@ def architecture(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=CONFIGURATIONS)
+@pytest.fixture(scope="module", params=DIAG_CASES)
 def configuration(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=str)
+@pytest.fixture(scope="module", params=DIAG_DTYPES, ids=str)
 def dtypes(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def program(architecture, configuration, dtypes):
-    return compile_call(diag._diag_kernel, record(configuration, dtypes), architecture)
+    return diag_program(configuration, dtypes, architecture)
+
+
+@pytest.fixture(scope="module")
+def row(architecture, configuration, dtypes):
+    return sass.diag_entry(configuration, dtypes, architecture).row()
 
 
 @pytest.fixture
@@ -82,13 +66,13 @@ def expected_widths(sizes, vector):
     return counts
 
 
-def test_nothing_spills(program):
-    assert program.local_bytes == 0
-    assert first_index(program.instructions, r"\b(LDL|STL)\b") == len(program.instructions)
+def test_nothing_spills(program, row):
+    assert row["spill_bytes"] == 0
+    assert first_index(program.instructions, LOCAL_MEMORY) == len(program.instructions)
 
 
-def test_nothing_goes_through_shared_memory(program):
-    assert program.shared_bytes == 0
+def test_nothing_goes_through_shared_memory(program, row):
+    assert row["shared_bytes"] == 0
     assert first_index(program.instructions, r"\b(LDS|STS|LDSM|STSM)\b") == len(
         program.instructions
     )
@@ -102,6 +86,14 @@ def test_the_main_path_moves_vectors(program, accesses):
         wide = {width: n for width, n in found.items() if width > 4}
         assert wide == expected_widths(sizes, diag.VECTOR), operation
     assert widths(main, "STG").keys() <= {size * diag.VECTOR for size in accesses["STG"]}
+
+
+def test_the_row_counts_the_vectors_of_the_main_path(program, row, accesses):
+    """All its accesses but those of 16-bit parameters and gradients are of 16 bytes."""
+    sizes = accesses["LDG"] + accesses["STG"]
+    assert row["wide_share"] == round(sizes.count(4) / len(sizes), 3)
+    main, _ = program.paths
+    assert program.flow.main_path == [line for line in main if not line.endswith(":")]
 
 
 def test_all_loads_of_the_main_path_are_in_flight_together(program, accesses):
@@ -123,10 +115,15 @@ def test_the_ragged_path_promises_no_alignment(program, accesses):
         assert found == expected, operation
 
 
-def test_enough_programs_fit(program, accesses, architecture):
-    in_flight = program.resident_programs * diag.BLOCK * sum(accesses["LDG"])
+def test_enough_programs_fit(row, accesses, architecture):
+    in_flight = row["ctas_per_sm"] * diag.BLOCK * sum(accesses["LDG"])
     assert in_flight >= IN_FLIGHT[architecture]
-    assert program.resident_programs * diag.NUM_WARPS >= 24
+    assert row["warps_per_sm"] == row["ctas_per_sm"] * diag.NUM_WARPS >= 24
+
+
+def test_the_kernel_multiplies_no_matrices(row):
+    assert row["tensor_core"] == "none"
+    assert row["loop_instructions"] == 0
 
 
 def test_16_bit_parameters_are_rounded_to_nearest(program, dtypes):
@@ -139,16 +136,16 @@ def test_16_bit_parameters_are_rounded_to_nearest(program, dtypes):
 
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64])
 def test_lr_on_the_device_costs_one_load(architecture, lr_dtype):
-    grid, args, kwargs = record("rmsprop momentum", DTYPES[0])
+    grid, args, kwargs = diag_call("rmsprop momentum", (F32, F32))
     lr = torch.zeros(3, dtype=lr_dtype)[1]  # a view: no alignment beyond its own
     args = [*args[:3], lr, *args[4:]]
     program = compile_call(diag._diag_kernel, (grid, args, kwargs), architecture)
-    assert program.local_bytes == 0
+    assert program.spill_bytes == 0
     assert widths(program.paths[0], "LDG")[16] == 8
 
 
 def test_a_scheduled_lr_is_no_argument():
-    first, second = (record("rmsprop", DTYPES[0], torch.tensor(lr)) for lr in (0.1, 0.05))
+    first, second = (diag_call("rmsprop", (F32, F32), lr) for lr in (0.1, 0.05))
     assert first[0] == second[0]
     assert first[2] == second[2]
     assert all(arg is None or isinstance(arg, torch.Tensor) for arg in first[1])

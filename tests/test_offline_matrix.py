@@ -9,78 +9,42 @@ import torch
 
 pytest.importorskip("triton")
 
-from _kernels_matrix import BF16, DENSE, F16, F32, KERNELS, Model
-from _offline import Recorder, compile_call, first_index, widths
 from triton.runtime.jit import JITFunction
 
+from bench import sass
+from bench.launches import (
+    ARCHITECTURES,
+    MATRIX_DTYPES,
+    MATRIX_KERNELS,
+    NOT_CHOSEN,
+    TILINGS,
+    large_tiling,
+    matrix_calls,
+    matrix_program,
+    tilings,
+)
+from bench.machine_code import LOCAL_MEMORY, TENSOR_CORE, first_index, widths
+from bench.occupancy import CHIPS
 from rootfree_fused.kernels import gemm, matrix, tiles
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm._product_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
 )
 
-ARCHITECTURES = [80, 90, 100]
-# What a program may take of a multiprocessor's shared memory.
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 TENSOR_CORES = {
     80: r"^(@!?U?P\d+ )?HMMA\.16816\.F32\.BF16",
     90: r"HGMMA\.\S*F32\.BF16",
     100: r"UTCHMMA",
 }
-ANY_TENSOR_CORE = r"\b(HMMA|HGMMA|UTC\w*MMA|OMMA|QMMA)\b"
-TILINGS = {
-    "large": matrix.LARGE,
-    "large_hopper": matrix.LARGE_HOPPER,
-    "large_descriptors": matrix.LARGE_DESCRIPTORS,
-    "small": matrix.SMALL,
-    "float32": matrix.FLOAT32,
-}
-ROW_DTYPES = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "mixed": (F16, F32)}
-
-
-def record(tiling, dtypes=(F32, F32), case="momentum", buckets=(((256, 256), DENSE, 1),)):
-    """What the launcher would call each kernel with, by name; TRANS_A makes two of a product."""
-    factor_dtype = F32 if tiling == "float32" else BF16
-    model = Model(torch.device("cpu"), case, factor_dtype, buckets, *dtypes)
-    recorders = {name: Recorder() for name in KERNELS}
-    kernels = {name: getattr(matrix, name) for name in KERNELS}
-    choose = matrix._tiling
-    for name, recorder in recorders.items():
-        setattr(matrix, name, recorder)
-    matrix._tiling = lambda *_: TILINGS[tiling]
-    try:
-        model.launch(model.fresh_grads(), torch.tensor(0.1), update=True)
-    finally:
-        matrix._tiling = choose
-        for name, kernel in kernels.items():
-            setattr(matrix, name, kernel)
-    calls = {}
-    for name, recorder in recorders.items():
-        for call in recorder.calls:
-            side = {True: " left", False: " right"}.get(call[2].get("TRANS_A"), "")
-            calls[name.strip("_").removesuffix("_kernel") + side] = kernels[name], call
-    return calls
-
-
-NAMES = [
-    "gather",
-    "product left",
-    "product right",
-    "factor_momenta",
-    "factors",
-    "products",
-    "params",
-]
-GEMMS = NAMES[1:]
+TENSOR_CORE_NAMES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+GEMMS = MATRIX_KERNELS[1:]
+DENSE = (True, True)
 
 
 def targets():
     """Every architecture with the tilings that it may run."""
     for architecture in ARCHITECTURES:
-        large = ["large"] if architecture == 80 else ["large", "large_descriptors"]
-        if architecture == 90:
-            large[0] = "large_hopper"
-        for tiling in (*large, "small", "float32"):
+        for tiling in tilings(architecture):
             yield pytest.param((architecture, tiling), id=f"sm_{architecture}-{tiling}")
 
 
@@ -101,14 +65,17 @@ def tiling(target):
 
 @pytest.fixture(scope="module")
 def programs(architecture, tiling):
-    calls = record(tiling)
-    assert sorted(calls) == sorted(NAMES)
-    return {name: compile_call(*calls[name], architecture) for name in NAMES}
+    return {name: matrix_program(name, tiling, architecture) for name in MATRIX_KERNELS}
 
 
-def assert_nothing_spills(program):
-    assert program.local_bytes == 0
-    assert first_index(program.instructions, r"\b(LDL|STL)\b") == len(program.instructions)
+@pytest.fixture(scope="module")
+def rows(architecture, tiling):
+    return {name: sass.matrix_entry(name, tiling, architecture).row() for name in MATRIX_KERNELS}
+
+
+def assert_nothing_spills(program, row):
+    assert row["spill_bytes"] == 0
+    assert first_index(program.instructions, LOCAL_MEMORY) == len(program.instructions)
 
 
 def threads(tiling):
@@ -121,25 +88,34 @@ def copies(program):
     return {("128" if ".128" in match[0] else match[0]) for match in found if match}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_spills(programs, name):
-    assert_nothing_spills(programs[name])
+@pytest.mark.parametrize("name", MATRIX_KERNELS)
+def test_nothing_spills(programs, rows, name):
+    assert_nothing_spills(programs[name], rows[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_shared_memory_fits(programs, name, architecture):
-    assert programs[name].shared_bytes <= SHARED_BYTES[architecture]
+@pytest.mark.parametrize("name", MATRIX_KERNELS)
+def test_the_main_path_goes_through_the_products_to_the_end(programs, rows, name):
+    path = programs[name].flow.main_path
+    assert path[-1].startswith("EXIT")
+    assert name == "gather" or set(programs[name].flow.main_loop) <= set(path)
+    assert (rows[name]["loop_instructions"] > 0) == (name != "gather")
+
+
+@pytest.mark.parametrize("name", MATRIX_KERNELS)
+def test_shared_memory_fits(rows, name, architecture):
+    assert rows[name]["shared_bytes"] <= CHIPS[architecture].shared_bytes_a_program
+    assert rows[name]["ctas_per_sm"] >= 1
 
 
 @pytest.mark.parametrize("name", GEMMS)
-def test_products_are_tensor_core_products(programs, name, architecture, tiling):
+def test_products_are_tensor_core_products(programs, rows, name, architecture, tiling):
     """Of bfloat16 into float32; IEEE float32 has none, and TF32 must never take its place."""
     lines = programs[name].instructions
     if tiling == "float32":
-        assert first_index(lines, ANY_TENSOR_CORE) == len(lines)
+        assert rows[name]["tensor_core"] == "none"
         return
-    found = [line for line in lines if re.search(ANY_TENSOR_CORE, line)]
-    assert found
+    assert rows[name]["tensor_core"] == TENSOR_CORE_NAMES[architecture]
+    found = [line for line in lines if TENSOR_CORE.search(line)]
     assert all(re.search(TENSOR_CORES[architecture], line) for line in found), found[:3]
 
 
@@ -147,7 +123,7 @@ def test_products_are_tensor_core_products(programs, name, architecture, tiling)
 def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, tiling):
     """But float32's operands: the copy may also transpose them, an element at a time."""
     widths_found = copies(programs[name])
-    if tiling == "large_descriptors":  # by the tensor memory accelerator alone
+    if tiling == NOT_CHOSEN:  # by the tensor memory accelerator alone
         lines = programs[name].instructions
         assert not widths_found
         assert first_index(lines, r"\bUTMALDG\.2D") < len(lines)
@@ -155,9 +131,10 @@ def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, t
     assert widths_found if tiling == "float32" else widths_found == {"128"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_main_path_moves_vectors(programs, name, tiling):
-    """At least every element of an aligned tile once in 16 bytes, beside the ragged path's."""
+@pytest.mark.parametrize("name", MATRIX_KERNELS)
+def test_the_main_path_moves_vectors(programs, rows, name, tiling):
+    """Nothing else, and at least every element of an aligned tile once."""
+    assert rows[name]["wide_share"] == 1
     tile = matrix.GATHER_ROWS * matrix.GATHER_COLUMNS // (32 * matrix.GATHER_WARPS)
     if name != "gather":
         tile = TILINGS[tiling].block ** 2 // threads(tiling)
@@ -188,33 +165,32 @@ def test_ragged_rows_promise_no_alignment(programs, name, tiling):
 
 
 @pytest.mark.parametrize("name", GEMMS)
-def test_two_large_tiles_fit_a_hopper_multiprocessor(programs, name, architecture, tiling):
+def test_two_large_tiles_fit_a_hopper_multiprocessor(rows, name, architecture, tiling):
     """One computes while the other begins or ends. Of the tilings that something chooses."""
     if architecture == 90 and tiling in ("large_hopper", "small"):
-        assert programs[name].resident_programs >= 2
-        assert 2 * (programs[name].shared_bytes + 1024) <= 228 << 10
+        assert rows[name]["ctas_per_sm"] >= 2
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtypes", ROW_DTYPES)
-@pytest.mark.parametrize("case", ["momentum", "plain"])
-def test_parameters_and_gradients_of_every_dtype(architecture, dtypes, case):
-    calls = record("large_hopper" if architecture == 90 else "large", ROW_DTYPES[dtypes], case)
-    names = ["gather", "params"] if case == "momentum" else ["params"]
-    for name in names:
-        program = compile_call(*calls[name], architecture)
-        assert_nothing_spills(program)
+@pytest.mark.parametrize("dtypes", MATRIX_DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "plain"])
+def test_parameters_and_gradients_of_every_dtype(architecture, dtypes, momentum):
+    for name in ("gather", "params") if momentum else ("params",):
+        case = name, large_tiling(architecture), architecture, dtypes, momentum
+        program = matrix_program(*case)
+        assert_nothing_spills(program, sass.matrix_entry(*case).row())
         if name == "params":
             tile = matrix.LARGE.block**2 // threads("large")
-            moved = tile * (ROW_DTYPES[dtypes][0].itemsize + 4 * (case == "momentum"))
+            moved = tile * (dtypes[0].itemsize + 4 * momentum)
             assert 16 * widths(program.instructions, "STG").get(16, 0) >= moved
 
 
 def test_models_of_other_sizes_recompile_nothing():
     """Sizes, counts and addresses are in tables; arguments are tables, aligned as they are."""
     many = [((256, 256), DENSE, 3), ((24, 7), DENSE, 5), ((7, 9), (False, False), 1)]
-    few, more = record("small"), record("small", buckets=many)
-    for name in NAMES:
+    few, more = matrix_calls("small"), matrix_calls("small", buckets=many)
+    assert sorted(few) == sorted(MATRIX_KERNELS)
+    for name in MATRIX_KERNELS:
         (_, (_, args, options)), (_, (_, others, other_options)) = few[name], more[name]
         assert options == other_options
         assert all(isinstance(arg, torch.Tensor) for arg in args)

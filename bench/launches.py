@@ -1,0 +1,184 @@
+"""What the launchers call the kernels with, in every shipped configuration, and its machine code.
+
+Nothing runs and no GPU is needed: the launchers get CPU tensors, and recorders for kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from rootfree_fused.kernels import diag, matrix
+from rootfree_fused.kernels.jobs import Tiling
+
+from .offline import Call, Program, Recorder, compile_call
+
+ARCHITECTURES = (80, 90, 100)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Dtypes = tuple[torch.dtype, torch.dtype]
+Bucket = tuple[tuple[int, int], tuple[bool, bool], int]  # sizes, which axes are dense, how many
+
+# Diagonal -------------------------------------------------------------------------------------
+
+# Dtypes of parameters and of gradients.
+DIAG_DTYPES: tuple[Dtypes, ...] = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
+# What differs in the compiled code: buffers or none, step counts or none. Scalars do not.
+DIAG_CASES = ("rmsprop", "rmsprop momentum", "adamw", "adamw bias correction")
+_RMSPROP = {
+    "alpha": 0.9,
+    "damping": 0.1,
+    "weight_decay": 0.1,
+    "momentum": 0.9,
+    "batch_size": 4.0,
+    "decoupled": True,
+    "maximize": False,
+}
+_ADAMW = {
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "damping": 0.1,
+    "weight_decay": 0.1,
+    "batch_size": 4.0,
+    "maximize": False,
+}
+
+
+def diag_call(case: str, dtypes: Dtypes, lr: float = 0.1) -> Call:
+    """The call for one tensor of one full chunk."""
+    params, grads = ([torch.zeros(diag.BLOCK, dtype=dtype)] for dtype in dtypes)
+    state, other = ([torch.zeros(diag.BLOCK)] for _ in range(2))
+    recorder, kernel = Recorder(), diag._diag_kernel
+    diag._diag_kernel = recorder
+    try:
+        if case.startswith("adamw"):
+            steps = torch.ones(1) if case == "adamw bias correction" else None
+            diag.adamw_(params, grads, other, state, steps, torch.tensor(lr), **_ADAMW)
+        else:
+            buffers = other if case == "rmsprop momentum" else []
+            diag.rmsprop_(params, grads, state, buffers, torch.tensor(lr), **_RMSPROP)
+    finally:
+        diag._diag_kernel = kernel
+    (call,) = recorder.calls
+    return call
+
+
+@cache
+def diag_program(case: str, dtypes: Dtypes, architecture: int) -> Program:
+    return compile_call(diag._diag_kernel, diag_call(case, dtypes), architecture)
+
+
+# Matrices -------------------------------------------------------------------------------------
+
+TILINGS: dict[str, Tiling] = {
+    "large": matrix.LARGE,
+    "large_hopper": matrix.LARGE_HOPPER,
+    "large_descriptors": matrix.LARGE_DESCRIPTORS,
+    "small": matrix.SMALL,
+    "float32": matrix.FLOAT32,
+}
+NOT_CHOSEN = "large_descriptors"
+MATRIX_KERNELS = (
+    "gather",
+    "product left",
+    "product right",
+    "factor_momenta",
+    "factors",
+    "products",
+    "params",
+)
+MATRIX_DTYPES: tuple[Dtypes, ...] = ((F32, F32), (BF16, BF16), (F16, F32))
+ONE_SQUARE: tuple[Bucket, ...] = (((256, 256), (True, True), 1),)
+_IFSHAMPOO = {
+    "factor_lr": 0.3,
+    "factor_momentum": 0.5,
+    "damping": 0.1,
+    "batch_size": 4.0,
+    "weight_decay": 0.1,
+    "decoupled": True,
+    "maximize": False,
+}
+
+
+def large_tiling(architecture: int) -> str:
+    return "large_hopper" if architecture == 90 else "large"
+
+
+def tilings(architecture: int) -> list[str]:
+    """Those that the launcher chooses from on this architecture, and those that it may."""
+    descriptors = [NOT_CHOSEN] if architecture >= 90 else []
+    return [large_tiling(architecture), "small", "float32", *descriptors]
+
+
+def matrix_calls(
+    tiling: str, dtypes: Dtypes = (F32, F32), momentum: bool = True, buckets: Any = ONE_SQUARE
+) -> dict[str, tuple[JITFunction, Call]]:
+    """Kernel and call of every launch of an update, by name; TRANS_A makes two of a product."""
+    names = [name for name in vars(matrix) if name.endswith("_kernel")]
+    kernels = {name: getattr(matrix, name) for name in names}
+    recorders = {name: Recorder() for name in names}
+    choose = matrix._tiling
+    for name, recorder in recorders.items():
+        setattr(matrix, name, recorder)
+    matrix._tiling = lambda *_: TILINGS[tiling]
+    try:
+        _ifshampoo(F32 if tiling == "float32" else BF16, dtypes, momentum, buckets)
+    finally:
+        matrix._tiling = choose
+        for name, kernel in kernels.items():
+            setattr(matrix, name, kernel)
+    calls = {}
+    for name, recorder in recorders.items():
+        for call in recorder.calls:
+            side = {True: " left", False: " right"}.get(call[2].get("TRANS_A"), "")
+            calls[name.strip("_").removesuffix("_kernel") + side] = kernels[name], call
+    return calls
+
+
+def _ifshampoo(
+    factor_dtype: torch.dtype, dtypes: Dtypes, momentum: bool, buckets: Sequence[Bucket]
+) -> None:
+    empty = torch.empty(0)
+    shapes = [shape for shape, _, count in buckets for _ in range(count)]
+    params, grads, buffers = (
+        [torch.zeros(shape, dtype=dtype) for shape in shapes] for dtype in (*dtypes, F32)
+    )
+    factors: list[Tensor] = []
+    residuals: list[Tensor] = []
+    products: list[Tensor] = []
+    for sizes, dense, count in buckets:
+        for size, is_dense in zip(sizes, dense, strict=True):
+            shape = (count, size, size) if is_dense else (count, size)
+            factors.append(torch.zeros(shape, dtype=factor_dtype if is_dense else F32))
+            is_split = is_dense and factor_dtype == BF16
+            residuals.append(torch.zeros(shape, dtype=torch.int16) if is_split else empty)
+            products.append(torch.zeros_like(factors[-1]) if is_dense else empty)
+    momenta = [torch.zeros_like(factor) for factor in factors]
+    left = matrix.ifshampoo_(
+        params,
+        grads,
+        factors,
+        residuals,
+        momenta,
+        products,
+        buffers if momentum else [],
+        torch.tensor(0.1),
+        axes=[2] * len(buckets),
+        update_factors=True,
+        refresh_products=False,
+        momentum=0.9 if momentum else 0.0,
+        **_IFSHAMPOO,
+    )
+    assert left == []
+
+
+@cache
+def matrix_program(
+    name: str, tiling: str, architecture: int, dtypes: Dtypes = (F32, F32), momentum: bool = True
+) -> Program:
+    kernel, call = matrix_calls(tiling, dtypes, momentum)[name]
+    return compile_call(kernel, call, architecture)
