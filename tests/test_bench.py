@@ -10,9 +10,9 @@ import pytest
 import torch
 from _bench import CPU, RESULTS, ROOT, needs_extras, row
 
-from bench import common, diag, matrix, providers, rows
+from bench import common, diag, host, matrix, providers, rows
 from bench.__main__ import SUBCOMMANDS, main
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch
 
 TINY = {"tiny, float32": ([(300,), (), (0,), (2, 3)], torch.float32)}
 
@@ -176,7 +176,15 @@ def test_diag_table_shows_time_band_bandwidth_and_error():
     assert "| C | **WRONG** |  |  |  |  | **not finite** |" in text
 
 
-@pytest.mark.parametrize(("name", "table"), [("diag", diag.table), ("matrix", matrix.table)])
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("diag", diag.table),
+        ("matrix", matrix.table),
+        ("matrix_amx", matrix.table),
+        ("host", host.table),
+    ],
+)
 def test_stored_tables_are_made_of_the_stored_rows(name, table):
     assert (RESULTS / f"{name}.md").read_text() == table(rows.read_rows(RESULTS / f"{name}.jsonl"))
 
@@ -269,3 +277,36 @@ def test_matrix_end_to_end(tmp_path, monkeypatch):
     timed = rows.unique(rows.select(written, metric="time"), "provider")
     assert timed[:2] == ["IFShampoo, bfloat16", "IFShampoo, float32"]
     assert "IFShampoo, off" not in timed
+
+
+# Host time
+
+
+def test_host_end_to_end(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(host, "GOALS", {3: 100.0, 40: 1.0})
+    before = triton.runtime.driver._active, _dispatch._served
+    assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
+    assert (triton.runtime.driver._active, _dispatch._served) == before
+    written = rows.read_rows(tmp_path / "host.jsonl")
+    assert len(written) == 2 * len(host.OPTIMIZERS) * 2
+    assert all(r["unit"] == "ms" and r["value"] > 0 for r in written)
+    assert (tmp_path / "host.md").read_text() == host.table(written)
+
+
+def test_a_stubbed_step_launches_once_and_moves_nothing(monkeypatch):
+    pytest.importorskip("triton")
+    from rootfree_fused.kernels import diag as kernels
+
+    launched = []
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *args: launched.append(1) or launch(*args))
+    with host.stubbed():
+        steps = host.steps(3)
+        step = steps["RootFreeRMSprop", host.KNOWN]
+        params = step.__self__.param_groups[0]["params"]
+        before = [p.detach().clone() for p in params]
+        step()
+        step()
+    assert launched == [1, 1]
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
