@@ -12,17 +12,22 @@ namespace {
 
 using Numbers = std::vector<int64_t>;
 
+// Neither sparse nor in another layout, no view that is computed, and no subclass with operators of
+// its own.
+constexpr c10::DispatchKeySet strange =
+    c10::sparse_ks | c10::sparse_csr_ks | c10::mkldnn_ks | c10::python_ks |
+    c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+                         c10::DispatchKey::NestedTensor});
+
 // Appends what an update depends on beside the values: what a tensor is, and where its elements lie.
 // False for a tensor that is no plain strided one.
 bool describe(const at::Tensor& tensor, Numbers& what, Numbers& where) {
-  if (tensor.layout() != at::kStrided || tensor.is_conj() || tensor.is_neg() ||
-      tensor.unsafeGetTensorImpl()->is_python_dispatch()) {
-    return false;
-  }
-  const c10::Device device = tensor.device();
-  const bool contiguous = tensor.is_contiguous();
-  where.push_back(reinterpret_cast<int64_t>(tensor.const_data_ptr()));
-  what.push_back(tensor.numel());
+  const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  if (impl.key_set().has_any(strange)) return false;
+  const c10::Device device = impl.device();
+  const bool contiguous = impl.is_contiguous();
+  where.push_back(reinterpret_cast<int64_t>(impl.data()));
+  what.push_back(impl.numel());
   what.push_back(int64_t(tensor.scalar_type()) << 32 | int64_t(device.type()) << 16 |
                  (int64_t(device.index()) & 0xff) << 8 | contiguous);
   if (!contiguous) {
