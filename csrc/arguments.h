@@ -10,6 +10,8 @@
 #include <optional>
 #include <vector>
 
+#include "update.h"
+
 namespace rootfree_fused {
 
 using TensorHandles = std::vector<AtenTensorHandle>;
@@ -90,5 +92,28 @@ class Arguments {
   StableIValue* next_;
   TensorHandles owned_;
 };
+
+// The scalars of the diagonal updates, in schema order; lr is not among them.
+inline RmspropOptions next_rmsprop_options(Arguments& arguments) {
+  RmspropOptions options{};
+  options.alpha = arguments.next<double>();
+  options.damping = arguments.next<double>();
+  options.weight_decay = arguments.next<double>();
+  options.momentum = arguments.next<double>();
+  options.batch_size = arguments.next<double>();
+  options.decoupled = arguments.next<bool>();
+  options.maximize = arguments.next<bool>();
+  return options;
+}
+inline AdamwOptions next_adamw_options(Arguments& arguments) {
+  AdamwOptions options{};
+  options.beta1 = arguments.next<double>();
+  options.beta2 = arguments.next<double>();
+  options.damping = arguments.next<double>();
+  options.weight_decay = arguments.next<double>();
+  options.batch_size = arguments.next<double>();
+  options.maximize = arguments.next<bool>();
+  return options;
+}
 
 }  // namespace rootfree_fused

@@ -233,14 +233,7 @@ void rmsprop_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   PerOperand<TensorHandles> lists;
   for (auto& list : lists) list = arguments.next_tensors();
   const AtenTensorHandle lr = arguments.next_tensor();
-  RmspropOptions options;
-  options.alpha = arguments.next<double>();
-  options.damping = arguments.next<double>();
-  options.weight_decay = arguments.next<double>();
-  options.momentum = arguments.next<double>();
-  options.batch_size = arguments.next<double>();
-  options.decoupled = arguments.next<bool>();
-  options.maximize = arguments.next<bool>();
+  RmspropOptions options = next_rmsprop_options(arguments);
   options.lr = read_lr(lr);
   run(plan<Rmsprop>(lists, std::vector{options}));
 }
@@ -251,13 +244,7 @@ void adamw_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   for (auto& list : lists) list = arguments.next_tensors();
   const AtenTensorHandle steps = arguments.next_optional_tensor();
   const AtenTensorHandle lr = arguments.next_tensor();
-  AdamwOptions options;
-  options.beta1 = arguments.next<double>();
-  options.beta2 = arguments.next<double>();
-  options.damping = arguments.next<double>();
-  options.weight_decay = arguments.next<double>();
-  options.batch_size = arguments.next<double>();
-  options.maximize = arguments.next<bool>();
+  AdamwOptions options = next_adamw_options(arguments);
   options.lr = read_lr(lr);
   run(plan<Adamw>(lists, at_steps(options, steps, lists[PARAM].size())));
 }

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
 from ._state import Initial, State, check_saved, initial_step, stack_steps, unstacked
 
 Group = dict[str, Any]
+
+
+class Work(NamedTuple):
+    """A group's step: what has a gradient, and `steps`, each count with this step included."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+    steps: Tensor
 
 
 def _device(key: str, param: Tensor, group: Group) -> torch.device:
@@ -57,25 +66,11 @@ class RootFreeOptimizer(Optimizer):
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""
 
-    def _update(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> None:
-        """Update parameters and states in place; `steps` holds each count, this step included."""
+    def _update(self, index: int, work: Work) -> None:
+        """Update parameters and states of a group in place."""
         raise NotImplementedError
 
-    def _prepare(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> Launch | None:
+    def _prepare(self, index: int, work: Work) -> Launch | None:
         """What `_update` would do at every step on these tensors, if something can do it faster."""
         return None
 
@@ -160,10 +155,10 @@ class RootFreeOptimizer(Optimizer):
 
     def _run(self, index: int, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
-        steps = self._count_step(index, states)
-        prepared = self._prepare_step(index, group, params, grads, states, steps)
+        work = Work(params, grads, states, self._count_step(index, states))
+        prepared = self._prepare_step(index, group, work) if can_compare() else None
         if prepared is None:
-            self._update(index, params, grads, states, steps)
+            self._update(index, work)
         else:
             prepared.launch.run(prepared.launch.plan, group)
             self._prepared.keep(index, prepared)
@@ -221,22 +216,15 @@ class RootFreeOptimizer(Optimizer):
             return stacks[0]
         return torch.stack([state["step"].to(stacks[0].device) for state in states])
 
-    def _prepare_step(
-        self,
-        index: int,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> Prepared | None:
-        launch = self._prepare(index, params, grads, states, steps) if can_compare() else None
+    def _prepare_step(self, index: int, group: Group, work: Work) -> Prepared | None:
+        stacks = self._stacked_steps[index][1]
+        # Counts on several devices are gathered anew at every step.
+        launch = self._prepare(index, work) if len(stacks) == 1 else None
         if launch is None:
             return None
-        of_all = [self.state[p] for p in group["params"]]
-        found = fingerprint(group["params"], of_all)
-        stacks = self._stacked_steps[index][1]
-        return Prepared(*found, of_all, params, stacks, launch) if found else None
+        states = [self.state[p] for p in group["params"]]
+        found = fingerprint(group["params"], states)
+        return Prepared(*found, states, work.params, stacks[0], launch) if found else None
 
     # Saving and loading -----------------------------------------------------------------------
 

@@ -52,13 +52,12 @@ class Prepared(NamedTuple):
     grads: bytes
     states: list[State]  # of every parameter of the group
     params: list[Tensor]  # those that have a gradient
-    steps: list[Tensor]
+    steps: Tensor
     launch: Launch
 
     def run(self, group: dict[str, Any]) -> None:
         """A step."""
-        for stack in self.steps:
-            stack.add_(1)
+        self.steps.add_(1)
         self.launch.run(self.launch.plan, group)
         extension().mark_changed(self.params)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from ._base import Group, RootFreeOptimizer
+from ._base import Group, RootFreeOptimizer, Work
 from ._prepared import Launch
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 
@@ -132,28 +132,14 @@ class RootFreeRMSprop(RootFreeOptimizer):
     def _unused_state(self, group: Group) -> frozenset[str]:
         return unused_momentum(group)
 
-    def _update(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> None:
-        update_rmsprop_(self.param_groups[index], params, grads, states)
+    def _update(self, index: int, work: Work) -> None:
+        update_rmsprop_(self.param_groups[index], work.params, work.grads, work.states)
 
-    def _prepare(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> Launch | None:
-        lists = [params, grads, [state["square_avg"] for state in states]]
-        if buffers := momentum_buffers(states, self.param_groups[index]["momentum"]):
+    def _prepare(self, index: int, work: Work) -> Launch | None:
+        lists = [work.params, work.grads, [state["square_avg"] for state in work.states]]
+        if buffers := momentum_buffers(work.states, self.param_groups[index]["momentum"]):
             lists.append(buffers)
-        kernels = ops.launcher(params)
+        kernels = ops.launcher(work.params)
         plan = kernels and kernels.prepare(lists)
         if plan is None:
             return None
@@ -234,38 +220,25 @@ class RootFreeAdamW(RootFreeOptimizer):
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         return {"exp_avg": full_like(param, 0.0), "exp_avg_sq": full_like(param, 1.0)}
 
-    def _update(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> None:
+    def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         torch.ops.rootfree_fused.adamw_(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            steps if group["bias_correction"] else None,
+            work.params,
+            work.grads,
+            [state["exp_avg"] for state in work.states],
+            [state["exp_avg_sq"] for state in work.states],
+            work.steps if group["bias_correction"] else None,
             ops.as_scalar_tensor(group["lr"]),
             **_adamw_settings(group),
         )
 
-    def _prepare(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> Launch | None:
-        kernels = ops.launcher(params)
-        averages = ([state[key] for state in states] for key in ("exp_avg_sq", "exp_avg"))
-        plan = kernels and kernels.prepare([params, grads, *averages])
+    def _prepare(self, index: int, work: Work) -> Launch | None:
+        kernels = ops.launcher(work.params)
+        averages = ([state[key] for state in work.states] for key in ("exp_avg_sq", "exp_avg"))
+        plan = kernels and kernels.prepare([work.params, work.grads, *averages])
         if plan is None:
             return None
+        steps = work.steps  # and not the work, which would keep the gradients
 
         def run(plan: Any, group: Group) -> None:
             counts = steps if group["bias_correction"] else None

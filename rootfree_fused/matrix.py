@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from ._base import Group, RootFreeOptimizer
+from ._base import Group, RootFreeOptimizer, Work
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 from .diag import update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
@@ -163,15 +163,9 @@ class IFShampoo(RootFreeOptimizer):
         self._plans: dict[int, Plan] = {}
 
     @_disable_dynamo
-    def _update(
-        self,
-        index: int,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        steps: Tensor,
-    ) -> None:
+    def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
+        params, grads, states, steps = work
         due = self._due(index, group, steps)
         plan = self._plans.get(index)
         if plan is None or not plan.fits(states, due):

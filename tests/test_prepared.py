@@ -239,9 +239,10 @@ def test_groups_are_prepared_apart(launches):
     assert launches == [False] * 2 + [True] * 4 + [True, False]
 
 
-def test_no_gradient_is_kept_alive(launches):
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_no_gradient_is_kept_alive(name, launches):
     (p,) = params = parameters((4,))
-    optimizer = build("rmsprop", params)
+    optimizer = build(name, params)
     set_grads(params, 0)
     optimizer.step()
     grad = weakref.ref(p.grad)
