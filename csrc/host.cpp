@@ -89,6 +89,20 @@ PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// has_values(dict, values): whether the values of the dict are these objects, in this order.
+PyObject* has_values(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyDict_Check(arguments[0]) || !PyList_CheckExact(arguments[1])) {
+    return PyErr_Format(PyExc_TypeError, "expected a dict and a list");
+  }
+  PyObject *dict = arguments[0], *values = arguments[1], *key, *value;
+  Py_ssize_t position = 0, i = 0;
+  bool same = PyDict_Size(dict) == PyList_GET_SIZE(values);
+  while (same && PyDict_Next(dict, &position, &key, &value)) {
+    same = value == PyList_GET_ITEM(values, i++);
+  }
+  return PyBool_FromLong(same);
+}
+
 // mark_changed(params): autograd sees that they were written, as after any operation in place.
 PyObject* mark_changed(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -105,6 +119,7 @@ PyObject* mark_changed(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 
 PyMethodDef methods[] = {
     {"fingerprint", reinterpret_cast<PyCFunction>(fingerprint), METH_FASTCALL, nullptr},
+    {"has_values", reinterpret_cast<PyCFunction>(has_values), METH_FASTCALL, nullptr},
     {"mark_changed", reinterpret_cast<PyCFunction>(mark_changed), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 

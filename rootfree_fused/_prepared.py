@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,14 +76,11 @@ class PreparedSteps:
         self._steps: dict[int, Prepared] = {}
         self._states: list[State] = []
 
-    def forget_unless_owned(self, state: Mapping[Tensor, State]) -> None:
+    def forget_unless_owned(self, state: dict[Tensor, State]) -> None:
         """Drop all of it if the parameters' state dicts are no longer the same objects."""
-        if not can_compare():
-            return
-        states = state.values()
-        if len(states) != len(self._states) or not all(map(operator.is_, states, self._states)):
+        if can_compare() and not extension().has_values(state, self._states):
             self._steps.clear()
-            self._states = list(states)
+            self._states = list(state.values())
 
     def find(self, index: int, params: list[Tensor]) -> Prepared | None:
         """The step that is right for these parameters, their gradients and state, if there is."""

@@ -116,8 +116,17 @@ def test_what_is_no_plain_tensor_is_not_compared(strange):
     assert host.fingerprint(params, states) is None
 
 
+def test_values_of_a_dict_are_compared_by_identity_and_order():
+    a, b = {}, {}
+    for known, same in (([a, b], True), ([b, a], False), ([a], False), ([a, b, b], False)):
+        assert host.has_values({1: a, 2: b}, known) is same
+    assert host.has_values({1: a, 2: b}, [a, {}]) is False
+
+
 def test_misuse_is_an_error():
     params, states = tensors()
+    with pytest.raises(TypeError, match="expected a dict and a list"):
+        host.has_values(states, states)
     for arguments in ((), (params,), (params, states, 1), (tuple(params), states)):
         with pytest.raises(TypeError, match="expected 2 lists"):
             host.fingerprint(*arguments)
