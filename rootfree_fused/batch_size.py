@@ -8,6 +8,7 @@ recomputation of a checkpoint add nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -71,7 +72,7 @@ class BatchSizeCounter:
     Raises:
         TypeError: (call) no tensor to count or to follow, or a count that is no number.
         ValueError: (constructor) a group without batch_size, an unknown `count`; (call) tensors
-            that disagree about the number of samples; (step) a sum of 0.
+            that disagree about the number of samples; (step) a sum of 0, infinity or NaN.
         RuntimeError: (step) nothing was counted on some rank, or several ranks and no
             `process_group`. The step has changed nothing then.
     """
@@ -201,10 +202,10 @@ class BatchSizeCounter:
                 "the module that is called, call backward before step, or remove() the counter "
                 'and set group["batch_size"]'
             )
-        if total <= 0:
+        if not 0 < total < math.inf:
             raise ValueError(
-                "step() has a batch size of 0: nothing that was called counts in the loss; skip "
-                "the step and reset() the counter, or pass another count"
+                f"step() has a batch size of {total:g}: skip a step of which nothing counts in the "
+                "loss and reset() the counter, or pass another count"
             )
         batch_size = int(total) if total.is_integer() else total
         for group in self._optimizer.param_groups:

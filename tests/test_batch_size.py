@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from _batch_size import Net, batch, batch_sizes, setup
 from _optimizers import SETTINGS, assert_identical, build, snapshot
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from rootfree_fused import BatchSizeCounter
 
-TESTS = Path(__file__).parent
 IGNORED = -100
-
-
-class Net(nn.Module):
-    """A classifier that can recompute its hidden layer in the backward."""
-
-    def __init__(self, recompute=None):
-        super().__init__()
-        self.hidden, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.recompute = recompute
-
-    def forward(self, x, labels=None):
-        if self.recompute is None:
-            h = self.hidden(x)
-        else:
-            h = checkpoint(self.hidden, x, use_reentrant=self.recompute)
-        logits = self.last(h.tanh())
-        if labels is None:
-            return logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
-        return {"loss": loss, "logits": logits}
 
 
 class Anything(nn.Module):
@@ -46,21 +18,6 @@ class Anything(nn.Module):
 
     def forward(self, x, unused=None):
         return x
-
-
-def batch(samples, seed=0):
-    return torch.randn(samples, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def setup(name="adamw", recompute=None, **options):
-    torch.manual_seed(0)
-    model = Net(recompute)
-    optimizer = build(name, model.parameters(), batch_size=1)
-    return model, optimizer, BatchSizeCounter(model, optimizer, **options)
-
-
-def batch_sizes(optimizer):
-    return [group["batch_size"] for group in optimizer.param_groups]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -115,26 +72,6 @@ def test_keyword_and_nested_inputs_have_samples():
         model(inputs={"x": [batch(5)]}, scale=torch.tensor(2.0)).mean().backward()
         optimizer.step()
     assert batch_sizes(optimizer) == [5]
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_recomputation_does_not_count_again(reentrant):
-    """The counted layer runs twice, once of it in the backward."""
-    model = Net(reentrant)
-    optimizer = build("adamw", model.parameters())
-    with BatchSizeCounter(model, optimizer):
-        model(batch(5).requires_grad_()).mean().backward()
-        optimizer.step()
-    assert batch_sizes(optimizer) == [5]
-
-    with BatchSizeCounter(model.hidden, optimizer):
-        model(batch(7).requires_grad_()).mean().backward()
-        if reentrant:  # its first run has no gradients: that cannot be known
-            with pytest.raises(RuntimeError, match="no call of Linear in training mode"):
-                optimizer.step()
-        else:
-            optimizer.step()
-            assert batch_sizes(optimizer) == [7]
 
 
 def test_one_backward_over_two_calls_and_two_over_one():
@@ -249,25 +186,6 @@ def test_reset_forgets_gradients_that_were_set_to_zero():
     assert batch_sizes(optimizer) == [5]
 
 
-def test_gradients_that_are_kept_elsewhere_still_count():
-    """As with a sharded model that does not synchronize between micro-batches: .grad stays None."""
-    model, optimizer, _ = setup()
-    kept = [torch.zeros_like(p) for p in model.parameters()]
-
-    def keep(p, total):
-        total += p.grad
-        p.grad = None
-
-    for p, total in zip(model.parameters(), kept, strict=True):
-        p.register_post_accumulate_grad_hook(lambda p, total=total: keep(p, total))
-    for _ in range(3):
-        model(batch(5)).mean().backward()
-    for p, total in zip(model.parameters(), kept, strict=True):
-        p.grad = total
-    optimizer.step()
-    assert batch_sizes(optimizer) == [15]
-
-
 def test_step_without_a_count_changes_nothing():
     model, optimizer, counter = setup()
     for p in model.parameters():
@@ -308,52 +226,3 @@ def test_errors_name_the_cure():
     model(batch(2), labels=torch.full((2,), IGNORED))["logits"].mean().backward()
     with pytest.raises(ValueError, match="has a batch size of 0"):
         optimizer.step()
-
-
-def test_copies_and_pickles_count_nothing():
-    """Neither in the counter of the original, nor in a copy of its optimizer."""
-    model, optimizer, _ = setup()
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    twins = [copy.deepcopy(model), torch.load(file, weights_only=False)]
-    for twin in twins:
-        twin(batch(50)).mean().backward()
-    model(batch(5)).mean().backward()
-    optimizer.step()
-    assert batch_sizes(optimizer) == [5]
-    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        twin.step()
-        assert batch_sizes(twin) == [5]
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_compiled_models(inside):
-    model = Net()
-    optimizer = build("adamw", model.parameters())
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
-    BatchSizeCounter(model if inside else compiled, optimizer)
-    for samples in (5, 3, 3):
-        compiled(batch(samples)).mean().backward()
-        optimizer.step()
-        assert batch_sizes(optimizer) == [samples]
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_ranks_are_summed(tmp_path):
-    """Two processes with unequal micro-batches; see _batch_size_rank.py."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, TESTS / "_batch_size_rank.py", str(rank), tmp_path / "store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [rank.communicate(timeout=60)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(printed)
