@@ -99,6 +99,14 @@ def test_tokens_are_labels_that_are_not_ignored(count, expected):
     assert batch_sizes(optimizer) == [2 * expected]
 
 
+def test_what_does_not_count_is_not_asked_for_a_count():
+    model, _, _ = setup(count="tokens")
+    with torch.no_grad():
+        model(batch(5))
+    model.eval()
+    model(batch(5))
+
+
 def test_ignore_index_and_a_function():
     labels = torch.tensor([0, 1, 2, 2])
     model, optimizer, _ = setup(count="tokens", ignore_index=2)

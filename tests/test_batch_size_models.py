@@ -13,6 +13,7 @@ import pytest
 import torch
 from _batch_size import Net, batch, batch_sizes, setup
 from _optimizers import build
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rootfree_fused import BatchSizeCounter
 
@@ -61,6 +62,10 @@ def test_gradients_that_are_kept_elsewhere_still_count():
 def test_copies_and_pickles_count_nothing():
     """Neither in the counter of the original, nor in a copy of its optimizer."""
     model, optimizer, _ = setup()
+    copied = {}
+    copy.deepcopy(model, copied)
+    assert id(model.last.weight) in copied
+    assert id(optimizer) not in copied
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -79,12 +84,14 @@ def test_copies_and_pickles_count_nothing():
 def test_compiled_models(inside):
     model = Net()
     optimizer = build("adamw", model.parameters())
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, dynamic=True)
     BatchSizeCounter(model if inside else compiled, optimizer)
     for samples in (5, 3, 3):
         compiled(batch(samples)).mean().backward()
         optimizer.step()
         assert batch_sizes(optimizer) == [samples]
+    assert backend.frame_count == 1  # whatever was counted
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
