@@ -1,7 +1,8 @@
 """Fused optimizers that precondition without a square root."""
 
+from .batch_size import BatchSizeCounter
 from .diag import RootFreeAdamW, RootFreeRMSprop
 from .matrix import IFShampoo
 
-__all__ = ["IFShampoo", "RootFreeAdamW", "RootFreeRMSprop"]
+__all__ = ["BatchSizeCounter", "IFShampoo", "RootFreeAdamW", "RootFreeRMSprop"]
 __version__ = "0.1.0"

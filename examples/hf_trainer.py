@@ -1,0 +1,98 @@
+"""Hugging Face Trainer: a causal language model, whose loss is a mean over tokens.
+
+The Trainer divides the loss of every micro-batch by `num_items_in_batch`, the tokens of the whole
+accumulation, over all ranks with `average_tokens_across_devices=True` (its default): the gradient
+is a mean over all tokens that are predicted, which is what count="next_tokens" counts. Where the
+Trainer does not know that the model shifts its labels (GPT2LMHeadModel in transformers 5, whose
+`loss_type` is None) it divides by all labels: count="tokens" is that number.
+
+pip install transformers accelerate && python examples/hf_trainer.py
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from rootfree_fused import BatchSizeCounter, RootFreeAdamW
+
+LENGTH = 12
+
+
+class LogBatchSize(TrainerCallback):
+    """Keeps the batch size of every step."""
+
+    def __init__(self) -> None:
+        self.batch_sizes: list[float] = []
+
+    def on_step_end(self, args, state, control, *, optimizer, **kwargs):
+        """Read what the counter has written."""
+        self.batch_sizes.append(optimizer.param_groups[0]["batch_size"])
+
+
+def sentences(number: int) -> list[dict[str, torch.Tensor]]:
+    """Random sequences; the i-th has i % 5 padding labels (-100) that do not count."""
+    data = []
+    for i in range(number):
+        ids = torch.randint(1, 50, (LENGTH,))
+        labels = ids.clone()
+        labels[LENGTH - i % 5 :] = -100
+        data.append({"input_ids": ids, "labels": labels})
+    return data
+
+
+def main() -> list[float]:
+    """Train for three steps of 2 x 4 sequences; return the batch size of each."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = RootFreeAdamW(model.parameters(), lr=1e-3, batch_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(  # starts torch.distributed under torchrun
+            output_dir=folder,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+            max_grad_norm=1.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        # On several GPUs use torchrun: WORLD is None in a single process.
+        ranks = torch.distributed.group.WORLD
+        counter = BatchSizeCounter(model, optimizer, count="next_tokens", process_group=ranks)
+        log = LogBatchSize()
+        Trainer(
+            model,
+            arguments,
+            train_dataset=sentences(24),
+            eval_dataset=sentences(4),
+            optimizers=(optimizer, None),
+            callbacks=[log],
+        ).train()
+    counter.remove()
+    return log.batch_sizes
+
+
+if __name__ == "__main__":
+    print("batch sizes:", main())

@@ -1,0 +1,74 @@
+"""Lightning: the counter follows the network that training_step calls.
+
+Lightning runs training_step inside optimizer.step(closure), and the counter counts there.
+
+pip install lightning && python examples/lightning_module.py
+"""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from rootfree_fused import BatchSizeCounter, RootFreeAdamW
+
+
+class Classifier(lightning.LightningModule):
+    """A small network and its training, with the batch sizes of all steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.batch_sizes: list[float] = []
+
+    def configure_optimizers(self):
+        """Attach to the network: Lightning does not call the module itself."""
+        optimizer = RootFreeAdamW(self.network.parameters(), lr=1e-2, batch_size=1)
+        # All ranks of a data-parallel strategy; WORLD is None in a single process.
+        ranks = torch.distributed.group.WORLD
+        self.counter = BatchSizeCounter(self.network, optimizer, process_group=ranks)
+        return optimizer
+
+    def training_step(self, batch, batch_idx):
+        """The mean loss of a micro-batch; Lightning divides it by accumulate_grad_batches."""
+        x, labels = batch
+        return nn.functional.cross_entropy(self.network(x), labels)
+
+    def validation_step(self, batch, batch_idx):
+        """Does not count."""
+        x, labels = batch
+        self.log("val_loss", nn.functional.cross_entropy(self.network(x), labels))
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        """Keep the batch size that the step was taken with."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.batch_sizes.append(optimizer.param_groups[0]["batch_size"])
+
+    def on_fit_end(self):
+        """Let the network go."""
+        self.counter.remove()
+
+
+def main() -> list[float]:
+    """Train for two epochs of 2 x 16 + 2 x 16 + 4 samples; return the batch size of each step."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(68, 8), torch.randint(3, (68,)))
+    module = Classifier()
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=2,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, DataLoader(data, batch_size=16), DataLoader(data, batch_size=68))
+    return module.batch_sizes
+
+
+if __name__ == "__main__":
+    print("batch sizes:", main())
