@@ -22,7 +22,16 @@ from torch.optim import Optimizer
 from . import ops
 from ._checks import check_hyperparameters, check_param
 from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
-from ._state import Initial, State, check_saved, initial_step, stack_steps, unstacked
+from ._state import (
+    Initial,
+    State,
+    check_saved,
+    initial_step,
+    loaded_group,
+    saved_group,
+    stack_steps,
+    unstacked,
+)
 
 Group = dict[str, Any]
 
@@ -247,11 +256,15 @@ class RootFreeOptimizer(Optimizer):
         self._reset_caches()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim; no tensor in it shares storage with another parameter's."""
+        """As torch.optim; no tensor in it shares storage with another parameter's.
+
+        Dtypes in groups are saved by name.
+        """
         for group in self.param_groups:
             self._declare(group)
         state_dict = super().state_dict()
-        return {**state_dict, "state": unstacked(state_dict["state"])}
+        groups = [saved_group(group) for group in state_dict["param_groups"]]
+        return {**state_dict, "state": unstacked(state_dict["state"]), "param_groups": groups}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,14 +293,16 @@ class RootFreeOptimizer(Optimizer):
                 f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
                 "groups names; load it into the optimizer that saved it and save it again"
             )
+        # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
         loaded = [
-            self._check_loaded(key, param, group, saved.get(key, {}))
+            (param, group, self._check_loaded(key, param, group, saved.get(key, {})))
             for key, (param, group) in zip(keys, owners, strict=True)
+            if param.requires_grad or saved.get(key)
         ]
 
         self.param_groups = groups
         self._forget()
-        for (param, group), state in zip(owners, loaded, strict=True):
+        for param, group, state in loaded:
             self._write_state(param, group, state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -308,7 +323,7 @@ class RootFreeOptimizer(Optimizer):
                     f"state_dict group {index} has no {' and no '.join(missing)}, so it was not "
                     f"saved by {type(self).__name__}; load a checkpoint of {type(self).__name__}"
                 )
-            merged = {**group, **saved, "params": group["params"]}
+            merged = {**group, **loaded_group(group, saved), "params": group["params"]}
             self._check_group(merged)
             self._check_fixed(index, group, merged)
             groups.append(merged)

@@ -263,3 +263,19 @@ def test_a_changed_factor_dtype_on_load_changes_nothing(device):
         optimizer.load_state_dict(other.state_dict())
     assert_identical(snapshot(optimizer, params), before)
     assert optimizer.param_groups[0]["factor_dtype"] == torch.bfloat16
+
+
+def test_factor_dtype_is_saved_by_name_and_loads_by_either():
+    """torch.distributed gathers no group that has a dtype in it."""
+    params = parameters((4, 3))
+    optimizer = IFShampoo(params, batch_size=8, factor_dtype=torch.bfloat16)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["factor_dtype"] == "bfloat16"
+    for dtype in ("bfloat16", torch.bfloat16):
+        saved["param_groups"][0]["factor_dtype"] = dtype
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["factor_dtype"] == torch.bfloat16
+    for wrong in ("float32", "float7", ["bfloat16"]):
+        saved["param_groups"][0]["factor_dtype"] = wrong
+        with pytest.raises(ValueError, match="factor_dtype"):
+            optimizer.load_state_dict(saved)
