@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from ._checks import check_hyperparameters, check_param
+from ._checks import HYPERPARAMETERS, check_hyperparameters, check_param
 from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
 from ._state import (
     Initial,
@@ -260,11 +260,22 @@ class RootFreeOptimizer(Optimizer):
 
         Dtypes in groups are saved by name.
         """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+
+        places: dict[Tensor, int] = {}
+        groups = []
         for group in self.param_groups:
             self._declare(group)
-        state_dict = super().state_dict()
-        groups = [saved_group(group) for group in state_dict["param_groups"]]
-        return {**state_dict, "state": unstacked(state_dict["state"]), "param_groups": groups}
+            for param in group["params"]:
+                places.setdefault(param, len(places))
+            groups.append({**saved_group(group), "params": [places[p] for p in group["params"]]})
+        state = unstacked({places[param]: state for param, state in self.state.items()})
+
+        state_dict = {"state": state, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,10 +329,13 @@ class RootFreeOptimizer(Optimizer):
             )
         groups = []
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if missing := [key for key in ("damping", "batch_size") if key not in saved]:
+            missing = [f"no {key}" for key in ("damping", "batch_size") if key not in saved]
+            foreign = [key for key in saved if key in HYPERPARAMETERS and key not in group]
+            if missing or foreign:
                 raise ValueError(
-                    f"state_dict group {index} has no {' and no '.join(missing)}, so it was not "
-                    f"saved by {type(self).__name__}; load a checkpoint of {type(self).__name__}"
+                    f"state_dict group {index} has {' and '.join(missing or foreign)}, so it was "
+                    f"not saved by {type(self).__name__}; load a checkpoint of "
+                    f"{type(self).__name__}"
                 )
             merged = {**group, **loaded_group(group, saved), "params": group["params"]}
             self._check_group(merged)

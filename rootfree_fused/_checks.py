@@ -37,6 +37,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "maximize": (False, True),
     "capturable": (False, True),
 }
+HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
