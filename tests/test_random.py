@@ -156,6 +156,7 @@ def test_a_float64_trajectory_is_the_specification_s(name, groups, steps):
     trial = Trial(name, groups, torch.float64)
     params = [p.detach().clone() for p, _ in trial.owned()]
     states = [start(trial.cls, p, group, torch.float64) for p, group in trial.owned()]
+    declare_buffers_(states, trial.owned(), torch.float64)
     for t, step in enumerate(steps):
         trial.prepare(t, step)
         declare_buffers_(states, trial.owned(), torch.float64)
@@ -211,8 +212,9 @@ def test_every_step_is_as_near_to_float64_as_the_eager_one(name, groups, steps, 
                 torch.cat([state[key].flatten() for state in states if key in state])
                 for states in (ours, eager, truth)
             )
-            assert torch.equal(a, b) if key == "step" else True
-            if key != "step":
+            if key == "step":
+                assert torch.equal(a, b)
+            else:  # 8: sums of up to 12 products in another order
                 assert_no_worse_than(a, e, b, factor=8)
     trial.check_gaps()
 
