@@ -20,9 +20,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
-from ._checks import check_hyperparameters, check_param
+from ._checks import HYPERPARAMETERS, check_hyperparameters, check_param
 from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
-from ._state import Initial, State, check_saved, initial_step, stack_steps, unstacked
+from ._state import (
+    Initial,
+    State,
+    check_saved,
+    initial_step,
+    loaded_group,
+    saved_group,
+    stack_steps,
+    unstacked,
+)
 
 Group = dict[str, Any]
 
@@ -247,11 +256,26 @@ class RootFreeOptimizer(Optimizer):
         self._reset_caches()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim; no tensor in it shares storage with another parameter's."""
+        """As torch.optim; no tensor in it shares storage with another parameter's.
+
+        Dtypes in groups are saved by name.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+
+        places: dict[Tensor, int] = {}
+        groups = []
         for group in self.param_groups:
             self._declare(group)
-        state_dict = super().state_dict()
-        return {**state_dict, "state": unstacked(state_dict["state"])}
+            for param in group["params"]:
+                places.setdefault(param, len(places))
+            groups.append({**saved_group(group), "params": [places[p] for p in group["params"]]})
+        state = unstacked({places[param]: state for param, state in self.state.items()})
+
+        state_dict = {"state": state, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,14 +304,16 @@ class RootFreeOptimizer(Optimizer):
                 f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
                 "groups names; load it into the optimizer that saved it and save it again"
             )
+        # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
         loaded = [
-            self._check_loaded(key, param, group, saved.get(key, {}))
+            (param, group, self._check_loaded(key, param, group, saved.get(key, {})))
             for key, (param, group) in zip(keys, owners, strict=True)
+            if param.requires_grad or saved.get(key)
         ]
 
         self.param_groups = groups
         self._forget()
-        for (param, group), state in zip(owners, loaded, strict=True):
+        for param, group, state in loaded:
             self._write_state(param, group, state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -303,12 +329,15 @@ class RootFreeOptimizer(Optimizer):
             )
         groups = []
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if missing := [key for key in ("damping", "batch_size") if key not in saved]:
+            missing = [f"no {key}" for key in ("damping", "batch_size") if key not in saved]
+            foreign = [key for key in saved if key in HYPERPARAMETERS and key not in group]
+            if missing or foreign:
                 raise ValueError(
-                    f"state_dict group {index} has no {' and no '.join(missing)}, so it was not "
-                    f"saved by {type(self).__name__}; load a checkpoint of {type(self).__name__}"
+                    f"state_dict group {index} has {' and '.join(missing or foreign)}, so it was "
+                    f"not saved by {type(self).__name__}; load a checkpoint of "
+                    f"{type(self).__name__}"
                 )
-            merged = {**group, **saved, "params": group["params"]}
+            merged = {**group, **loaded_group(group, saved), "params": group["params"]}
             self._check_group(merged)
             self._check_fixed(index, group, merged)
             groups.append(merged)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
     "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
@@ -37,6 +37,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "maximize": (False, True),
     "capturable": (False, True),
 }
+HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
@@ -94,7 +95,7 @@ def check_param(name: str, param: Tensor) -> None:
     """Raise a TypeError unless `param` is a dense tensor of a floating dtype that is supported."""
     if param.layout is not torch.strided:
         raise TypeError(f"{name} has layout {param.layout}; pass a dense (torch.strided) tensor")
-    if param.dtype not in _DTYPES:
+    if param.dtype not in DTYPES:
         cure = "pass its real view (torch.view_as_real)" if param.is_complex() else "cast it"
         raise TypeError(
             f"{name} has dtype {param.dtype}; supported are float64, float32, bfloat16 and "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import state_dtype
+from ._checks import DTYPES, state_dtype
 
 State = dict[str, Tensor]
 # Builds a state tensor's first value on a device; on "meta" it is a declaration that costs nothing.
@@ -79,6 +79,25 @@ def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
 
     return {
         param: {key: own(value) for key, value in state.items()} for param, state in states.items()
+    }
+
+
+def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with dtypes by name: torch.distributed gathers tensors, numbers and strings alone."""
+    return {
+        key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for key, value in group.items()
+    }
+
+
+def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What `saved_group` made, with dtypes again where the group that takes it has one."""
+    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    return {
+        key: by_name.get(value, value)
+        if isinstance(group.get(key), torch.dtype) and isinstance(value, str)
+        else value
+        for key, value in saved.items()
     }
 
 

@@ -163,6 +163,7 @@ class Plan:
         planned = len(self.vectors) + sum(len(bucket.members) for bucket in self.buckets)
         return (
             planned == len(states)
+            and all("square_avg" in states[i] for i in self.vectors)
             and (len(set(due)) == 1 or all(bucket.is_due_as_one(due) for bucket in self.buckets))
             and all(bucket.is_intact(states) for bucket in self.buckets)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from _optimizers import assert_identical, parameters, run, set_grads, snapshot
@@ -135,6 +137,20 @@ def test_each_parameter_moves_as_it_does_alone(device, dtype):
     ]
 
 
+def test_gradients_of_a_vector_and_of_a_matrix_take_turns(device):
+    """As many gradients as before do not mean that they are of the same parameters."""
+    params, alone = (parameters((4, 3), (5,), dtype=FLOAT64, device=device) for _ in range(2))
+    optimizer = IFShampoo(params, **SETTINGS)
+    singles = [IFShampoo([p], **SETTINGS) for p in alone]
+    for t in range(6):
+        set_grads([params[t % 2]], seed=t)
+        params[1 - t % 2].grad = None
+        alone[t % 2].grad = params[t % 2].grad.clone()
+        optimizer.step()
+        singles[t % 2].step()
+        assert_identical([p.detach() for p in params], [p.detach() for p in alone])
+
+
 @pytest.mark.parametrize("size", [64, 256])
 def test_factors_do_not_freeze_in_bfloat16(device, size):
     """factor_lr = 0.01 moves diag(K) as in float64, where bfloat16 alone stays exactly 1."""
@@ -207,6 +223,28 @@ def test_products_follow_factors_that_a_load_replaced(device):
     assert_identical(snapshot(other, twins), snapshot(optimizer, params))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("schedule", ["constant", "log4"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 6])
+def test_resume_in_the_middle_of_an_interval_is_bit_exact(device, dtype, schedule, steps):
+    """Through a file, into a new optimizer: the factors in use are those of the last update."""
+    settings = {**SETTINGS, "update_interval": 4, "factor_dtype": dtype}
+    settings["update_schedule"] = schedule
+    params = parameters((12, 4), (5, 5), (12, 4), (3, 2, 2), (7,), device=device)
+    optimizer = IFShampoo(params, **settings)
+    run(optimizer, params, steps)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = IFShampoo(twins, **settings)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for t in range(steps, steps + 6):
+        run(optimizer, params, 1, first=t)
+        run(resumed, twins, 1, first=t)
+        assert_identical(snapshot(resumed, twins), snapshot(optimizer, params))
+
+
 def test_factor_dtype_is_resolved_and_shown(device):
     (p,) = parameters((4, 3), device=device)
     optimizer = IFShampoo([p], batch_size=1)
@@ -263,3 +301,19 @@ def test_a_changed_factor_dtype_on_load_changes_nothing(device):
         optimizer.load_state_dict(other.state_dict())
     assert_identical(snapshot(optimizer, params), before)
     assert optimizer.param_groups[0]["factor_dtype"] == torch.bfloat16
+
+
+def test_factor_dtype_is_saved_by_name_and_loads_by_either():
+    """torch.distributed gathers no group that has a dtype in it."""
+    params = parameters((4, 3))
+    optimizer = IFShampoo(params, batch_size=8, factor_dtype=torch.bfloat16)
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["factor_dtype"] == "bfloat16"
+    for dtype in ("bfloat16", torch.bfloat16):
+        saved["param_groups"][0]["factor_dtype"] = dtype
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["factor_dtype"] == torch.bfloat16
+    for wrong in ("float32", "float7", ["bfloat16"]):
+        saved["param_groups"][0]["factor_dtype"] = wrong
+        with pytest.raises(ValueError, match="factor_dtype"):
+            optimizer.load_state_dict(saved)

@@ -1,0 +1,70 @@
+"""Whole optimizers by the specification: slow, one parameter at a time, in any float dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rootfree_fused import IFShampoo, RootFreeAdamW, reference
+
+COMMON = ("lr", "damping", "weight_decay", "batch_size")
+
+
+def axes_of(shape, group):
+    """Sizes of IF-Shampoo's axes and which are dense, or None for root-free RMSProp."""
+    sizes = [d for d in shape if d != 1] or [1]
+    if 0 in sizes or (len(sizes) == 1 and group["vector_method"] == "rmsprop"):
+        return None
+    if group["merge_axes"] and len(sizes) > 2:
+        sizes = [sizes[0], math.prod(sizes[1:])]
+    return sizes, [group["structures"] == "auto" and d <= group["max_dense_dim"] for d in sizes]
+
+
+def start(cls, param, group, dtype):
+    """The state that a parameter has before its first step."""
+    state = {"step": torch.zeros(())}
+    axes = axes_of(param.shape, group) if cls is IFShampoo else None
+    if cls is RootFreeAdamW:
+        state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+        state["exp_avg_sq"] = torch.ones_like(param, dtype=dtype)
+    elif axes is None:
+        state["square_avg"] = torch.ones_like(param, dtype=dtype)
+    else:
+        for n, (size, dense) in enumerate(zip(*axes, strict=True)):
+            one = torch.ones(size, dtype=dtype)
+            state[f"factor_{n}"] = one.diag() if dense else one
+            state[f"factor_momentum_{n}"] = torch.zeros_like(state[f"factor_{n}"])
+    return state
+
+
+def step_(cls, param, grad, state, group):
+    """One step on one parameter; a state without momentum_buffer has no momentum."""
+    state["step"] += 1
+    sign = {"maximize": group["maximize"]}
+    common = {key: group[key] for key in COMMON}
+    if cls is RootFreeAdamW:
+        beta1, beta2 = group["betas"]
+        count = state["step"] if group["bias_correction"] else None
+        averages = state["exp_avg"], state["exp_avg_sq"]
+        reference.adamw_(param, grad, *averages, count, beta1=beta1, beta2=beta2, **sign, **common)
+        return
+    buffer = state.get("momentum_buffer")
+    decoupled = {"decoupled": group["weight_decay_mode"] == "decoupled"}
+    momentum = {"momentum": group["momentum"]}
+    if "square_avg" in state:
+        alpha = {"alpha": group["alpha"], **sign, **momentum, **decoupled}
+        reference.rmsprop_(param, grad, state["square_avg"], buffer, **alpha, **common)
+        return
+    sizes, _ = axes_of(param.shape, group)
+    factors, momenta = (
+        [state[f"{key}_{n}"] for n in range(len(sizes))] for key in ("factor", "factor_momentum")
+    )
+    g = (-grad if group["maximize"] else grad).reshape(sizes)
+    when = int(state["step"]) - 1, group["update_interval"], group["update_schedule"]
+    if reference.is_update_step(*when):
+        own = ("factor_lr", "factor_momentum", "damping", "batch_size")
+        reference.update_factors_(g, factors, momenta, **{key: group[key] for key in own})
+    update = reference.precondition(g, factors).reshape(param.shape)
+    step = {key: group[key] for key in ("lr", "weight_decay")}
+    reference.apply_(param, update, buffer, **step, **momentum, **decoupled)
