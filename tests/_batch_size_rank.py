@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from datetime import timedelta
 
@@ -54,7 +55,9 @@ def main(rank, store):
     twice = total.clone()
     distributed.all_reduce(twice)
     assert twice == 2 * total  # the ranks have the same parameters
-    distributed.destroy_process_group()
 
 
 main(int(sys.argv[1]), sys.argv[2])
+# The destructor of a gloo group that a DistributedDataParallel held can wait for its own threads
+# forever; every check has passed here.
+os._exit(0)

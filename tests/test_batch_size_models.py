@@ -107,7 +107,7 @@ def test_ranks_are_summed(tmp_path):
         for rank in range(2)
     ]
     try:
-        printed = [rank.communicate(timeout=60)[0] for rank in ranks]
+        printed = [rank.communicate(timeout=45)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
