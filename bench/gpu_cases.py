@@ -169,7 +169,7 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
 
 def eager_steps(grads: list[Tensor]) -> None:
     """The matrix products of sirfshampoo's step, a matrix at a time, in bfloat16."""
-    factors = [torch.eye(g.shape[0], device=g.device, dtype=BF16) for g in grads[:1]] * 2
+    factors = [torch.eye(len(grads[0]), device=grads[0].device, dtype=BF16)] * 2
     for grad in grads:
         momenta = [torch.zeros_like(f) for f in factors]
         g = grad.to(BF16)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rootfree_fused import _prepared, ops
+
 ROOT = Path(__file__).parent.parent
 SOURCES = (
     "pyproject.toml",
@@ -33,6 +35,12 @@ SCRIPT = """
     assert (p - 0.99).abs().max() < 1e-6, p
     print(rootfree_fused.__file__, "|", ops.backends()["cpu"])
 """
+
+
+def test_where_one_extension_is_built_so_is_the_other():
+    """Tests of csrc/host.cpp are skipped without it, which must not hide a failed build."""
+    if ops.backends()["cpu"].startswith("C++"):
+        assert _prepared.extension() is not None
 
 
 def build_wheel(folder, **environment):
