@@ -10,7 +10,12 @@
 
 namespace {
 
-using Numbers = std::vector<int64_t>;
+// What an update depends on beside the values: what a tensor is, and where its elements lie.
+struct Entry {
+  const void *object, *impl, *storage, *data;
+  int64_t numel, kind;
+  bool operator==(const Entry&) const = default;
+};
 
 // Neither sparse nor in another layout, no view that is computed, and no subclass with operators of
 // its own.
@@ -19,73 +24,134 @@ constexpr c10::DispatchKeySet strange =
     c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
                          c10::DispatchKey::NestedTensor});
 
-// Appends what an update depends on beside the values: what a tensor is, and where its elements lie.
-// False for a tensor that is no plain strided one.
-bool describe(const at::Tensor& tensor, Numbers& what, Numbers& where) {
+void prefetch(const void* object, size_t size) {
+  for (size_t offset = 0; offset < size; offset += 64) {
+    __builtin_prefetch(static_cast<const char*>(object) + offset);
+  }
+}
+
+// Takes entries and keeps them.
+struct Record {
+  std::vector<Entry> entries;
+  bool take(const Entry& entry) {
+    entries.push_back(entry);
+    return true;
+  }
+};
+
+// Takes entries while they are those of a record. Thousands of tensors do not stay in the caches
+// near a core, so it fetches ahead what the next entries, if nothing moved, will be read from.
+struct Comparison {
+  static constexpr Py_ssize_t ahead = 16;
+  const Entry *next, *end;
+  bool take(const Entry& entry) {
+    if (end - next > ahead) {
+      const Entry& later = next[ahead];
+      prefetch(later.object, sizeof(THPVariable));
+      prefetch(later.impl, sizeof(at::TensorImpl));
+      prefetch(later.storage, 64);
+    }
+    return next < end && *next++ == entry;
+  }
+};
+
+// False for a tensor that is no plain strided one, and where the taker says so.
+template <class Taker>
+bool describe(const at::Tensor& tensor, Entry place, Taker& taker) {
   const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  if (impl.key_set().has_any(strange)) return false;
   const c10::Device device = impl.device();
   const bool contiguous = impl.is_contiguous();
-  where.push_back(reinterpret_cast<int64_t>(impl.data()));
-  what.push_back(impl.numel());
-  what.push_back(int64_t(tensor.scalar_type()) << 32 | int64_t(device.type()) << 16 |
-                 (int64_t(device.index()) & 0xff) << 8 | contiguous);
-  if (!contiguous) {
-    what.push_back(tensor.dim());
-    what.insert(what.end(), tensor.sizes().begin(), tensor.sizes().end());
-    what.insert(what.end(), tensor.strides().begin(), tensor.strides().end());
+  place.numel = impl.numel();
+  place.kind = int64_t(tensor.scalar_type()) << 32 | int64_t(device.type()) << 16 |
+               (int64_t(device.index()) & 0xff) << 8 | contiguous;
+  if (!taker.take(place)) return false;
+  for (int64_t axis = 0; !contiguous && axis < tensor.dim(); ++axis) {
+    if (!taker.take({.numel = tensor.size(axis), .kind = tensor.stride(axis)})) return false;
   }
   return true;
 }
 
-// Of tensors that stay where they are, the place is a part of what they are.
-bool describe(PyObject* object, Numbers& what) {
-  return THPVariable_CheckExact(object) && describe(THPVariable_Unpack(object), what, what);
+bool is_plain(const at::Tensor& tensor) {
+  return !tensor.unsafeGetTensorImpl()->key_set().has_any(strange);
 }
 
-PyObject* to_bytes(const Numbers& numbers) {
-  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(numbers.data()),
-                                   numbers.size() * sizeof(int64_t));
+// Of a tensor that stays where it is.
+template <class Taker>
+bool describe(PyObject* object, Taker& taker) {
+  if (!THPVariable_CheckExact(object)) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (!is_plain(tensor)) return false;
+  const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+  const void* storage = impl.unsafe_storage().unsafeGetStorageImpl();
+  return describe(tensor, {object, &impl, storage, impl.data()}, taker);
+}
+
+// Of the parameters, of their gradients, if any, and of the state of those that have one. The
+// gradients' addresses, which a new backward may change, are no part of the entries.
+template <class Taker>
+bool describe(PyObject* params, PyObject* states, Taker& taker, std::vector<const void*>& grads) {
+  const Py_ssize_t size = PyList_GET_SIZE(params);
+  if (PyList_GET_SIZE(states) != size) return false;
+  grads.reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject *param = PyList_GET_ITEM(params, i), *state = PyList_GET_ITEM(states, i);
+    if (!describe(param, taker) || !PyDict_CheckExact(state)) return false;
+    const at::Tensor& grad = THPVariable_Unpack(param).grad();
+    if (!grad.defined()) {
+      if (!taker.take({.numel = -1})) return false;
+      continue;
+    }
+    if (!is_plain(grad) || !describe(grad, Entry{}, taker)) return false;
+    grads.push_back(grad.unsafeGetTensorImpl()->data());
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(state, &position, &key, &value)) {
+      if (!describe(value, taker)) return false;
+    }
+  }
+  return true;
+}
+
+template <class T>
+PyObject* to_bytes(const std::vector<T>& values) {
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(values.data()),
+                                   values.size() * sizeof(T));
 }
 
 bool are_lists(PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected) {
   bool right = count == expected;
-  for (Py_ssize_t i = 0; right && i < count; ++i) right = PyList_CheckExact(arguments[i]);
+  for (Py_ssize_t i = 0; right && i < expected; ++i) right = PyList_CheckExact(arguments[i]);
   if (!right) PyErr_Format(PyExc_TypeError, "expected %zd lists", expected);
   return right;
 }
 
 // fingerprint(params, states) -> (what, grads), or None where something is no plain tensor.
-// what: bytes that stay equal while the parameters are the same objects, the same of them have
-// gradients, no parameter and no tensor of their state dicts lies elsewhere, and none, gradients
-// included, has another dtype or layout. grads: the addresses of the gradients, which a new backward
-// may change.
+// what: bytes that `unchanged` takes. grads: bytes, the addresses of the gradients.
 PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!are_lists(arguments, count, 2)) return nullptr;
-  PyObject *params = arguments[0], *states = arguments[1];
-  const Py_ssize_t size = PyList_GET_SIZE(params);
-  if (PyList_GET_SIZE(states) != size) Py_RETURN_NONE;
-  Numbers what, grads;
-  what.reserve(size * 16);
-  grads.reserve(size);
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject *param = PyList_GET_ITEM(params, i), *state = PyList_GET_ITEM(states, i);
-    what.push_back(reinterpret_cast<int64_t>(param));
-    if (!describe(param, what) || !PyDict_CheckExact(state)) Py_RETURN_NONE;
-    const at::Tensor& grad = THPVariable_Unpack(param).grad();
-    if (!grad.defined()) {
-      what.push_back(-1);
-      continue;
-    }
-    if (!describe(grad, what, grads)) Py_RETURN_NONE;
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(state, &position, &key, &value)) {
-      if (!describe(value, what)) Py_RETURN_NONE;
-    }
+  Record record;
+  std::vector<const void*> grads;
+  if (!describe(arguments[0], arguments[1], record, grads)) Py_RETURN_NONE;
+  return Py_BuildValue("(NN)", to_bytes(record.entries), to_bytes(grads));
+  END_HANDLE_TH_ERRORS
+}
+
+// unchanged(params, states, what) -> grads, or None where something changed: the parameters are no
+// longer the same objects, not the same of them have gradients, one of them or a tensor of a state
+// dict lies elsewhere, or one, gradients included, has another dtype or layout.
+PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3 || !PyBytes_CheckExact(arguments[2])) {
+    return PyErr_Format(PyExc_TypeError, "expected two lists and bytes");
   }
-  return Py_BuildValue("(NN)", to_bytes(what), to_bytes(grads));
+  if (!are_lists(arguments, 2, 2)) return nullptr;
+  const auto* known = reinterpret_cast<const Entry*>(PyBytes_AS_STRING(arguments[2]));
+  Comparison comparison{known, known + PyBytes_GET_SIZE(arguments[2]) / sizeof(Entry)};
+  std::vector<const void*> grads;
+  if (!describe(arguments[0], arguments[1], comparison, grads)) Py_RETURN_NONE;
+  if (comparison.next != comparison.end) Py_RETURN_NONE;
+  return to_bytes(grads);
   END_HANDLE_TH_ERRORS
 }
 
@@ -107,7 +173,8 @@ PyObject* has_values(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* mark_changed(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!are_lists(arguments, count, 1)) return nullptr;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(arguments[0]); ++i) {
+  const Py_ssize_t size = PyList_GET_SIZE(arguments[0]);
+  for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* param = PyList_GET_ITEM(arguments[0], i);
     if (!THPVariable_Check(param)) return PyErr_Format(PyExc_TypeError, "expected tensors");
     const at::Tensor& tensor = THPVariable_Unpack(param);
@@ -119,6 +186,7 @@ PyObject* mark_changed(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 
 PyMethodDef methods[] = {
     {"fingerprint", reinterpret_cast<PyCFunction>(fingerprint), METH_FASTCALL, nullptr},
+    {"unchanged", reinterpret_cast<PyCFunction>(unchanged), METH_FASTCALL, nullptr},
     {"has_values", reinterpret_cast<PyCFunction>(has_values), METH_FASTCALL, nullptr},
     {"mark_changed", reinterpret_cast<PyCFunction>(mark_changed), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};

@@ -180,19 +180,22 @@ def _diag_kernel(
         )
 
 
-def _launch(plan: Plan, update: Any, lr: Tensor, steps: Tensor | None, *scalars: float) -> None:
+def _launch(
+    plan: Plan, update: Any, lr: float | Tensor, steps: Tensor | None, *scalars: float
+) -> None:
     # Scalar 0 is lr, unless lr is read where it is.
-    values = (float(lr) if lr.is_cpu else 0.0, *scalars)
+    on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
+    values = (float(lr) if on_device_lr is None else 0.0, *scalars)
     for device, param_dtype, grad_dtype, chunks, rows, programs in plan.launches:
         if programs == 0:
             continue
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
-            on_device = scalar_table(device, values).on_device()
+            table = scalar_table(device, values).on_device()
             _diag_kernel[(programs,)](
                 chunks.on_device(),
                 rows.on_device(),
-                on_device,
-                on_device if lr.is_cpu else readable(lr, device),
+                table,
+                table if on_device_lr is None else readable(on_device_lr, device),
                 None if steps is None else readable(steps.contiguous(), device),
                 UPDATE=update,
                 PARAM=param_dtype,
@@ -242,7 +245,7 @@ def move_grads(plan: Plan, addresses: Tensor) -> Plan:
 
 def launch_rmsprop(
     plan: Plan,
-    lr: Tensor,
+    lr: float | Tensor,
     *,
     alpha: float,
     damping: float,
@@ -254,8 +257,8 @@ def launch_rmsprop(
 ) -> None:
     """One root-free RMSProp step on every tensor.
 
-    lr is a 0-d tensor, on the CPU or on the parameters' device; there a captured graph reads it at
-    every replay.
+    lr is a number, or a 0-d float32 or float64 tensor on the CPU or on the parameters' device; there
+    a captured graph reads it at every replay.
     """
     _launch(
         plan,
@@ -276,7 +279,7 @@ def launch_rmsprop(
 def launch_adamw(
     plan: Plan,
     steps: Tensor | None,
-    lr: Tensor,
+    lr: float | Tensor,
     *,
     beta1: float,
     beta2: float,

@@ -85,10 +85,10 @@ class PreparedSteps:
     def find(self, index: int, params: list[Tensor]) -> Prepared | None:
         """The step that is right for these parameters, their gradients and state, if there is."""
         known = self._steps.get(index) if can_compare() else None
-        found = known and fingerprint(params, known.states)
-        if known is None or found is None or found[0] != known.what:
+        grads = known and extension().unchanged(params, known.states, known.what)
+        if known is None or grads is None:
             return None
-        self._steps[index] = known.with_grads(found[1])
+        self._steps[index] = known.with_grads(grads)
         return self._steps[index]
 
     def keep(self, index: int, prepared: Prepared) -> None:

@@ -38,6 +38,12 @@ def _adamw_settings(group: Group) -> dict[str, Any]:
     }
 
 
+def _launch_lr(group: Group) -> float | Tensor:
+    """The learning rate as a prepared launch takes it: a number needs no tensor there."""
+    lr: float | Tensor = group["lr"]
+    return ops.as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr
+
+
 def update_rmsprop_(
     group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
 ) -> None:
@@ -145,8 +151,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
             return None
 
         def run(plan: Any, group: Group) -> None:
-            lr = ops.as_scalar_tensor(group["lr"])
-            kernels.launch_rmsprop(plan, lr, **_rmsprop_settings(group))
+            kernels.launch_rmsprop(plan, _launch_lr(group), **_rmsprop_settings(group))
 
         return Launch(plan, run, kernels.move_grads)
 
@@ -242,7 +247,6 @@ class RootFreeAdamW(RootFreeOptimizer):
 
         def run(plan: Any, group: Group) -> None:
             counts = steps if group["bias_correction"] else None
-            lr = ops.as_scalar_tensor(group["lr"])
-            kernels.launch_adamw(plan, counts, lr, **_adamw_settings(group))
+            kernels.launch_adamw(plan, counts, _launch_lr(group), **_adamw_settings(group))
 
         return Launch(plan, run, kernels.move_grads)

@@ -53,9 +53,12 @@ def test_every_change_shows(change):
     kept = [p.detach() for p in params], [p.grad for p in params], [dict(s) for s in states]
     kept = (kept, [t.detach() for s in states for t in s.values()])  # no address is used again
     assert before is not None
+    what, grads = before
     assert host.fingerprint(params, states) == before
+    assert host.unchanged(params, states, what) == grads
     CHANGES[change](params, states)
-    assert host.fingerprint(params, states)[0] != before[0]
+    assert host.fingerprint(params, states)[0] != what
+    assert host.unchanged(params, states, what) is None
     del kept
 
 
@@ -71,6 +74,7 @@ def test_new_places_of_gradients_show_apart():
     assert addresses == [p.grad.data_ptr() for p in params[:2]]
     former = torch.frombuffer(bytearray(grads), dtype=torch.int64).tolist()
     assert former == [g.data_ptr() for g in old]
+    assert host.unchanged(params, states, what) == new_grads
 
 
 def test_new_values_do_not_show():
@@ -130,7 +134,13 @@ def test_misuse_is_an_error():
     for arguments in ((), (params,), (params, states, 1), (tuple(params), states)):
         with pytest.raises(TypeError, match="expected 2 lists"):
             host.fingerprint(*arguments)
+        with pytest.raises(TypeError, match="expected"):
+            host.unchanged(*arguments)
     assert host.fingerprint(params, states[:2]) is None
+    what, _ = host.fingerprint(params, states)
+    assert host.unchanged(params, states[:2], what) is None
+    assert host.unchanged(params, states, what[:48]) is None
+    assert host.unchanged(params, states, what + what[:48]) is None
     with pytest.raises(TypeError, match="expected tensors"):
         host.mark_changed([1])
 
