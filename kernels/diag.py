@@ -257,8 +257,8 @@ def launch_rmsprop(
 ) -> None:
     """One root-free RMSProp step on every tensor.
 
-    lr is a number, or a 0-d float32 or float64 tensor on the CPU or on the parameters' device; there
-    a captured graph reads it at every replay.
+    lr is a number, or a 0-d float32 or float64 tensor, on the CPU or on the parameters' device;
+    there a captured graph reads it at every replay.
     """
     _launch(
         plan,
