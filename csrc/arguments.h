@@ -30,12 +30,12 @@ inline bool is_cpu(AtenTensorHandle tensor) {
   return get(aoti_torch_get_device_type, tensor) == aoti_torch_device_type_cpu();
 }
 
-inline double read_lr(AtenTensorHandle lr) {
-  const bool is_double = dtype(lr) == aoti_torch_dtype_float64();
-  STD_TORCH_CHECK(is_cpu(lr) && get(aoti_torch_get_numel, lr) == 1 &&
-                      (is_double || dtype(lr) == aoti_torch_dtype_float32()),
-                  "lr must be one float32 or float64 on the CPU");
-  const void* data = get(torch_get_const_data_ptr, lr);
+inline double read_number(AtenTensorHandle number, const char* name) {
+  const bool is_double = dtype(number) == aoti_torch_dtype_float64();
+  STD_TORCH_CHECK(is_cpu(number) && get(aoti_torch_get_numel, number) == 1 &&
+                      (is_double || dtype(number) == aoti_torch_dtype_float32()),
+                  name, " must be one float32 or float64 on the CPU");
+  const void* data = get(torch_get_const_data_ptr, number);
   return is_double ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
 }
 

@@ -226,27 +226,42 @@ std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle
   return all;
 }
 
+// Reads what a gradient scaler found and by what it multiplied; false where the step is to be skipped.
+template <class Options>
+bool next_scaling(Arguments& arguments, Options& options) {
+  const AtenTensorHandle grad_scale = arguments.next_optional_tensor();
+  const AtenTensorHandle found_inf = arguments.next_optional_tensor();
+  if (grad_scale) options.grad_scale = read_number(grad_scale, "grad_scale");
+  return !found_inf || read_number(found_inf, "found_inf") == 0;
+}
+
 }  // namespace
 
 void rmsprop_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 12);
+  Arguments arguments(stack, argument_count, 14);
   PerOperand<TensorHandles> lists;
   for (auto& list : lists) list = arguments.next_tensors();
   const AtenTensorHandle lr = arguments.next_tensor();
   RmspropOptions options = next_rmsprop_options(arguments);
-  options.lr = read_lr(lr);
-  run(plan<Rmsprop>(lists, std::vector{options}));
+  const bool take_step = next_scaling(arguments, options);
+  options.lr = read_number(lr, "lr");
+  const std::vector all_options{options};
+  const auto tasks = plan<Rmsprop>(lists, all_options);
+  if (take_step) run(tasks);
 }
 
 void adamw_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 12);
+  Arguments arguments(stack, argument_count, 14);
   PerOperand<TensorHandles> lists;
   for (auto& list : lists) list = arguments.next_tensors();
   const AtenTensorHandle steps = arguments.next_optional_tensor();
   const AtenTensorHandle lr = arguments.next_tensor();
   AdamwOptions options = next_adamw_options(arguments);
-  options.lr = read_lr(lr);
-  run(plan<Adamw>(lists, at_steps(options, steps, lists[PARAM].size())));
+  const bool take_step = next_scaling(arguments, options);
+  options.lr = read_number(lr, "lr");
+  const auto all_options = at_steps(options, steps, lists[PARAM].size());
+  const auto tasks = plan<Adamw>(lists, all_options);
+  if (take_step) run(tasks);
 }
 
 }  // namespace rootfree_fused

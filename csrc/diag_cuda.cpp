@@ -91,7 +91,7 @@ template <class Rule>
 std::unique_ptr<Table<Rule>> make_table(typename Rule::Options& options, AtenTensorHandle lr,
                                         int32_t device) {
   if (!is_cuda(lr)) {
-    options.lr = read_lr(lr);
+    options.lr = read_number(lr, "lr");
     return std::make_unique<Table<Rule>>(Rule(options));
   }
   options.lr = 1;

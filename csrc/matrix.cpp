@@ -376,7 +376,7 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
     *list = arguments.next_tensors();
   }
   MatrixOptions options;
-  options.descent.lr = read_lr(arguments.next_tensor());
+  options.descent.lr = read_number(arguments.next_tensor(), "lr");
   options.update_factors = arguments.next<bool>();
   options.refresh_products = arguments.next<bool>();
   options.factor_lr = arguments.next<double>();

@@ -19,13 +19,14 @@ ROOTFREE_INLINE T lerp(T start, T end, T weight) {
 struct RmspropOptions {
   double lr, alpha, damping, weight_decay, momentum, batch_size;
   bool decoupled, maximize;
+  double grad_scale = 1.0;
 };
 
 template <class T>
 struct Rmsprop {
   using Options = RmspropOptions;
   static constexpr bool needs_state1 = false;
-  T lr, square_avg_weight, damping, momentum, batch_size, sign;
+  T lr, square_avg_weight, damping, momentum, batch_size, grad_factor;
   T coupled_decay, decoupled_decay;  // one of them is 0
 
   explicit Rmsprop(const Options& o)
@@ -34,7 +35,7 @@ struct Rmsprop {
         damping(o.damping),
         momentum(o.momentum),
         batch_size(o.batch_size),
-        sign(o.maximize ? -1 : 1),
+        grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
         coupled_decay(o.decoupled ? 0 : o.weight_decay),
         decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
 
@@ -53,8 +54,9 @@ struct Rmsprop {
 // p   <- p - lr buf
 template <class T>
 ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T& s, T& buf) {
+  g *= h.grad_factor;
   s = lerp(s, h.batch_size * g * g, h.square_avg_weight);
-  T u = h.sign * g / (s + h.damping);
+  T u = g / (s + h.damping);
   u += h.coupled_decay * p;
   p -= h.decoupled_decay * p;
   buf = h.momentum * buf + u;
@@ -64,7 +66,7 @@ ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T& s, T& buf) {
 struct AdamwOptions {
   double lr, beta1, beta2, damping, weight_decay, batch_size;
   bool maximize;
-  double bias_correction1 = 1.0, bias_correction2 = 1.0;
+  double grad_scale = 1.0, bias_correction1 = 1.0, bias_correction2 = 1.0;
 };
 
 // 1 - beta^step, without cancellation.
@@ -76,7 +78,7 @@ template <class T>
 struct Adamw {
   using Options = AdamwOptions;
   static constexpr bool needs_state1 = true;
-  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, sign;
+  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, grad_factor;
 
   // (lr/bc1) m / (s/bc2 + damping) is evaluated as (lr bc2/bc1) m / (s + bc2 damping).
   explicit Adamw(const Options& o)
@@ -86,7 +88,7 @@ struct Adamw {
         damping(o.bias_correction2 * o.damping),
         weight_decay(o.lr * o.weight_decay),
         batch_size(o.batch_size),
-        sign(o.maximize ? -1 : 1) {}
+        grad_factor((o.maximize ? -1 : 1) / o.grad_scale) {}
 
   // From lr 1 to a lr, and from no bias correction to one, that only the device knows.
   ROOTFREE_INLINE void scale_lr(T factor) {
@@ -105,8 +107,9 @@ struct Adamw {
 // p <- p - (lr/bc1) m / (s/bc2 + damping)
 template <class T>
 ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
+  g *= h.grad_factor;
   p -= h.weight_decay * p;
-  m = lerp(m, h.sign * g, h.exp_avg_weight);
+  m = lerp(m, g, h.exp_avg_weight);
   s = lerp(s, h.batch_size * g * g, h.exp_avg_sq_weight);
   p -= h.step_size * m / (s + h.damping);
 }

@@ -7,11 +7,12 @@ here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -213,3 +214,23 @@ def readable(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.is_cpu:
         return DeviceTable(tensor.clone(), device).on_device()
     return tensor.to(device)
+
+
+def at_scaling(
+    scaling: Mapping[str, Tensor | None], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """What kernels take of a gradient scaler: grad_scale and found_inf, on the device or None."""
+    grad_scale, found_inf = (scaling.get(key) for key in ("grad_scale", "found_inf"))
+    return (
+        None if grad_scale is None else readable(grad_scale, device),
+        None if found_inf is None else readable(found_inf, device),
+    )
+
+
+@triton.jit
+def skips(found_inf_ptr):
+    """Whether a gradient scaler found infs; always false without one."""
+    skip = False
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0
+    return skip

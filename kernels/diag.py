@@ -25,7 +25,7 @@ come from a device vector, so a scheduled lr recompiles nothing; lr itself may l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Plan, at_gradients, find_plan, readable, scalar_table
+from .common import Plan, at_gradients, at_scaling, find_plan, readable, scalar_table, skips
 
 # One row serves every dtype and device; not yet measured on a GPU. The SASS for sm_80, sm_90 and
 # sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so
@@ -114,6 +114,7 @@ def _update_chunk(
     lr,
     scalars_ptr,
     step_ptr,
+    unscale,
     UPDATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -127,6 +128,8 @@ def _update_chunk(
     # Without the barrier ptxas sinks half of the loads below the arithmetic on the others, which
     # makes two memory round trips of one.
     tl.debug_barrier()
+    if unscale is not None:
+        g *= unscale
     p, s, m = UPDATE(p, g, s, m, lr, scalars_ptr, step_ptr)
     tl.store(param_ptr + offs, p.to(param_ptr.dtype.element_ty), mask=mask)
     tl.store(s_ptr + offs, s, mask=mask)
@@ -134,13 +137,17 @@ def _update_chunk(
         tl.store(m_ptr + offs, m, mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["lr_ptr", "steps_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=["lr_ptr", "steps_ptr", "grad_scale_ptr", "found_inf_ptr"]
+)
 def _diag_kernel(
     chunks_ptr,
     rows_ptr,
     scalars_ptr,
     lr_ptr,
     steps_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -148,6 +155,11 @@ def _diag_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    if skips(found_inf_ptr):
+        return
+    unscale = None
+    if grad_scale_ptr is not None:
+        unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
     pid = tl.program_id(0)
     row_ptr = rows_ptr + 8 * tl.load(chunks_ptr + pid)
     start = (pid - tl.load(row_ptr + 5)) * BLOCK
@@ -171,17 +183,42 @@ def _diag_kernel(
         if HAS_M:
             m_ptr = tl.multiple_of(m_ptr, VECTOR * 4)
         _update_chunk(
-            param_ptr, grad_ptr, s_ptr, m_ptr, None, lr, scalars_ptr, step_ptr, UPDATE, BLOCK
+            param_ptr,
+            grad_ptr,
+            s_ptr,
+            m_ptr,
+            None,
+            lr,
+            scalars_ptr,
+            step_ptr,
+            unscale,
+            UPDATE,
+            BLOCK,
         )
     else:
         mask = tl.arange(0, BLOCK) < tl.load(row_ptr + 4) - start
         _update_chunk(
-            param_ptr, grad_ptr, s_ptr, m_ptr, mask, lr, scalars_ptr, step_ptr, UPDATE, BLOCK
+            param_ptr,
+            grad_ptr,
+            s_ptr,
+            m_ptr,
+            mask,
+            lr,
+            scalars_ptr,
+            step_ptr,
+            unscale,
+            UPDATE,
+            BLOCK,
         )
 
 
 def _launch(
-    plan: Plan, update: Any, lr: float | Tensor, steps: Tensor | None, *scalars: float
+    plan: Plan,
+    update: Any,
+    lr: float | Tensor,
+    steps: Tensor | None,
+    scaling: Mapping[str, Tensor | None],
+    *scalars: float,
 ) -> None:
     # Scalar 0 is lr, unless lr is read where it is.
     on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
@@ -197,6 +234,7 @@ def _launch(
                 table,
                 table if on_device_lr is None else readable(on_device_lr, device),
                 None if steps is None else readable(steps.contiguous(), device),
+                *at_scaling(scaling, device),
                 UPDATE=update,
                 PARAM=param_dtype,
                 GRAD=grad_dtype,
@@ -254,17 +292,20 @@ def launch_rmsprop(
     batch_size: float,
     decoupled: bool,
     maximize: bool,
+    **scaling: Tensor | None,
 ) -> None:
     """One root-free RMSProp step on every tensor.
 
     lr is a number, or a 0-d float32 or float64 tensor, on the CPU or on the parameters' device;
-    there a captured graph reads it at every replay.
+    there a captured graph reads it at every replay. scaling: grad_scale, by which the gradients
+    were multiplied, and found_inf, which is 0 unless the step is to be skipped; as lr, or None.
     """
     _launch(
         plan,
         _rmsprop_update,
         lr,
         None,
+        scaling,
         -1.0 if maximize else 1.0,
         batch_size,
         damping,
@@ -287,17 +328,19 @@ def launch_adamw(
     weight_decay: float,
     batch_size: float,
     maximize: bool,
+    **scaling: Tensor | None,
 ) -> None:
     """One root-free AdamW step on every tensor.
 
     steps has a float32 entry per tensor that counts this step already, on the CPU or on the device
-    of the parameters; None means no bias correction. lr is as in `launch_rmsprop`.
+    of the parameters; None means no bias correction. lr and scaling are as in `launch_rmsprop`.
     """
     _launch(
         plan,
         _adamw_update,
         lr,
         steps,
+        scaling,
         -1.0 if maximize else 1.0,
         batch_size,
         damping,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import skips
 from .tiles import (
     PARKED_ROWS,
     find_tile,
@@ -33,10 +34,12 @@ from .tiles import (
 
 
 @triton.jit
-def _copy_rows(source_ptr, stride, target_ptr, size, squares_ptr, tile, BLOCK_M, BLOCK_N):
+def _copy_rows(source_ptr, stride, target_ptr, size, squares_ptr, unscale, tile, BLOCK_M, BLOCK_N):
     """Copy a tile of rows `stride` apart into padded ones, and store its sum of squares."""
     ptrs, mask = tile_of(source_ptr, stride, (size[0], stride), tile, BLOCK_M, BLOCK_N)
     value = tl.load(ptrs, mask=mask, other=0.0)
+    if unscale is not None:
+        value = value.to(tl.float32) * unscale
     target = padded(size[1])
     ptrs, mask = tile_of(target_ptr, target, (size[0], target), tile, BLOCK_M, BLOCK_N)
     tl.store(ptrs, value.to(target_ptr.dtype.element_ty), mask=mask)
@@ -46,20 +49,32 @@ def _copy_rows(source_ptr, stride, target_ptr, size, squares_ptr, tile, BLOCK_M,
 
 
 @triton.jit
-def _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, tile, BLOCK_M, BLOCK_N):
+def _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, unscale, tile, BLOCK_M, BLOCK_N):
     if aligned:
-        stride = padded(size[1])
-        _copy_rows(source_ptr, stride, target_ptr, size, squares_ptr, tile, BLOCK_M, BLOCK_N)
+        _copy_rows(
+            source_ptr,
+            padded(size[1]),
+            target_ptr,
+            size,
+            squares_ptr,
+            unscale,
+            tile,
+            BLOCK_M,
+            BLOCK_N,
+        )
     else:
-        _copy_rows(source_ptr, size[1], target_ptr, size, squares_ptr, tile, BLOCK_M, BLOCK_N)
+        _copy_rows(
+            source_ptr, size[1], target_ptr, size, squares_ptr, unscale, tile, BLOCK_M, BLOCK_N
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
 def _gather_kernel(
     tiles_ptr,
     jobs_ptr,
     scratch_ptr,
     members_ptr,
+    grad_scale_ptr,
     GRAD: tl.constexpr,
     FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,18 +90,21 @@ def _gather_kernel(
         if squares_ptr.to(tl.int64) != 0:
             squares_ptr += place
         aligned = tl.load(job_ptr + 6) != 0
-        _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, tile, BLOCK_M, BLOCK_N)
+        _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, None, tile, BLOCK_M, BLOCK_N)
     else:
+        unscale = None
+        if grad_scale_ptr is not None:
+            unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
         member_ptr = members_ptr + 4 * tl.load(job_ptr)
         grad_ptr = pointer_at(member_ptr + 1, scratch_ptr, GRAD)
         aligned = size[1] % 8 == 0
         null = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
         if kind == 1:
             target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-            _copy_tile(grad_ptr, aligned, target_ptr, size, null, tile, BLOCK_M, BLOCK_N)
+            _copy_tile(grad_ptr, aligned, target_ptr, size, null, unscale, tile, BLOCK_M, BLOCK_N)
         else:  # both factors are diagonal, and no GEMM will read it
             wide_ptr = pointer_at(job_ptr + 1, scratch_ptr, tl.float32)
-            _copy_tile(grad_ptr, aligned, wide_ptr, size, null, tile, BLOCK_M, BLOCK_N)
+            _copy_tile(grad_ptr, aligned, wide_ptr, size, null, unscale, tile, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -204,18 +222,21 @@ def _update_factor_part(factor_ptr, residual_ptr, d, stride, copy_ptr, product, 
         tl.store(ptrs, k, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
 def _factors_kernel(
     tiles_ptr,
     jobs_ptr,
     scratch_ptr,
     scalars_ptr,
+    found_inf_ptr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
+    if skips(found_inf_ptr):
+        return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
     norm_ptr = pointer_at(job_ptr + 6, scratch_ptr, tl.float32)
@@ -292,7 +313,7 @@ def _update_param_part(
     tl.store(ptrs, p.to(param_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["lr_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["lr_ptr", "found_inf_ptr"])
 def _params_kernel(
     tiles_ptr,
     jobs_ptr,
@@ -300,6 +321,7 @@ def _params_kernel(
     members_ptr,
     scalars_ptr,
     lr_ptr,
+    found_inf_ptr,
     PARAM: tl.constexpr,
     HAS_BUF: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -308,6 +330,8 @@ def _params_kernel(
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
+    if skips(found_inf_ptr):
+        return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
     m, n, k = size

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import skips
 from .tiles import (
     PARKED_ROWS,
     find_tile,
@@ -110,18 +111,21 @@ def _update_diagonal_momentum(job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, p
     return tl.sum(tl.where(mask, m * m, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
 def _factor_momenta_kernel(
     tiles_ptr,
     jobs_ptr,
     scratch_ptr,
     scalars_ptr,
+    found_inf_ptr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
+    if skips(found_inf_ptr):
+        return
     job_ptr, tile, place = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
     e = size_at(job_ptr + 3)

@@ -32,15 +32,15 @@ from __future__ import annotations
 
 import contextvars
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .common import DTYPES, DeviceTable, readable, scalar_table
+from .common import DTYPES, DeviceTable, at_scaling, readable, scalar_table
 from .gemm import _factors_kernel, _gather_kernel, _params_kernel, _product_kernel
 from .gram import _factor_momenta_kernel, _products_kernel
 from .jobs import GATHER_COLUMNS, GATHER_ROWS, Bucket, Plan, Tiling, build_plan
@@ -66,6 +66,16 @@ _MAX_PLANS = 32
 _plans: dict[Any, Plan] = {}
 
 
+class _Step(NamedTuple):
+    """What a call asks of every launch; `scalars` are those of the kernels but for lr."""
+
+    lr: Tensor
+    scalars: tuple[float, ...]
+    scaling: Mapping[str, Tensor | None]
+    update: bool
+    refresh: bool
+
+
 def ifshampoo_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -87,13 +97,15 @@ def ifshampoo_(
     weight_decay: float,
     decoupled: bool,
     maximize: bool,
+    **scaling: Tensor | None,
 ) -> list[int]:
     """One IF-Shampoo step on every bucket of matrices; returns the buckets left to the caller.
 
     Those are buckets with other than two axes, in float64, or without products. Each of the four
     lists of factor state has a stack an axis of each bucket, `axes` counts the axes, and params,
     grads and buffers (or no buffers) follow the buckets. lr is a 0-d tensor, on the CPU or on the
-    parameters' device; there a captured graph reads it at every replay.
+    parameters' device; there a captured graph reads it at every replay. scaling: grad_scale and
+    found_inf, as `diag.launch_rmsprop` takes them.
     """
     scalars = (
         batch_size,
@@ -127,7 +139,8 @@ def ifshampoo_(
         dtypes = [dtype for other, dtype in groups if other == device] or [torch.float32]
         groups[device, dtypes[0]].extend(diagonal)
     for (device, dtype), buckets in groups.items():
-        _run(device, dtype, buckets, lists, lr, scalars, update_factors, refresh_products)
+        step = _Step(lr, scalars, scaling, update_factors, refresh_products)
+        _run(device, dtype, buckets, lists, step)
     return others
 
 
@@ -233,16 +246,14 @@ def _run(
     dtype: torch.dtype,
     buckets: Sequence[Bucket],
     lists: Sequence[Sequence[Tensor]],
-    lr: Tensor,
-    scalars: tuple[float, ...],
-    update: bool,
-    refresh: bool,
+    step: _Step,
 ) -> None:
     """The launches of all buckets of a device and a GEMM dtype."""
-    plan, tiling = _find_plan(device, dtype, buckets, update, refresh)
+    plan, tiling = _find_plan(device, dtype, buckets, step.update, step.refresh)
     dense = [[_accessible(t) for t in tensors] for tensors in lists]
     addresses = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in dense])
-    values = (float(lr) if lr.is_cpu else 0.0, *scalars)
+    lr = step.lr
+    values = (float(lr) if lr.is_cpu else 0.0, *step.scalars)
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         jobs, tiles = plan.jobs.on_device(), plan.tiles.on_device()
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
@@ -272,15 +283,17 @@ def _run(
                 run = kernel[(stop - start,)]
                 context.run(run, tiles[start:stop], jobs, scratch, *args, **named, **options)
 
-        launch("gather", _gather_kernel, members, **gather)
+        grad_scale, found_inf = at_scaling(step.scaling, device)
+        launch("gather", _gather_kernel, members, grad_scale, **gather)
         launch("left", _product_kernel, TRANS_A=True, **gemm)
         launch("right", _product_kernel, TRANS_A=False, **gemm)
-        launch("momenta", _factor_momenta_kernel, numbers, **gemm)
-        launch("factors", _factors_kernel, numbers, **gemm)
+        launch("momenta", _factor_momenta_kernel, numbers, found_inf, **gemm)
+        launch("factors", _factors_kernel, numbers, found_inf, **gemm)
         launch("products", _products_kernel, **gemm)
         launch("precondition", _product_kernel, TRANS_A=False, **gemm)
         lr = numbers if lr.is_cpu else readable(lr, device)
-        launch("params", _params_kernel, members, numbers, lr, HAS_BUF=len(lists) == 3, **gemm)
+        args = members, numbers, lr, found_inf
+        launch("params", _params_kernel, *args, HAS_BUF=len(lists) == 3, **gemm)
     for tensors, results in zip(lists[::2], dense[::2], strict=True):
         for bucket in buckets:
             for i in bucket.places:

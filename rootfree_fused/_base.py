@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from . import ops
 from ._checks import HYPERPARAMETERS, check_hyperparameters, check_param
 from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
+from ._scaling import Scaling, on_host, scaling_of, steps_taken
 from ._state import (
     Initial,
     State,
@@ -43,11 +44,12 @@ class Work(NamedTuple):
     grads: list[Tensor]
     states: list[State]
     steps: Tensor
+    scaling: Scaling
 
 
 def _device(key: str, param: Tensor, group: Group) -> torch.device:
-    """Where a state tensor lives: step counts stay on the host unless a graph must advance them."""
-    on_host = key == "step" and not group["capturable"]
+    """Where a state tensor lives: step counts stay on the host unless the device counts them."""
+    on_host = key == "step" and not (group["capturable"] or group["amp_scaling"])
     return torch.device("cpu") if on_host else param.device
 
 
@@ -150,6 +152,7 @@ class RootFreeOptimizer(Optimizer):
         if not torch.compiler.is_compiling():
             for index, group in enumerate(self.param_groups):
                 self._check_if_changed(index, group)
+        scaling = scaling_of(self)
         self._prepared.forget_unless_owned(self.state)
         work = [
             self._prepared.find(index, group["params"]) or self._gather(group)
@@ -157,19 +160,33 @@ class RootFreeOptimizer(Optimizer):
         ]
         for index, (found, group) in enumerate(zip(work, self.param_groups, strict=True)):
             if isinstance(found, Prepared):
-                found.run(group)
+                found.run(group, scaling)
             elif found[0]:
-                self._run(index, group, *found)
+                self._run(index, group, *found, scaling)
         return loss
 
-    def _run(self, index: int, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks: whether infs and the scale are left to `step`."""
+        return any(group["amp_scaling"] for group in self.param_groups)
+
+    def _run(
+        self,
+        index: int,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        scaling: Scaling,
+    ) -> None:
         states = [self.state[p] for p in params]
-        work = Work(params, grads, states, self._count_step(index, states))
+        if params[0].is_cpu:
+            scaling = on_host(scaling)
+        work = Work(params, grads, states, self._count_step(index, states, scaling), scaling)
         prepared = self._prepare_step(index, group, work) if can_compare() else None
         if prepared is None:
             self._update(index, work)
         else:
-            prepared.launch.run(prepared.launch.plan, group)
+            prepared.launch.run(prepared.launch.plan, group, scaling)
             self._prepared.keep(index, prepared)
         ops.mark_changed(params)
 
@@ -209,18 +226,18 @@ class RootFreeOptimizer(Optimizer):
                 self._declare(group)
             self._checked[index] = values, self._unused_state(group)
 
-    def _count_step(self, index: int, states: list[State]) -> Tensor:
-        """Add 1 to the step counts; return them as one tensor."""
+    def _count_step(self, index: int, states: list[State], scaling: Scaling) -> Tensor:
+        """Add 1 to the step counts, or 0 if the step is skipped; return them as one tensor."""
         counts = [state["step"] for state in states]
         if torch.compiler.is_compiling():
-            torch._foreach_add_(counts, 1)
+            torch._foreach_add_(counts, steps_taken(scaling, counts[0].device))
             return torch.stack(counts)
         views, stacks = self._stacked_steps.get(index, ([], []))
         if len(counts) != len(views) or not all(map(operator.is_, counts, views)):
             stacks = stack_steps(states)
             self._stacked_steps[index] = [state["step"] for state in states], stacks
         for stack in stacks:
-            stack.add_(1)
+            stack.add_(steps_taken(scaling, stack.device))
         if len(stacks) == 1:
             return stacks[0]
         return torch.stack([state["step"].to(stacks[0].device) for state in states])

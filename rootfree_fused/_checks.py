@@ -36,6 +36,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "factor_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
     "maximize": (False, True),
     "capturable": (False, True),
+    "amp_scaling": (False, True),
 }
 HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
@@ -133,6 +134,20 @@ def check_tensors(
                     f"{name}[{i}] is {tensors[i].dtype} but params[{i}] is {param.dtype}, whose "
                     f"state is {state_dtype(param)}; allocate it with dtype={state_dtype(param)}"
                 )
+
+
+def check_scaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Raise unless each is one number that the kernels can read, or None."""
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass a tensor or None")
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {describe(value)}; pass one float32 number, as torch.amp.GradScaler "
+                "keeps it"
+            )
 
 
 def _check_like(name: str, tensor: Tensor, param_name: str, param: Tensor) -> None:

@@ -26,12 +26,23 @@ class _Stacks:
     buffers: list[Tensor]
 
 
-def ifshampoo_(*tensors: Any, axes: list[int], **scalars: Any) -> None:
+def ifshampoo_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    *tensors: Any,
+    axes: list[int],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **scalars: Any,
+) -> None:
     """The operator on CPU tensors, one bucket after the other.
 
     In bfloat16 the kernel counts 18 n^3 a step for an n x n matrix, its symmetric products being
     half as dear, and stacks count 24 n^3.
     """
+    if _fallback.skips(found_inf):
+        return
+    tensors = (params, _fallback.unscaled(grads, grad_scale), *tensors)
     for bucket, count in enumerate(axes):
         *lists, lr = _fallback.take_bucket(bucket, *tensors, axes=axes)
         stacks = _Stacks(*lists)

@@ -116,14 +116,16 @@ def _on_cuda(name: str) -> Callable[..., None]:
             body(params, *tensors, **scalars)
             return
         *states, lr = tensors
-        for part, part_body, part_lr in (
-            (served, body, lr),
-            ([p.is_cuda and p.dtype is torch.float64 for p in params], slow, lr),
-            ([not p.is_cuda for p in params], getattr(torch.ops.rootfree_fused, name), lr.cpu()),
+        on_host = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in scalars.items()}
+        on_cpu = getattr(torch.ops.rootfree_fused, name)
+        for part, part_body, part_lr, part_scalars in (
+            (served, body, lr, scalars),
+            ([p.is_cuda and p.dtype is torch.float64 for p in params], slow, lr, scalars),
+            ([not p.is_cuda for p in params], on_cpu, lr.cpu(), on_host),
         ):
             if any(part):
                 picked = [_select(values, part) for values in (params, *states)]
-                part_body(*picked, part_lr, **scalars)
+                part_body(*picked, part_lr, **part_scalars)
 
     return run
 

@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .reference import diag, matrix
+
+
+def skips(found_inf: Tensor | None) -> bool:
+    """Whether a gradient scaler found infs; the host waits for the device that counted them."""
+    return found_inf is not None and bool(found_inf.item())
+
+
+def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
+    """The gradients without the factor of a gradient scaler, in float32 or float64."""
+    if grad_scale is None:
+        return grads
+    inverse = grad_scale.double().reciprocal().reshape(())
+    return [g.to(torch.promote_types(g.dtype, torch.float32)) * inverse.to(g.device) for g in grads]
 
 
 def rmsprop_(
@@ -16,8 +30,13 @@ def rmsprop_(
     square_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
     lr: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     **scalars: Any,
 ) -> None:
+    if skips(found_inf):
+        return
+    grads = unscaled(grads, grad_scale)
     buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
     for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
         diag.rmsprop_(p, g, s, buf, lr=lr.double(), **scalars)
@@ -30,8 +49,13 @@ def adamw_(
     exp_avg_sqs: list[Tensor],
     steps: Tensor | None,
     lr: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     **scalars: Any,
 ) -> None:
+    if skips(found_inf):
+        return
+    grads = unscaled(grads, grad_scale)
     counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
     for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
         diag.adamw_(p, g, m, s, t, lr=lr.double(), **scalars)
@@ -58,8 +82,13 @@ def ifshampoo_(
     weight_decay: float,
     decoupled: bool,
     maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused."""
+    if skips(found_inf):
+        return
+    grads = unscaled(grads, grad_scale)
     buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
     members = zip(params, grads, buffers, strict=True)
     first = 0

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._scaling import Scaling, steps_taken
 from ._state import State
 
 
@@ -40,7 +41,7 @@ class Launch(NamedTuple):
     """
 
     plan: Any
-    run: Callable[[Any, dict[str, Any]], None]
+    run: Callable[[Any, dict[str, Any], Scaling], None]
     move: Callable[[Any, Tensor], Any]
 
 
@@ -54,10 +55,10 @@ class Prepared(NamedTuple):
     steps: Tensor
     launch: Launch
 
-    def run(self, group: dict[str, Any]) -> None:
+    def run(self, group: dict[str, Any], scaling: Scaling) -> None:
         """A step."""
-        self.steps.add_(1)
-        self.launch.run(self.launch.plan, group)
+        self.steps.add_(steps_taken(scaling, self.steps.device))
+        self.launch.run(self.launch.plan, group, scaling)
         extension().mark_changed(self.params)
 
     def with_grads(self, grads: bytes) -> Prepared:

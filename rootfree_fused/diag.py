@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
 from ._prepared import Launch
+from ._scaling import Scaling
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 
 
@@ -20,7 +21,7 @@ def _rmsprop_settings(group: Group) -> dict[str, Any]:
         "damping": group["damping"],
         "weight_decay": group["weight_decay"],
         "momentum": group["momentum"],
-        "batch_size": group["batch_size"],
+        "batch_size": float(group["batch_size"]),
         "decoupled": group["weight_decay_mode"] == "decoupled",
         "maximize": group["maximize"],
     }
@@ -33,7 +34,7 @@ def _adamw_settings(group: Group) -> dict[str, Any]:
         "beta2": beta2,
         "damping": group["damping"],
         "weight_decay": group["weight_decay"],
-        "batch_size": group["batch_size"],
+        "batch_size": float(group["batch_size"]),
         "maximize": group["maximize"],
     }
 
@@ -45,7 +46,11 @@ def _launch_lr(group: Group) -> float | Tensor:
 
 
 def update_rmsprop_(
-    group: Group, params: list[Tensor], grads: list[Tensor], states: list[State]
+    group: Group,
+    scaling: Scaling,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[State],
 ) -> None:
     """Root-free RMSProp with a group's settings; IFShampoo uses it for vectors."""
     torch.ops.rootfree_fused.rmsprop_(
@@ -55,6 +60,7 @@ def update_rmsprop_(
         momentum_buffers(states, group["momentum"]),
         ops.as_scalar_tensor(group["lr"]),
         **_rmsprop_settings(group),
+        **scaling,
     )
 
 
@@ -92,6 +98,10 @@ class RootFreeRMSprop(RootFreeOptimizer):
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
+        amp_scaling: let :class:`torch.amp.GradScaler` leave its work to the kernel, which divides
+            by the scale and, where there were infs, changes nothing. The host then waits for
+            nothing, float16 parameters are served, and ``step`` is on the parameter's device. To
+            clip gradients call ``scaler.unscale_`` first; Lightning's clipping needs False.
 
     State of a parameter: ``step`` (0-d float32), ``square_avg`` (s) and, with momentum,
     ``momentum_buffer``, both of the parameter's shape, in float32 (float64 for float64
@@ -118,6 +128,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
         weight_decay_mode: ops.WeightDecayMode = "decoupled",
         maximize: bool = False,
         capturable: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -129,6 +140,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
             "weight_decay_mode": weight_decay_mode,
             "maximize": maximize,
             "capturable": capturable,
+            "amp_scaling": amp_scaling,
         }
         super().__init__(params, defaults)
 
@@ -139,7 +151,8 @@ class RootFreeRMSprop(RootFreeOptimizer):
         return unused_momentum(group)
 
     def _update(self, index: int, work: Work) -> None:
-        update_rmsprop_(self.param_groups[index], work.params, work.grads, work.states)
+        group = self.param_groups[index]
+        update_rmsprop_(group, work.scaling, work.params, work.grads, work.states)
 
     def _prepare(self, index: int, work: Work) -> Launch | None:
         lists = [work.params, work.grads, [state["square_avg"] for state in work.states]]
@@ -150,8 +163,9 @@ class RootFreeRMSprop(RootFreeOptimizer):
         if plan is None:
             return None
 
-        def run(plan: Any, group: Group) -> None:
-            kernels.launch_rmsprop(plan, _launch_lr(group), **_rmsprop_settings(group))
+        def run(plan: Any, group: Group, scaling: Scaling) -> None:
+            settings = _rmsprop_settings(group)
+            kernels.launch_rmsprop(plan, _launch_lr(group), **settings, **scaling)
 
         return Launch(plan, run, kernels.move_grads)
 
@@ -185,6 +199,10 @@ class RootFreeAdamW(RootFreeOptimizer):
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
+        amp_scaling: let :class:`torch.amp.GradScaler` leave its work to the kernel, which divides
+            by the scale and, where there were infs, changes nothing. The host then waits for
+            nothing, float16 parameters are served, and ``step`` is on the parameter's device. To
+            clip gradients call ``scaler.unscale_`` first; Lightning's clipping needs False.
 
     State of a parameter: ``step`` (0-d float32), ``exp_avg`` (m) and ``exp_avg_sq`` (s), both of
     the parameter's shape, in float32 (float64 for float64 parameters).
@@ -209,6 +227,7 @@ class RootFreeAdamW(RootFreeOptimizer):
         bias_correction: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -219,6 +238,7 @@ class RootFreeAdamW(RootFreeOptimizer):
             "bias_correction": bias_correction,
             "maximize": maximize,
             "capturable": capturable,
+            "amp_scaling": amp_scaling,
         }
         super().__init__(params, defaults)
 
@@ -235,6 +255,7 @@ class RootFreeAdamW(RootFreeOptimizer):
             work.steps if group["bias_correction"] else None,
             ops.as_scalar_tensor(group["lr"]),
             **_adamw_settings(group),
+            **work.scaling,
         )
 
     def _prepare(self, index: int, work: Work) -> Launch | None:
@@ -245,8 +266,9 @@ class RootFreeAdamW(RootFreeOptimizer):
             return None
         steps = work.steps  # and not the work, which would keep the gradients
 
-        def run(plan: Any, group: Group) -> None:
+        def run(plan: Any, group: Group, scaling: Scaling) -> None:
             counts = steps if group["bias_correction"] else None
-            kernels.launch_adamw(plan, counts, _launch_lr(group), **_adamw_settings(group))
+            settings = _adamw_settings(group)
+            kernels.launch_adamw(plan, counts, _launch_lr(group), **settings, **scaling)
 
         return Launch(plan, run, kernels.move_grads)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
+from ._scaling import Scaling
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 from .diag import update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
@@ -75,6 +76,8 @@ class IFShampoo(RootFreeOptimizer):
         weight_decay_mode: "decoupled" or "momentum".
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device.
+        amp_scaling: as in :class:`RootFreeRMSprop`. With an update_interval above 1 the host reads
+            the step counts at every step, since only the device knows which were skipped.
 
     State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the
     parameter's shape, float32, or float64 for float64 parameters), and per axis ``factor_N`` and
@@ -115,6 +118,7 @@ class IFShampoo(RootFreeOptimizer):
         weight_decay_mode: ops.WeightDecayMode = "decoupled",
         maximize: bool = False,
         capturable: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -135,6 +139,7 @@ class IFShampoo(RootFreeOptimizer):
             "weight_decay_mode": weight_decay_mode,
             "maximize": maximize,
             "capturable": capturable,
+            "amp_scaling": amp_scaling,
         }
         super().__init__(params, defaults)
 
@@ -165,8 +170,8 @@ class IFShampoo(RootFreeOptimizer):
     @_disable_dynamo
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
-        params, grads, states, steps = work
-        due = self._due(index, group, steps)
+        params, grads, states, steps, scaling = work
+        due = self._due(index, group, steps, skippable="found_inf" in scaling)
         plan = self._plans.get(index)
         if plan is None or not plan.fits(states, due):
             layouts = [layout_of(p.shape, group) for p in params]
@@ -175,23 +180,26 @@ class IFShampoo(RootFreeOptimizer):
 
         lists = params, grads, states
         if plan.vectors:
-            update_rmsprop_(group, *_pick(plan.vectors, *lists))
+            update_rmsprop_(group, scaling, *_pick(plan.vectors, *lists))
         calls: dict[tuple[bool, str], list[Bucket]] = defaultdict(list)
         for bucket in plan.buckets:
             calls[due[bucket.members[0]], bucket.factors[0].device.type].append(bucket)
         for (update, _), buckets in calls.items():
             members = [i for bucket in buckets for i in bucket.members]
-            _update_matrices(group, buckets, update, *_pick(members, *lists))
+            _update_matrices(group, scaling, buckets, update, *_pick(members, *lists))
 
-    def _due(self, index: int, group: Group, steps: Tensor) -> list[bool]:
+    def _due(self, index: int, group: Group, steps: Tensor, skippable: bool) -> list[bool]:
         """Which parameters update their factors at this step."""
-        if steps.device.type == "cpu":
-            counts = steps.int().tolist()
-        else:  # read once, then counted on the host: nothing waits for the device
-            source, counts = self._counts.get(index, (None, []))
-            counts = [count + 1 for count in counts] if source is steps else steps.int().tolist()
-            self._counts[index] = steps, counts
         interval, schedule = group["update_interval"], group["update_schedule"]
+        source, counts = self._counts.pop(index, (None, []))
+        if interval == 1:
+            return [True] * len(steps)
+        if source is steps and not skippable:  # nothing waits for the device
+            counts = [count + 1 for count in counts]
+        else:
+            counts = steps.int().tolist()
+        if steps.device.type != "cpu":
+            self._counts[index] = steps, counts
         due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
         return [due[count] for count in counts]
 
@@ -202,6 +210,7 @@ def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
 
 def _update_matrices(
     group: Group,
+    scaling: Scaling,
     buckets: list[Bucket],
     update_factors: bool,
     params: list[Tensor],
@@ -224,9 +233,10 @@ def _update_matrices(
         factor_lr=group["factor_lr"],
         factor_momentum=group["factor_momentum"],
         damping=group["damping"],
-        batch_size=group["batch_size"],
+        batch_size=float(group["batch_size"]),
         momentum=group["momentum"],
         weight_decay=group["weight_decay"],
         decoupled=group["weight_decay_mode"] == "decoupled",
         maximize=group["maximize"],
+        **scaling,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._checks import check_hyperparameters, check_tensors, describe
+from ._checks import check_hyperparameters, check_scaling, check_tensors, describe
 
 WeightDecayMode = Literal["decoupled", "momentum"]
 
@@ -22,19 +22,22 @@ _library = torch.library.Library("rootfree_fused", "DEF")
 _library.define(
     "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, "
     "Tensor(c!)[] momentum_buffers, Tensor lr, *, float alpha, float damping, "
-    "float weight_decay, float momentum, float batch_size, bool decoupled, bool maximize) -> ()"
+    "float weight_decay, float momentum, float batch_size, bool decoupled, bool maximize, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 _library.define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor? steps, Tensor lr, *, float beta1, float beta2, "
-    "float damping, float weight_decay, float batch_size, bool maximize) -> ()"
+    "float damping, float weight_decay, float batch_size, bool maximize, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 _library.define(
     "ifshampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
     "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
     "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] axes, bool update_factors, "
     "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
-    "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize) -> ()"
+    "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 
 
@@ -56,6 +59,8 @@ def rmsprop_(
     batch_size: float,
     weight_decay_mode: WeightDecayMode = "decoupled",
     maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Root-free RMSProp on lists of tensors, in place; see `reference.rmsprop_` for the equations.
 
@@ -74,6 +79,9 @@ def rmsprop_(
         weight_decay_mode: "decoupled" shrinks the parameter; "momentum" adds weight_decay * param
             to what enters the momentum buffer, as the paper's released code does.
         maximize: ascend instead of descend.
+        grad_scale: what the gradients were multiplied by: one float32 or float64, read on its
+            device. None means 1.
+        found_inf: not 0 to leave everything as it is; as `grad_scale`. None means 0.
 
     Raises:
         ValueError: lists of unequal lengths, unequal shapes or devices, values out of range.
@@ -91,6 +99,7 @@ def rmsprop_(
             "maximize": maximize,
         }
     )
+    check_scaling(grad_scale, found_inf)
     states = {"square_avgs": square_avgs}
     if momentum_buffers:
         states["momentum_buffers"] = momentum_buffers
@@ -113,6 +122,8 @@ def rmsprop_(
         batch_size=batch_size,
         decoupled=weight_decay_mode == "decoupled",
         maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
     )
     mark_changed(params)
 
@@ -131,6 +142,8 @@ def adamw_(
     weight_decay: float = 1e-2,
     batch_size: float,
     maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Root-free AdamW on lists of tensors, in place; see `reference.adamw_` for the equations.
 
@@ -148,6 +161,9 @@ def adamw_(
         weight_decay: decoupled, per unit of lr.
         batch_size: the number of loss terms that the gradients average.
         maximize: ascend instead of descend.
+        grad_scale: what the gradients were multiplied by: one float32 or float64, read on its
+            device. None means 1.
+        found_inf: not 0 to leave everything as it is; as `grad_scale`. None means 0.
 
     Raises:
         ValueError: lists of unequal lengths, unequal shapes or devices, values out of range.
@@ -163,6 +179,7 @@ def adamw_(
             "maximize": maximize,
         }
     )
+    check_scaling(grad_scale, found_inf)
     check_tensors(params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
     if steps is not None and (steps.shape != (len(params),) or steps.dtype != torch.float32):
         raise ValueError(
@@ -182,6 +199,8 @@ def adamw_(
         weight_decay=weight_decay,
         batch_size=batch_size,
         maximize=maximize,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
     )
     mark_changed(params)
 

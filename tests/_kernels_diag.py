@@ -109,12 +109,14 @@ class Lists:
         if self.steps is not None:
             self.steps += 1
 
-    def launch(self, grads, lr):
+    def launch(self, grads, lr, **scaling):
         params, square_avgs, others = self.actual
         if self.is_adamw:
-            self.kernels.adamw_(params, grads, others, square_avgs, self.steps, lr, **self.scalars)
+            averages = others, square_avgs, self.steps
+            self.kernels.adamw_(params, grads, *averages, lr, **self.scalars, **scaling)
         else:
-            self.kernels.rmsprop_(params, grads, square_avgs, others, lr, **self.scalars)
+            states = square_avgs, others
+            self.kernels.rmsprop_(params, grads, *states, lr, **self.scalars, **scaling)
 
     def specify(self, lists, grads, lr):
         params, square_avgs, others = lists

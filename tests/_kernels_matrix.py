@@ -186,11 +186,11 @@ class Model:
     def fresh_grads(self):
         return [torch.randn(shape).to(self.device, self.grad_dtype) for shape in self.shapes]
 
-    def launch(self, grads, lr, *, update, refresh=False):
+    def launch(self, grads, lr, *, update, refresh=False, **scaling):
         return matrix.ifshampoo_(
             self.params, grads, self.factors, self.residuals, self.momenta, self.products,
             self.buffers, lr, axes=[2] * len(self.buckets), update_factors=update,
-            refresh_products=refresh, **self.scalars,
+            refresh_products=refresh, **self.scalars, **scaling,
         )  # fmt: skip
 
     def step(self, *, update=True, refresh=False, grads=None, lr=0.1):

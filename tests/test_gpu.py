@@ -56,6 +56,29 @@ def test_steps_do_not_synchronize(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("name", ["rmsprop-momentum", "adamw-corrected", "ifshampoo"])
+def test_scaled_steps_do_not_synchronize(name):
+    """As torch.amp.GradScaler calls them; an update_interval has the host read the counts."""
+    params = parameters(*SHAPES, device=CUDA)
+    optimizer = build(name, params, amp_scaling=True)
+    optimizer.grad_scale = torch.tensor([1024.0], device=CUDA)
+    optimizer.found_inf = torch.zeros((), device=CUDA)
+    for t in range(3):
+        set_grads(params, t)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for value in (1.0, 0.0):
+            before = snapshot(optimizer, params)
+            optimizer.found_inf.fill_(value)
+            optimizer.step()
+            after = snapshot(optimizer, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.state[params[0]]["step"] == 4
+    assert not any(map(torch.equal, before[: len(params)], after))
+
+
 @pytest.mark.parametrize("name", optimizers_on_the_gpu())
 def test_a_captured_step_replays_with_a_scheduled_lr(name):
     """The twin takes the same steps without a graph; IFShampoo is captured on an update step."""

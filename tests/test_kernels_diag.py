@@ -32,7 +32,7 @@ def _interpreter(request):
             pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
         yield
         return
-    with interpreted(diag):
+    with interpreted(common, diag):
         yield
 
 

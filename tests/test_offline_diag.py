@@ -144,6 +144,15 @@ def test_lr_on_the_device_costs_one_load(architecture, lr_dtype):
     assert widths(program.paths[0], "LDG")[16] == 8
 
 
+def test_a_gradient_scaler_costs_two_loads():
+    grid, args, kwargs = diag_call("adamw", (F32, F32))
+    number = torch.zeros(3)[1]
+    args = [*args[:5], number, number]
+    program = compile_call(diag._diag_kernel, (grid, args, kwargs), 90)
+    assert program.spill_bytes == 0
+    assert widths(program.instructions, "LDG")[16] == 8
+
+
 def test_a_scheduled_lr_is_no_argument():
     first, second = (diag_call("rmsprop", (F32, F32), lr) for lr in (0.1, 0.05))
     assert first[0] == second[0]

@@ -25,6 +25,7 @@ from bench.launches import (
 )
 from bench.machine_code import LOCAL_MEMORY, TENSOR_CORE, first_index, widths
 from bench.occupancy import CHIPS
+from bench.offline import compile_call
 from rootfree_fused.kernels import gemm, matrix, tiles
 
 pytestmark = pytest.mark.skipif(
@@ -185,6 +186,20 @@ def test_parameters_and_gradients_of_every_dtype(architecture, dtypes, momentum)
             assert 16 * widths(program.instructions, "STG").get(16, 0) >= moved
 
 
+@pytest.mark.parametrize("name", ["gather", "factor_momenta", "factors", "params"])
+def test_a_gradient_scaler_costs_no_spill_and_no_width(name):
+    kernel, (grid, args, options) = matrix_calls("large_hopper")[name]
+    number = torch.zeros(3)[1]  # a view: no alignment beyond its own
+    assert args.count(None) == 1
+    scaled = [number if arg is None else arg for arg in args]
+    program = compile_call(kernel, (grid, scaled, options), 90)
+    assert program.spill_bytes == 0
+    plain = matrix_program(name, "large_hopper", 90)
+    for operation in ("LDG", "STG"):
+        wide, expected = (widths(p.instructions, operation).get(16) for p in (program, plain))
+        assert wide == expected, operation
+
+
 def test_models_of_other_sizes_recompile_nothing():
     """Sizes, counts and addresses are in tables; arguments are tables, aligned as they are."""
     many = [((256, 256), DENSE, 3), ((24, 7), DENSE, 5), ((7, 9), (False, False), 1)]
@@ -193,6 +208,7 @@ def test_models_of_other_sizes_recompile_nothing():
     for name in MATRIX_KERNELS:
         (_, (_, args, options)), (_, (_, others, other_options)) = few[name], more[name]
         assert options == other_options
-        assert all(isinstance(arg, torch.Tensor) for arg in args)
-        aligned = [arg.data_ptr() % 16 == 0 for arg in args]
-        assert aligned == [arg.data_ptr() % 16 == 0 for arg in others]
+        tensors, other_tensors = ([t for t in ts if t is not None] for ts in (args, others))
+        assert all(isinstance(t, torch.Tensor) for t in tensors)
+        aligned = [t.data_ptr() % 16 == 0 for t in tensors]
+        assert aligned == [t.data_ptr() % 16 == 0 for t in other_tensors]
