@@ -100,7 +100,7 @@ inline RmspropOptions next_rmsprop_options(Arguments& arguments) {
   options.damping = arguments.next<double>();
   options.weight_decay = arguments.next<double>();
   options.momentum = arguments.next<double>();
-  options.batch_size = arguments.next<double>();
+  options.batch_size = read_number(arguments.next_tensor(), "batch_size");
   options.decoupled = arguments.next<bool>();
   options.maximize = arguments.next<bool>();
   return options;
@@ -111,7 +111,7 @@ inline AdamwOptions next_adamw_options(Arguments& arguments) {
   options.beta2 = arguments.next<double>();
   options.damping = arguments.next<double>();
   options.weight_decay = arguments.next<double>();
-  options.batch_size = arguments.next<double>();
+  options.batch_size = read_number(arguments.next_tensor(), "batch_size");
   options.maximize = arguments.next<bool>();
   return options;
 }

@@ -172,11 +172,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
   m.def(
       "_rmsprop_cuda_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, "
       "Tensor(c!)[] momentum_buffers, Tensor lr, *, float alpha, float damping, "
-      "float weight_decay, float momentum, float batch_size, bool decoupled, bool maximize) -> ()");
+      "float weight_decay, float momentum, Tensor batch_size, bool decoupled, bool maximize) -> ()");
   m.def(
       "_adamw_cuda_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor? steps, Tensor lr, *, float beta1, float beta2, "
-      "float damping, float weight_decay, float batch_size, bool maximize) -> ()");
+      "float damping, float weight_decay, Tensor batch_size, bool maximize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CUDA, m) {

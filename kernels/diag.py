@@ -289,7 +289,7 @@ def launch_rmsprop(
     damping: float,
     weight_decay: float,
     momentum: float,
-    batch_size: float,
+    batch_size: float | Tensor,
     decoupled: bool,
     maximize: bool,
     **scaling: Tensor | None,
@@ -297,7 +297,8 @@ def launch_rmsprop(
     """One root-free RMSProp step on every tensor.
 
     lr is a number, or a 0-d float32 or float64 tensor, on the CPU or on the parameters' device;
-    there a captured graph reads it at every replay. scaling: grad_scale, by which the gradients
+    there a captured graph reads it at every replay. batch_size is a number, or a 0-d tensor on the
+    CPU. scaling: grad_scale, by which the gradients
     were multiplied, and found_inf, which is 0 unless the step is to be skipped; as lr, or None.
     """
     _launch(
@@ -307,7 +308,7 @@ def launch_rmsprop(
         None,
         scaling,
         -1.0 if maximize else 1.0,
-        batch_size,
+        float(batch_size),
         damping,
         weight_decay if decoupled else 0.0,
         0.0 if decoupled else weight_decay,
@@ -326,7 +327,7 @@ def launch_adamw(
     beta2: float,
     damping: float,
     weight_decay: float,
-    batch_size: float,
+    batch_size: float | Tensor,
     maximize: bool,
     **scaling: Tensor | None,
 ) -> None:
@@ -342,7 +343,7 @@ def launch_adamw(
         steps,
         scaling,
         -1.0 if maximize else 1.0,
-        batch_size,
+        float(batch_size),
         damping,
         weight_decay,
         beta1,

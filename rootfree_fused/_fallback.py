@@ -30,6 +30,8 @@ def rmsprop_(
     square_avgs: list[Tensor],
     momentum_buffers: list[Tensor],
     lr: Tensor,
+    *,
+    batch_size: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     **scalars: Any,
@@ -38,8 +40,9 @@ def rmsprop_(
         return
     grads = unscaled(grads, grad_scale)
     buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
     for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
-        diag.rmsprop_(p, g, s, buf, lr=lr.double(), **scalars)
+        diag.rmsprop_(p, g, s, buf, **scalars)
 
 
 def adamw_(
@@ -49,6 +52,8 @@ def adamw_(
     exp_avg_sqs: list[Tensor],
     steps: Tensor | None,
     lr: Tensor,
+    *,
+    batch_size: Tensor,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     **scalars: Any,
@@ -57,8 +62,9 @@ def adamw_(
         return
     grads = unscaled(grads, grad_scale)
     counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
+    scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
     for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
-        diag.adamw_(p, g, m, s, t, lr=lr.double(), **scalars)
+        diag.adamw_(p, g, m, s, t, **scalars)
 
 
 def ifshampoo_(

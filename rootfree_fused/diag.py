@@ -16,12 +16,12 @@ from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 
 
 def _rmsprop_settings(group: Group) -> dict[str, Any]:
+    """All but lr and batch_size, which operators take as tensors and launches as numbers."""
     return {
         "alpha": group["alpha"],
         "damping": group["damping"],
         "weight_decay": group["weight_decay"],
         "momentum": group["momentum"],
-        "batch_size": float(group["batch_size"]),
         "decoupled": group["weight_decay_mode"] == "decoupled",
         "maximize": group["maximize"],
     }
@@ -34,7 +34,6 @@ def _adamw_settings(group: Group) -> dict[str, Any]:
         "beta2": beta2,
         "damping": group["damping"],
         "weight_decay": group["weight_decay"],
-        "batch_size": float(group["batch_size"]),
         "maximize": group["maximize"],
     }
 
@@ -60,6 +59,7 @@ def update_rmsprop_(
         momentum_buffers(states, group["momentum"]),
         ops.as_scalar_tensor(group["lr"]),
         **_rmsprop_settings(group),
+        batch_size=ops.as_scalar_tensor(group["batch_size"]),
         **scaling,
     )
 
@@ -164,7 +164,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
             return None
 
         def run(plan: Any, group: Group, scaling: Scaling) -> None:
-            settings = _rmsprop_settings(group)
+            settings = {**_rmsprop_settings(group), "batch_size": group["batch_size"]}
             kernels.launch_rmsprop(plan, _launch_lr(group), **settings, **scaling)
 
         return Launch(plan, run, kernels.move_grads)
@@ -255,6 +255,7 @@ class RootFreeAdamW(RootFreeOptimizer):
             work.steps if group["bias_correction"] else None,
             ops.as_scalar_tensor(group["lr"]),
             **_adamw_settings(group),
+            batch_size=ops.as_scalar_tensor(group["batch_size"]),
             **work.scaling,
         )
 
@@ -268,7 +269,7 @@ class RootFreeAdamW(RootFreeOptimizer):
 
         def run(plan: Any, group: Group, scaling: Scaling) -> None:
             counts = steps if group["bias_correction"] else None
-            settings = _adamw_settings(group)
+            settings = {**_adamw_settings(group), "batch_size": group["batch_size"]}
             kernels.launch_adamw(plan, counts, _launch_lr(group), **settings, **scaling)
 
         return Launch(plan, run, kernels.move_grads)

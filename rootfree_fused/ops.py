@@ -18,17 +18,18 @@ from ._checks import check_hyperparameters, check_scaling, check_tensors, descri
 
 WeightDecayMode = Literal["decoupled", "momentum"]
 
+# lr and batch_size are 0-d tensors, so that a compiled step needs no recompile for other values.
 _library = torch.library.Library("rootfree_fused", "DEF")
 _library.define(
     "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, "
     "Tensor(c!)[] momentum_buffers, Tensor lr, *, float alpha, float damping, "
-    "float weight_decay, float momentum, float batch_size, bool decoupled, bool maximize, "
+    "float weight_decay, float momentum, Tensor batch_size, bool decoupled, bool maximize, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 _library.define(
     "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor? steps, Tensor lr, *, float beta1, float beta2, "
-    "float damping, float weight_decay, float batch_size, bool maximize, "
+    "float damping, float weight_decay, Tensor batch_size, bool maximize, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 _library.define(
@@ -119,7 +120,7 @@ def rmsprop_(
         damping=damping,
         weight_decay=weight_decay,
         momentum=momentum,
-        batch_size=batch_size,
+        batch_size=as_scalar_tensor(batch_size),
         decoupled=weight_decay_mode == "decoupled",
         maximize=maximize,
         grad_scale=grad_scale,
@@ -197,7 +198,7 @@ def adamw_(
         beta2=betas[1],
         damping=damping,
         weight_decay=weight_decay,
-        batch_size=batch_size,
+        batch_size=as_scalar_tensor(batch_size),
         maximize=maximize,
         grad_scale=grad_scale,
         found_inf=found_inf,
@@ -215,12 +216,12 @@ def launcher(params: list[Tensor]) -> Any:
     return _dispatch.launcher(params)
 
 
-def as_scalar_tensor(lr: float | Tensor) -> Tensor:
-    """A learning rate as the 0-d float32 or float64 tensor that the operators take."""
-    if isinstance(lr, Tensor):
-        lr = lr.detach().reshape(())
-        return lr if lr.dtype in (torch.float32, torch.float64) else lr.float()
-    return torch.tensor(lr, dtype=torch.float64)
+def as_scalar_tensor(value: float | Tensor) -> Tensor:
+    """A number as the 0-d float32 or float64 tensor that the operators take."""
+    if isinstance(value, Tensor):
+        value = value.detach().reshape(())
+        return value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:

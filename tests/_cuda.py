@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from _operators import for_operators
 from torch.utils.cpp_extension import include_paths, library_paths
 
 TESTS = Path(__file__).parent
@@ -43,4 +44,8 @@ def real() -> SimpleNamespace:
 
 
 def _operators(namespace) -> SimpleNamespace:
-    return SimpleNamespace(rmsprop_=namespace._rmsprop_cuda_, adamw_=namespace._adamw_cuda_)
+    def taking_numbers(operator):
+        return lambda *tensors, **scalars: operator(*tensors, **for_operators(scalars))
+
+    operators = {"rmsprop_": namespace._rmsprop_cuda_, "adamw_": namespace._adamw_cuda_}
+    return SimpleNamespace(**{name: taking_numbers(o) for name, o in operators.items()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 RMSPROP = {
     "alpha": 0.9,
     "damping": 1e-3,
@@ -19,3 +21,8 @@ ADAMW = {
     "batch_size": 8.0,
     "maximize": False,
 }
+
+
+def for_operators(scalars):
+    """The same as the operators take them: with batch_size as a tensor."""
+    return {**scalars, "batch_size": torch.as_tensor(scalars["batch_size"], dtype=torch.float64)}

@@ -18,7 +18,7 @@ from _layouts import (
     reversed_axes,
     transposed,
 )
-from _operators import ADAMW, RMSPROP
+from _operators import ADAMW, RMSPROP, for_operators
 
 from rootfree_fused import ops
 from rootfree_fused.reference import diag as reference
@@ -110,7 +110,7 @@ class Problem:
 
 
 def call(name, params, grads, states, steps, scalars, lr=0.5):
-    lr = torch.tensor(lr, dtype=F64)
+    lr, scalars = torch.tensor(lr, dtype=F64), for_operators(scalars)
     with torch.no_grad():
         if name == "rmsprop_":
             buffers = states[1] if len(states) == 2 else []
@@ -292,9 +292,8 @@ def test_nan_and_infinity_propagate_as_in_the_reference(update):
 def test_lr_is_read_in_its_own_precision():
     for lr in (torch.tensor(0.1, dtype=F64), torch.tensor(0.1, dtype=F32)):
         p, g, s = (torch.ones(3, dtype=F64) for _ in range(3))
-        torch.ops.rootfree_fused.rmsprop_(
-            [p], [g], [s], [], lr, **{**RMSPROP, "alpha": 1.0, "damping": 0.0, "weight_decay": 0.0}
-        )
+        scalars = {**RMSPROP, "alpha": 1.0, "damping": 0.0, "weight_decay": 0.0}
+        torch.ops.rootfree_fused.rmsprop_([p], [g], [s], [], lr, **for_operators(scalars))
         assert torch.equal(p, torch.full_like(p, 1 - lr.item()))
 
 
@@ -378,7 +377,7 @@ def test_misuse_changes_nothing(case):
     arguments |= changes
     before = {name: [t.clone() for t in arguments[name]] for name in names}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.rootfree_fused.adamw_(*arguments.values(), **ADAMW)
+        torch.ops.rootfree_fused.adamw_(*arguments.values(), **for_operators(ADAMW))
     for name in names:
         for tensor, old in zip(arguments[name], before[name], strict=True):
             assert torch.equal(tensor, old)

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from _operators import ADAMW, RMSPROP
+from _operators import ADAMW, RMSPROP, for_operators
 from _optimizers import (
     DIAGONAL,
     assert_identical,
@@ -35,11 +35,12 @@ def lists(device, count=4):
 
 def operator_calls(device):
     steps = torch.tensor([1.0, 3.0], device=device)
+    rmsprop, adamw = for_operators(RMSPROP), for_operators(ADAMW)
     return {
-        "rmsprop_": ((*lists(device), LR), RMSPROP),
-        "rmsprop_ without momentum": ((*lists(device, 3), [], LR), {**RMSPROP, "momentum": 0.0}),
-        "adamw_": ((*lists(device), None, LR), ADAMW),
-        "adamw_ with steps": ((*lists(device), steps, LR), ADAMW),
+        "rmsprop_": ((*lists(device), LR), rmsprop),
+        "rmsprop_ without momentum": ((*lists(device, 3), [], LR), {**rmsprop, "momentum": 0.0}),
+        "adamw_": ((*lists(device), None, LR), adamw),
+        "adamw_ with steps": ((*lists(device), steps, LR), adamw),
     }
 
 
@@ -65,17 +66,38 @@ def test_meta_tensors_cost_nothing(call):
 
 @pytest.mark.parametrize("name", DIAGONAL)
 def test_compiled_step_is_the_eager_step(name, device):
-    """Whole step in one graph, the same bits, and a scheduled Tensor lr without a recompile."""
+    """Whole step in one graph, the same bits, and a scheduled Tensor lr without a recompile.
+
+    A number that changes for the first time recompiles once, and is read from then on.
+    """
     torch._dynamo.reset()
     params, twins = (parameters((6, 4), (3,), (), device=device) for _ in range(2))
     lr = torch.tensor(0.05, device=device)
     eager, compiled = build(name, params, lr=lr), build(name, twins, lr=lr)
     step = torch.compile(compiled.step, fullgraph=True)
-    for t in range(4):
+    for t in range(6):
         set_grads(params, seed=t)
         for p, q in zip(params, twins, strict=True):
             q.grad = p.grad.clone() if q.grad is None else q.grad.copy_(p.grad)
         lr.fill_(0.05 / (t + 1))
+        for optimizer in (eager, compiled):
+            optimizer.param_groups[0]["batch_size"] = max(t, 1) * 8
+        with torch.compiler.set_stance("default" if t in (0, 2) else "fail_on_recompile"):
+            step()
+        eager.step()
+        assert_identical(snapshot(compiled, twins), snapshot(eager, params))
+
+
+@pytest.mark.parametrize("name", ["ifshampoo", "ifshampoo-interval"])
+def test_a_compiled_step_of_matrices_leaves_the_graph_and_never_recompiles(name, device):
+    torch._dynamo.reset()
+    params, twins = (parameters((6, 4), (3,), device=device) for _ in range(2))
+    eager, compiled = build(name, params), build(name, twins)
+    step = torch.compile(compiled.step, backend="eager")
+    for t in range(5):
+        for optimizer, tensors_ in ((eager, params), (compiled, twins)):
+            set_grads(tensors_, seed=t)
+            optimizer.param_groups[0] |= {"lr": 0.05 / (t + 1), "batch_size": 8 * (t + 1)}
         with torch.compiler.set_stance("fail_on_recompile" if t else "default"):
             step()
         eager.step()
