@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from copy import deepcopy
 from itertools import chain
 from typing import Any, NamedTuple, overload
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import ops
+from ._capturing import check_capturable, is_capturing
 from ._checks import HYPERPARAMETERS, check_hyperparameters, check_param
 from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
 from ._scaling import Scaling, on_host, scaling_of, steps_taken
@@ -80,6 +81,13 @@ class RootFreeOptimizer(Optimizer):
     def _update(self, index: int, work: Work) -> None:
         """Update parameters and states of a group in place."""
         raise NotImplementedError
+
+    def _next_kind(self) -> Hashable:
+        """What tells the next step's kernels from another's; None where it cannot be known."""
+        return ()
+
+    def _count_replay(self) -> None:
+        """Note on the host that a graph took a step."""
 
     def _prepare(self, index: int, work: Work) -> Launch | None:
         """What `_update` would do at every step on these tensors, if something can do it faster."""
@@ -148,7 +156,8 @@ class RootFreeOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._refuse_capture()
+        if is_capturing():
+            self._check_capture()
         if not torch.compiler.is_compiling():
             for index, group in enumerate(self.param_groups):
                 self._check_if_changed(index, group)
@@ -190,16 +199,9 @@ class RootFreeOptimizer(Optimizer):
             self._prepared.keep(index, prepared)
         ops.mark_changed(params)
 
-    def _refuse_capture(self) -> None:
-        if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
-            return
-        if torch.cuda.is_current_stream_capturing() and not all(
-            group["capturable"] for group in self.param_groups
-        ):
-            raise RuntimeError(
-                "step() was called under CUDA graph capture with capturable=False; "
-                "pass capturable=True so that the step count lives on the device"
-            )
+    def _check_capture(self) -> None:
+        """Refuse to be captured where replays would not be steps."""
+        check_capturable(self.param_groups)
 
     def _gather(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and the gradients; checked before anything moves."""
@@ -262,6 +264,7 @@ class RootFreeOptimizer(Optimizer):
         """Drop everything derived; the next step rebuilds it from groups and state."""
         self._forget()
         self._prepared = PreparedSteps()
+        self._captured_by_kind = False  # by CapturedStep
         self._stacked_steps: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:

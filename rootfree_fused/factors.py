@@ -142,13 +142,14 @@ class Bucket:
         return len({due[i] for i in self.members}) == 1
 
     def products_are_stale(self) -> bool:
-        """Whether the factors were written by anything but the operator; notes what they are now.
+        """Whether the factors were written by anything but the operator since `note_versions`.
 
         The operator does not count as a write (it keeps the products itself); a load does.
         """
-        versions = [factor._version for factor in self.factors]
-        stale, self.versions = versions != self.versions, versions
-        return stale
+        return [factor._version for factor in self.factors] != self.versions
+
+    def note_versions(self) -> None:
+        self.versions = [factor._version for factor in self.factors]
 
 
 @dataclass

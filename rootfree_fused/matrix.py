@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
+from ._capturing import check_schedules
 from ._scaling import Scaling
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 from .diag import update_rmsprop_
@@ -190,18 +192,44 @@ class IFShampoo(RootFreeOptimizer):
 
     def _due(self, index: int, group: Group, steps: Tensor, skippable: bool) -> list[bool]:
         """Which parameters update their factors at this step."""
-        interval, schedule = group["update_interval"], group["update_schedule"]
         source, counts = self._counts.pop(index, (None, []))
-        if interval == 1:
+        if group["update_interval"] == 1:
             return [True] * len(steps)
         if source is steps and not skippable:  # nothing waits for the device
             counts = [count + 1 for count in counts]
         else:
             counts = steps.int().tolist()
-        if steps.device.type != "cpu":
+        if group["capturable"] or not steps.is_cpu:
             self._counts[index] = steps, counts
-        due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
-        return [due[count] for count in counts]
+        return _due_at(counts, group)
+
+    def _next_kind(self) -> Hashable:
+        kinds: list[Hashable] = []
+        for index, group in enumerate(self.param_groups):
+            plan = self._plans.get(index)
+            if plan is None or any(bucket.products_are_stale() for bucket in plan.buckets):
+                return None
+            if group["update_interval"] > 1:
+                if index not in self._counts:
+                    return None
+                _, counts = self._counts[index]
+                kinds.append(tuple(_due_at([count + 1 for count in counts], group)))
+        return tuple(kinds)
+
+    def _count_replay(self) -> None:
+        for index, (steps, counts) in self._counts.items():
+            self._counts[index] = steps, [count + 1 for count in counts]
+
+    def _check_capture(self) -> None:
+        super()._check_capture()
+        check_schedules(self.param_groups, by_kind=self._captured_by_kind)
+
+
+def _due_at(counts: list[int], group: Group) -> list[bool]:
+    """Which of the parameters update their factors at these steps, counted from 1."""
+    interval, schedule = group["update_interval"], group["update_schedule"]
+    due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
+    return [due[count] for count in counts]
 
 
 def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
@@ -217,7 +245,9 @@ def _update_matrices(
     grads: list[Tensor],
     states: list[State],
 ) -> None:
-    stale = [bucket.products_are_stale() for bucket in buckets]
+    refresh_products = any(bucket.products_are_stale() for bucket in buckets)
+    for bucket in buckets:
+        bucket.note_versions()
     torch.ops.rootfree_fused.ifshampoo_(
         params,
         grads,
@@ -229,7 +259,7 @@ def _update_matrices(
         ops.as_scalar_tensor(group["lr"]),
         axes=[len(bucket.factors) for bucket in buckets],
         update_factors=update_factors,
-        refresh_products=any(stale),
+        refresh_products=refresh_products,
         factor_lr=group["factor_lr"],
         factor_momentum=group["factor_momentum"],
         damping=group["damping"],

@@ -11,12 +11,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "rootfree_fused"
 # What each module may import of the package itself.
 ALLOWED = {
-    "__init__": {"batch_size", "diag", "matrix"},
+    "__init__": {"batch_size", "capture", "diag", "matrix"},
     "batch_size": set(),
-    "matrix": {"_base", "_scaling", "_state", "diag", "factors", "ops", "reference"},
+    "capture": {"_base"},
+    "matrix": {"_base", "_capturing", "_scaling", "_state", "diag", "factors", "ops", "reference"},
     "factors": {"_state"},
     "diag": {"_base", "_prepared", "_scaling", "_state", "ops"},
-    "_base": {"_checks", "_prepared", "_scaling", "_state", "ops"},
+    "_capturing": set(),
+    "_base": {"_capturing", "_checks", "_prepared", "_scaling", "_state", "ops"},
     "_prepared": {"_scaling", "_state"},
     "_scaling": set(),
     "_state": {"_checks"},
