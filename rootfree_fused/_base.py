@@ -373,6 +373,8 @@ class RootFreeOptimizer(Optimizer):
         for key, initial in self._full_spec(param, group).items():
             if key in loaded:
                 device = _device(key, param, group)
-                if key not in state or state[key].device != device:
+                # Other structures, merged axes: the checkpoint's settings come with its shapes.
+                fits = key in state and state[key].shape == loaded[key].shape
+                if not fits or state[key].device != device:
                     state[key] = initial(device)
                 state[key].copy_(loaded[key])
