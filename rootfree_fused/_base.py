@@ -25,6 +25,7 @@ from ._prepared import Launch, Prepared, PreparedSteps, can_compare, fingerprint
 from ._state import (
     Initial,
     State,
+    by_place,
     check_saved,
     initial_step,
     loaded_group,
@@ -259,6 +260,9 @@ class RootFreeOptimizer(Optimizer):
         """As torch.optim; no tensor in it shares storage with another parameter's.
 
         Dtypes in groups are saved by name.
+
+        Raises:
+            ValueError: there is state of a parameter that no group has.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -270,7 +274,7 @@ class RootFreeOptimizer(Optimizer):
             for param in group["params"]:
                 places.setdefault(param, len(places))
             groups.append({**saved_group(group), "params": [places[p] for p in group["params"]]})
-        state = unstacked({places[param]: state for param, state in self.state.items()})
+        state = unstacked(by_place(self.state, places))
 
         state_dict = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():

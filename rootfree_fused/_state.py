@@ -82,6 +82,23 @@ def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
     }
 
 
+def by_place(states: Mapping[Any, State], places: Mapping[Any, int]) -> dict[int, State]:
+    """The states by their parameters' places in the groups.
+
+    Raises:
+        ValueError: state of what no group has; an empty entry, which a mere look at
+            `optimizer.state[other]` leaves, is none.
+    """
+    kept = {param: state for param, state in states.items() if state}
+    if strangers := kept.keys() - places.keys():
+        names = [tuple(s.shape) if isinstance(s, Tensor) else s for s in strangers]
+        raise ValueError(
+            f"optimizer.state has entries that no group has, of shapes or keys {names}: a "
+            "checkpoint cannot name them; delete optimizer.state[param] when param leaves its group"
+        )
+    return {places[param]: state for param, state in kept.items()}
+
+
 def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with dtypes by name: torch.distributed gathers tensors, numbers and strings alone."""
     return {

@@ -148,3 +148,20 @@ def test_load_hooks_run_in_order(name, device):
     optimizer.register_load_state_dict_post_hook(lambda o: calls.append("post"))
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["pre", "post"]
+
+
+def test_state_of_what_no_group_has_is_named_and_a_look_is_not_state(name):
+    """torch raises a KeyError of an address, for a parameter that was only looked up too."""
+    params = parameters(*SHAPES)
+    optimizer = build(name, params)
+    run(optimizer, params, 1)
+    (other,) = parameters((9, 2))
+    assert optimizer.state[other] == {}
+    assert list(optimizer.state_dict()["state"]) == list(range(len(params)))
+    left = optimizer.param_groups[0]["params"].pop(0)
+    with pytest.raises(ValueError, match=r"no group has, .*\[\(7, 5\)\].*delete optimizer.state"):
+        optimizer.state_dict()
+    del optimizer.state[left]
+    saved = optimizer.state_dict()
+    assert list(saved["state"]) == list(range(len(params) - 1))
+    optimizer.load_state_dict(saved)
