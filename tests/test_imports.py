@@ -17,6 +17,7 @@ ALLOWED = {
     "factors": {"_state"},
     "diag": {"_base", "_prepared", "_state", "ops"},
     "_base": {"_checks", "_prepared", "_state", "ops"},
+    "convert": {"_base", "_state", "diag", "factors", "matrix", "reference"},
     "_prepared": {"_state"},
     "_state": {"_checks"},
     "ops": {"_checks", "_dispatch"},
