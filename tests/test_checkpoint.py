@@ -36,6 +36,33 @@ def test_resume_is_bit_exact(name, device, dtype):
     assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_read_on_the_cpu_goes_where_its_parameters_are(name, device, capturable, monkeypatch):
+    """map_location="cpu", into an optimizer whose model was on another device when it was built."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+
+    def build_model(on):
+        model = torch.nn.ParameterList(parameters(*SHAPES, device=on))
+        return model, build(name, model.parameters(), capturable=capturable)
+
+    model, optimizer = build_model(device)
+    params = list(model)
+    run(optimizer, params, 4)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+
+    other, resumed = build_model("meta")
+    other.to_empty(device=device)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert_identical(snapshot(resumed, list(other)), snapshot(optimizer, params))
+    run(optimizer, params, 3, first=4)
+    run(resumed, list(other), 3, first=4)
+    assert_identical(snapshot(resumed, list(other)), snapshot(optimizer, params))
+
+
 def test_a_checkpoint_is_as_large_as_its_state(name):
     params = parameters(*[(8, 8)] * 100)
     optimizer = build(name, params)
