@@ -13,6 +13,7 @@ from _comparison import assert_no_worse_than
 from _layouts import cropped, expanded_rows, gapped, misaligned, reversed_axes, transposed
 from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
 from _truth import start, step_
+from conftest import DEVICES
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -95,13 +96,13 @@ def deterministic(examples):
 class Trial:
     """An optimizer, and the settings that its groups must have, taken through drawn steps."""
 
-    def __init__(self, name, groups, dtype):
+    def __init__(self, name, groups, dtype, device):
         self.name, self.cls = name, SETTINGS[name][0]
         self.layouts = [layout for group in groups for _, layout in group]
         seeded = torch.Generator().manual_seed(0)
         params = [
             [
-                laid_out(layout, torch.randn(shape, generator=seeded).to(dtype))
+                laid_out(layout, torch.randn(shape, generator=seeded).to(device, dtype))
                 for shape, layout in g
             ]
             for g in groups
@@ -138,7 +139,8 @@ class Trial:
         """What lies between a parameter's elements is as it was."""
         for (p, _), layout in zip(self.owned(), self.layouts, strict=True):
             if layout in ("gapped", "cropped") and p.dim():
-                everything = torch.empty(0, dtype=p.dtype).set_(p.untyped_storage()).clone()
+                nothing = torch.empty(0, dtype=p.dtype, device=p.device)
+                everything = nothing.set_(p.untyped_storage()).clone()
                 everything.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(7)
                 assert (everything == 7).all()
 
@@ -150,11 +152,12 @@ def declare_buffers_(states, owned, dtype):
             state.setdefault("momentum_buffer", torch.zeros(param.shape, dtype=dtype))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @deterministic(200)
 @hypothesis.given(**CASE)
-def test_a_float64_trajectory_is_the_specification_s(name, groups, steps):
-    trial = Trial(name, groups, torch.float64)
-    params = [p.detach().clone() for p, _ in trial.owned()]
+def test_a_float64_trajectory_is_the_specification_s(device, name, groups, steps):
+    trial = Trial(name, groups, torch.float64, device)
+    params = [p.detach().to("cpu", copy=True) for p, _ in trial.owned()]
     states = [start(trial.cls, p, group, torch.float64) for p, group in trial.owned()]
     declare_buffers_(states, trial.owned(), torch.float64)
     for t, step in enumerate(steps):
@@ -162,13 +165,13 @@ def test_a_float64_trajectory_is_the_specification_s(name, groups, steps):
         declare_buffers_(states, trial.owned(), torch.float64)
         for q, state, (p, group) in zip(params, states, trial.owned(), strict=True):
             if p.grad is not None:
-                step_(trial.cls, q, p.grad, state, group)
+                step_(trial.cls, q, p.grad.cpu(), state, group)
         trial.optimizer.step()
     for q, state, (p, _) in zip(params, states, trial.owned(), strict=True):
         kept = trial.optimizer.state[p]
         assert kept.keys() == state.keys()
         for key, expected in [("param", q), *state.items()]:
-            actual = p.detach() if key == "param" else kept[key]
+            actual = (p.detach() if key == "param" else kept[key]).cpu()
             scale = expected.abs().max() if expected.numel() else 1.0
             assert actual.shape == expected.shape
             assert ((actual - expected).abs() <= 1e-10 * scale).all(), key
@@ -183,15 +186,16 @@ def in_dtype(state, dtype=None):
     }
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @deterministic(200)
 @hypothesis.given(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), **CASE)
-def test_every_step_is_as_near_to_float64_as_the_eager_one(name, groups, steps, dtype):
+def test_every_step_is_as_near_to_float64_as_the_eager_one(device, name, groups, steps, dtype):
     """From where the optimizer is, a step in float64 and one of the specification's in its dtypes.
 
     The parameters of a case are compared as one, like any state of theirs: of the few elements of a
     single one, an eager result can be exact by chance.
     """
-    trial = Trial(name, groups, dtype)
+    trial = Trial(name, groups, dtype, device)
     for t, step in enumerate(steps):
         trial.prepare(t, step)
         trial.optimizer.state_dict()  # declares the buffers that a changed momentum needs
