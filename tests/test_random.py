@@ -12,7 +12,7 @@ import torch
 from _comparison import assert_no_worse_than
 from _layouts import cropped, expanded_rows, gapped, misaligned, reversed_axes, transposed
 from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
-from _truth import start, step_
+from _truth import start, step_, stepped
 from conftest import DEVICES
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -178,14 +178,6 @@ def test_a_float64_trajectory_is_the_specification_s(device, name, groups, steps
     trial.check_gaps()
 
 
-def in_dtype(state, dtype=None):
-    """A copy of a state, in its own dtypes or in another; step counts stay what they are."""
-    return {
-        key: value.clone() if key == "step" or dtype is None else value.to(dtype, copy=True)
-        for key, value in state.items()
-    }
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @deterministic(200)
 @hypothesis.given(dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), **CASE)
@@ -204,10 +196,7 @@ def test_every_step_is_as_near_to_float64_as_the_eager_one(device, name, groups,
             if p.grad is None:
                 continue
             for results, to in ((eager, None), (truth, torch.float64)):
-                param = p.detach().to(to or dtype, copy=True)
-                state = in_dtype(trial.optimizer.state[p], to)
-                step_(trial.cls, param, p.grad.to(to or dtype), state, group)
-                results.append({"param": param, **state})
+                results.append(stepped(trial.cls, p, trial.optimizer.state[p], group, to))
             moved.append(p)
         trial.optimizer.step()
         ours = [{"param": p.detach(), **trial.optimizer.state[p]} for p in moved]
