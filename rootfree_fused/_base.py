@@ -26,7 +26,9 @@ from ._state import (
     Initial,
     State,
     by_place,
+    check_named,
     check_saved,
+    check_state_dict,
     initial_step,
     loaded_group,
     saved_group,
@@ -298,16 +300,13 @@ class RootFreeOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
 
+        check_state_dict(state_dict)
         saved_groups = deepcopy(state_dict["param_groups"])
         groups = self._merge_groups(saved_groups)
         keys = list(chain.from_iterable(g["params"] for g in saved_groups))
         owners = [(param, group) for group in groups for param in group["params"]]
         saved = state_dict["state"]
-        if unknown := saved.keys() - set(keys):
-            raise ValueError(
-                f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
-                "groups names; load it into the optimizer that saved it and save it again"
-            )
+        check_named(saved, keys)
         # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
         loaded = [
             (param, group, self._check_loaded(key, param, group, saved.get(key, {})))

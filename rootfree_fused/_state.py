@@ -118,6 +118,24 @@ def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
     }
 
 
+def check_state_dict(state_dict: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless it has the two parts that every optimizer's state_dict has."""
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"state_dict has the keys {sorted(state_dict, key=str)}, without "
+            f"{', '.join(sorted(missing))}; pass what state_dict() of the optimizer returned"
+        )
+
+
+def check_named(saved: Mapping[Any, Any], keys: Sequence[Any]) -> None:
+    """Raise a ValueError for state of a parameter that is not among the keys of the groups."""
+    if unknown := saved.keys() - set(keys):
+        raise ValueError(
+            f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
+            "groups names; load it into the optimizer that saved it and save it again"
+        )
+
+
 def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any]) -> State:
     """The saved values as tensors that the declared state can take without a loss.
 

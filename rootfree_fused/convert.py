@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._base import Group, RootFreeOptimizer
-from ._state import State, saved_group
+from ._state import State, check_state_dict, saved_group
 from .diag import RootFreeAdamW
 from .factors import layout_of
 from .matrix import IFShampoo
@@ -216,10 +216,7 @@ def _released_batch_size(source: Any) -> float:
 
 def _state_dict(source: Optimizer | Mapping[str, Any]) -> Mapping[str, Any]:
     saved = source if isinstance(source, Mapping) else source.state_dict()
-    if not {"state", "param_groups"} <= saved.keys():
-        raise ValueError(
-            f"the source has the keys {sorted(saved)}; pass an optimizer or its state_dict()"
-        )
+    check_state_dict(saved)
     return saved
 
 

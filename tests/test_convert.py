@@ -285,7 +285,7 @@ def test_what_sirfshampoo_has_and_ours_does_not_is_refused():
         },
         "no 'preconditioner'": without("preconditioner"),
         "no 'global_step'": without("global_step"),
-        "pass an optimizer or its state_dict": without("state"),
+        "without state; pass what": without("state"),
         "has 2 parameters but the optimizer has 3": {
             **source,
             "param_groups": source["param_groups"][:2],
