@@ -74,8 +74,8 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
         source: a `sirfshampoo.SIRFShampoo` on the parameters of `optimizer`, or its `state_dict()`,
             whose parameters must then come in the order of those of `optimizer`.
         optimizer: an IFShampoo with the factor_dtype that the source has (preconditioner_dtypes).
-            Its `batch_size` stays where the source counted its batches itself; so do `capturable`
-            and what concerns other updates alone. It is not changed.
+            Its `batch_size` stays where the source counted its batches itself, as do `alpha` and
+            `capturable`. It is not changed.
 
     Raises:
         ValueError: a structure, a schedule or a dtype that IFShampoo does not have, parameters that
@@ -142,7 +142,9 @@ def from_released_code(
                 "source is a state_dict, which for the released IF-Shampoo lacks the factors; pass "
                 "the LocalOptimizer_GGT itself"
             )
-        return _from_released_shampoo(source, optimizer)
+        return _from_released_shampoo(
+            _checked(source, "params_list", "precond_B_blocks"), optimizer
+        )
     saved = _state_dict(source)
     adamw = isinstance(optimizer, RootFreeAdamW)
     names, moment = (_ADAMW, "exp_avg_sq") if adamw else (_RMSPROP, "square_avg")
@@ -150,7 +152,7 @@ def from_released_code(
     if not adamw:
         own["weight_decay_mode"] = "momentum"
     if not isinstance(source, Mapping):
-        released: Any = source
+        released = _checked(source, "batch_averaged", "batch_size", *(["bias_correction"] * adamw))
         own["batch_size"] = _released_batch_size(released)
         if adamw:
             own["bias_correction"] = released.bias_correction
@@ -207,6 +209,15 @@ def _from_released_shampoo(source: Any, optimizer: IFShampoo) -> dict[str, Any]:
 
     saved = source.state_dict()
     return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+
+
+def _checked(source: Any, *attributes: str) -> Any:
+    if missing := [name for name in attributes if not hasattr(source, name)]:
+        raise ValueError(
+            f"the source is a {type(source).__name__}, without {', '.join(missing)}; pass the "
+            "released optimizer of the class that is to be replaced"
+        )
+    return source
 
 
 def _released_batch_size(source: Any) -> float:

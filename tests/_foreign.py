@@ -61,6 +61,8 @@ def as_sirfshampoo(optimizer):
         ]
         for key in ("factor", "factor_momentum")
     )
+    if not group["factor_momentum"]:  # versions after 0.0.1 then keep none
+        momenta = [[None] * n for n in axes]
     buffers = {
         i: {"momentum_buffer": state["momentum_buffer"]}
         for i, state in enumerate(states)

@@ -320,6 +320,8 @@ def test_what_the_released_if_shampoo_cannot_hand_over_is_refused():
     others = parameters((4, 3), (5,), (3, 2, 2), dtype=FLOAT64)
     with pytest.raises(ValueError, match="has other parameters than the optimizer"):
         from_released_code(source, IFShampoo(others, batch_size=1))
+    with pytest.raises(ValueError, match="is a SGD, without params_list"):
+        from_released_code(torch.optim.SGD(params), optimizer)
 
 
 @pytest.mark.parametrize("cls", [RootFreeRMSprop, RootFreeAdamW])
@@ -339,3 +341,5 @@ def test_what_is_not_of_the_released_class_is_refused(cls):
     run(rooted, params, 1)
     with pytest.raises(ValueError, match="divides by a root"):
         from_released_code(rooted.state_dict(), optimizer)
+    with pytest.raises(ValueError, match=f"is a {type(rooted).__name__}, without batch_averaged"):
+        from_released_code(rooted, optimizer)
