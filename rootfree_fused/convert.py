@@ -134,8 +134,11 @@ def from_released_code(
     Raises:
         ValueError: a schedule or a dtype that IFShampoo does not have, other parameters, settings
             that differ in one group of `optimizer`, or no state of the class that it replaces.
-        TypeError: the `state_dict()` of a LocalOptimizer_GGT, which lacks the factors.
+        TypeError: the `state_dict()` of a LocalOptimizer_GGT, which lacks the factors, or an
+            `optimizer` of another package.
     """
+    if not isinstance(optimizer, RootFreeOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass one of rootfree_fused")
     if isinstance(optimizer, IFShampoo):
         if isinstance(source, Mapping):
             raise TypeError(

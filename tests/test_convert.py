@@ -343,3 +343,5 @@ def test_what_is_not_of_the_released_class_is_refused(cls):
         from_released_code(rooted.state_dict(), optimizer)
     with pytest.raises(ValueError, match=f"is a {type(rooted).__name__}, without batch_averaged"):
         from_released_code(rooted, optimizer)
+    with pytest.raises(TypeError, match="pass one of rootfree_fused"):
+        from_released_code(source, rooted)
