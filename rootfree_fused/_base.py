@@ -27,7 +27,10 @@ from ._scaling import Scaling, on_host, scaling_of, steps_taken
 from ._state import (
     Initial,
     State,
+    by_place,
+    check_named,
     check_saved,
+    check_state_dict,
     initial_step,
     loaded_group,
     saved_group,
@@ -279,6 +282,9 @@ class RootFreeOptimizer(Optimizer):
         """As torch.optim; no tensor in it shares storage with another parameter's.
 
         Dtypes in groups are saved by name.
+
+        Raises:
+            ValueError: there is state of a parameter that no group has.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -290,7 +296,7 @@ class RootFreeOptimizer(Optimizer):
             for param in group["params"]:
                 places.setdefault(param, len(places))
             groups.append({**saved_group(group), "params": [places[p] for p in group["params"]]})
-        state = unstacked({places[param]: state for param, state in self.state.items()})
+        state = unstacked(by_place(self.state, places))
 
         state_dict = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -314,16 +320,13 @@ class RootFreeOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
 
+        check_state_dict(state_dict)
         saved_groups = deepcopy(state_dict["param_groups"])
         groups = self._merge_groups(saved_groups)
         keys = list(chain.from_iterable(g["params"] for g in saved_groups))
         owners = [(param, group) for group in groups for param in group["params"]]
         saved = state_dict["state"]
-        if unknown := saved.keys() - set(keys):
-            raise ValueError(
-                f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
-                "groups names; load it into the optimizer that saved it and save it again"
-            )
+        check_named(saved, keys)
         # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
         loaded = [
             (param, group, self._check_loaded(key, param, group, saved.get(key, {})))
@@ -393,6 +396,8 @@ class RootFreeOptimizer(Optimizer):
         for key, initial in self._full_spec(param, group).items():
             if key in loaded:
                 device = _device(key, param, group)
-                if key not in state or state[key].device != device:
+                # Other structures, merged axes: the checkpoint's settings come with its shapes.
+                fits = key in state and state[key].shape == loaded[key].shape
+                if not fits or state[key].device != device:
                     state[key] = initial(device)
                 state[key].copy_(loaded[key])

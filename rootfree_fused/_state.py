@@ -82,6 +82,23 @@ def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
     }
 
 
+def by_place(states: Mapping[Any, State], places: Mapping[Any, int]) -> dict[int, State]:
+    """The states by their parameters' places in the groups.
+
+    Raises:
+        ValueError: state of what no group has; an empty entry, which a mere look at
+            `optimizer.state[other]` leaves, is none.
+    """
+    kept = {param: state for param, state in states.items() if state}
+    if strangers := kept.keys() - places.keys():
+        names = [tuple(s.shape) if isinstance(s, Tensor) else s for s in strangers]
+        raise ValueError(
+            f"optimizer.state has entries that no group has, of shapes or keys {names}: a "
+            "checkpoint cannot name them; delete optimizer.state[param] when param leaves its group"
+        )
+    return {places[param]: state for param, state in kept.items()}
+
+
 def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with dtypes by name: torch.distributed gathers tensors, numbers and strings alone."""
     return {
@@ -99,6 +116,24 @@ def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
         else value
         for key, value in saved.items()
     }
+
+
+def check_state_dict(state_dict: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless it has the two parts that every optimizer's state_dict has."""
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"state_dict has the keys {sorted(state_dict, key=str)}, without "
+            f"{', '.join(sorted(missing))}; pass what state_dict() of the optimizer returned"
+        )
+
+
+def check_named(saved: Mapping[Any, Any], keys: Sequence[Any]) -> None:
+    """Raise a ValueError for state of a parameter that is not among the keys of the groups."""
+    if unknown := saved.keys() - set(keys):
+        raise ValueError(
+            f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
+            "groups names; load it into the optimizer that saved it and save it again"
+        )
 
 
 def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any]) -> State:

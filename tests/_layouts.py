@@ -7,7 +7,7 @@ import torch
 
 def gapped(t):
     """Every second element of a larger tensor; the others are 7."""
-    base = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 7.0, dtype=t.dtype)
+    base = torch.full((*t.shape[:-1], 2 * t.shape[-1]), 7.0, dtype=t.dtype, device=t.device)
     base[..., ::2] = t
     return base[..., ::2]
 
@@ -22,12 +22,12 @@ def channels_last(t):
 
 def misaligned(t):
     """One element off the alignment of an allocation."""
-    base = torch.empty(t.numel() + 1, dtype=t.dtype)
+    base = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
     return base[1:].view(t.shape).copy_(t)
 
 
 def cropped(t):
-    base = torch.full([n + 2 for n in t.shape], 7.0, dtype=t.dtype)
+    base = torch.full([n + 2 for n in t.shape], 7.0, dtype=t.dtype, device=t.device)
     return base[tuple(slice(1, -1) for _ in t.shape)].copy_(t)
 
 

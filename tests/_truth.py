@@ -68,3 +68,15 @@ def step_(cls, param, grad, state, group):
     update = reference.precondition(g, factors).reshape(param.shape)
     step = {key: group[key] for key in ("lr", "weight_decay")}
     reference.apply_(param, update, buffer, **step, **momentum, **decoupled)
+
+
+def stepped(cls, param, state, group, dtype=None):
+    """Copies of a parameter and its state after one step, in their own dtypes or in another."""
+
+    def copied(tensor):
+        return tensor.detach().to(dtype or tensor.dtype, copy=True)
+
+    after = {key: v.clone() if key == "step" else copied(v) for key, v in state.items()}
+    after["param"] = copied(param)
+    step_(cls, after["param"], copied(param.grad), after, group)
+    return after

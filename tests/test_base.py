@@ -179,8 +179,8 @@ def test_tensor_lr_equals_float_lr_and_is_not_written(name, device):
     params, twins = (parameters(*SHAPES, device=device) for _ in range(2))
     lr = torch.tensor(0.0625, device=device)
     by_float, by_tensor = build(name, params, lr=0.0625), build(name, twins, lr=lr)
-    run(by_float, params, 5)
-    run(by_tensor, twins, 5)
+    run(by_float, params, 50)
+    run(by_tensor, twins, 50)
     assert_identical(snapshot(by_tensor, twins), snapshot(by_float, params))
     assert lr.item() == 0.0625
     assert by_tensor.param_groups[0]["lr"] is lr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -21,19 +22,60 @@ def save_and_load(state_dict):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_resume_is_bit_exact(name, device, dtype):
-    params = parameters(*SHAPES, dtype=dtype, device=device)
+DTYPES = {
+    "float32": [torch.float32],
+    "bfloat16": [torch.bfloat16],
+    "float16": [torch.float16],
+    "float64": [torch.float64],
+    "mixed": [torch.bfloat16, torch.float32, torch.float64, torch.float16],
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_resume_is_bit_exact(name, device, dtypes):
+    """In the middle of an update interval, where there is one."""
+    dtypes = itertools.cycle(DTYPES[dtypes])
+    params = [
+        torch.nn.Parameter(p.detach().to(dtype))
+        for p, dtype in zip(parameters(*SHAPES, device=device), dtypes, strict=False)
+    ]
     optimizer = build(name, params)
-    run(optimizer, params, 3)
+    run(optimizer, params, 4)
     saved = save_and_load(optimizer.state_dict())
     resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
     resumed = build(name, resumed_params)
     resumed.load_state_dict(saved)
     assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
-    run(optimizer, params, 3, first=3)
-    run(resumed, resumed_params, 3, first=3)
+    run(optimizer, params, 3, first=4)
+    run(resumed, resumed_params, 3, first=4)
     assert_identical(snapshot(resumed, resumed_params), snapshot(optimizer, params))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_read_on_the_cpu_goes_where_its_parameters_are(name, device, capturable, monkeypatch):
+    """map_location="cpu", into an optimizer whose model was on another device when it was built."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+
+    def build_model(on):
+        model = torch.nn.ParameterList(parameters(*SHAPES, device=on))
+        return model, build(name, model.parameters(), capturable=capturable)
+
+    model, optimizer = build_model(device)
+    params = list(model)
+    run(optimizer, params, 4)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+
+    other, resumed = build_model("meta")
+    other.to_empty(device=device)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert_identical(snapshot(resumed, list(other)), snapshot(optimizer, params))
+    run(optimizer, params, 3, first=4)
+    run(resumed, list(other), 3, first=4)
+    assert_identical(snapshot(resumed, list(other)), snapshot(optimizer, params))
 
 
 def test_a_checkpoint_is_as_large_as_its_state(name):
@@ -44,6 +86,9 @@ def test_a_checkpoint_is_as_large_as_its_state(name):
     nbytes = sum(v.numel() * v.element_size() for v in tensors)
     overhead = 1000 * len(tensors)  # what pickle says of a tensor besides its bytes
     assert len(pickle.dumps(optimizer.state_dict())) < nbytes + overhead
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert nbytes < len(file.getvalue()) < nbytes + overhead
     assert len(pickle.dumps(optimizer)) < nbytes + 100 * (256 + 1000) + overhead
 
 
@@ -77,6 +122,21 @@ def test_a_copy_continues_identically(name, device, how):
     assert_identical(snapshot(twin, twins), snapshot(optimizer, params))
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_float32_state_passes_between_parameters_of_fewer_and_more_bits(name, device, dtypes):
+    """It is what both keep, so that no bit of it is touched."""
+    params, others = (parameters(*SHAPES, dtype=dtype, device=device) for dtype in dtypes)
+    optimizer, resumed = build(name, params), build(name, others)
+    run(optimizer, params, 4)
+    resumed.load_state_dict(save_and_load(optimizer.state_dict()))
+    assert_identical(
+        snapshot(resumed, others)[len(others) :], snapshot(optimizer, params)[len(params) :]
+    )
+    run(resumed, others, 2, first=4)
+
+
 def test_settings_that_a_checkpoint_lacks_stay(name, device):
     params = parameters((3,), device=device)
     optimizer = build(name, params, maximize=True)
@@ -87,6 +147,8 @@ def test_settings_that_a_checkpoint_lacks_stay(name, device):
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["maximize"] is True
     assert torch.equal(optimizer.state[params[0]]["step"], torch.tensor(5.0))
+    run(optimizer, params, 1)
+    assert optimizer.state[params[0]]["step"] == 6
 
 
 def corruptions(state_dict):
@@ -100,6 +162,9 @@ def corruptions(state_dict):
         return {"state": {**state, 0: changed}, "param_groups": groups}
 
     return {
+        r"has keys \[\]": {"state": {k: v for k, v in state.items() if k}, "param_groups": groups},
+        "without param_groups": {"state": state},
+        "without param_groups, state": {"model": {}, "optimizer": state_dict},
         "has shape": with_state(**{key: value[:1]}),
         "would lose bits": with_state(**{key: value.double()}),
         "has keys": with_state(**{key: None}),
@@ -148,3 +213,20 @@ def test_load_hooks_run_in_order(name, device):
     optimizer.register_load_state_dict_post_hook(lambda o: calls.append("post"))
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["pre", "post"]
+
+
+def test_state_of_what_no_group_has_is_named_and_a_look_is_not_state(name):
+    """torch raises a KeyError of an address, for a parameter that was only looked up too."""
+    params = parameters(*SHAPES)
+    optimizer = build(name, params)
+    run(optimizer, params, 1)
+    (other,) = parameters((9, 2))
+    assert optimizer.state[other] == {}
+    assert list(optimizer.state_dict()["state"]) == list(range(len(params)))
+    left = optimizer.param_groups[0]["params"].pop(0)
+    with pytest.raises(ValueError, match=r"no group has, .*\[\(7, 5\)\].*delete optimizer.state"):
+        optimizer.state_dict()
+    del optimizer.state[left]
+    saved = optimizer.state_dict()
+    assert list(saved["state"]) == list(range(len(params) - 1))
+    optimizer.load_state_dict(saved)

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -63,10 +64,10 @@ def advance(scheduler):
 
 @pytest.mark.parametrize("lr", ["float", "tensor"])
 @pytest.mark.parametrize("cls", SCHEDULERS, ids=lambda cls: cls.__name__)
-def test_every_scheduler_sets_what_the_step_reads(name, cls, lr):
+def test_every_scheduler_sets_what_the_step_reads(name, cls, lr, device):
     """As torch's own optimizer under it, and as one whose settings are written by hand."""
-    lr = torch.tensor(0.05, dtype=torch.float64) if lr == "tensor" else 0.05
-    params, twins, others = (parameters(*SHAPES) for _ in range(3))
+    lr = torch.tensor(0.05, dtype=torch.float64, device=device) if lr == "tensor" else 0.05
+    params, twins, others = (parameters(*SHAPES, device=device) for _ in range(3))
     scheduled = build(name, params, lr=copy.copy(lr))
     by_hand = build(name, twins)
     if name.startswith("adamw"):
@@ -90,8 +91,8 @@ def test_every_scheduler_sets_what_the_step_reads(name, cls, lr):
 # Hooks
 
 
-def test_hooks_run_in_order_and_may_replace_arguments_and_results(name):
-    params = parameters((3,))
+def test_hooks_run_in_order_and_may_replace_arguments_and_results(name, device):
+    params = parameters((3,), device=device)
     optimizer = build(name, params)
     calls = []
 
@@ -113,8 +114,8 @@ def test_hooks_run_in_order_and_may_replace_arguments_and_results(name):
     assert calls == ["global pre", "pre", "post", "global post"]
 
 
-def test_state_dict_hooks_run_in_order_and_see_what_is_saved(name):
-    params = parameters(*SHAPES)
+def test_state_dict_hooks_run_in_order_and_see_what_is_saved(name, device):
+    params = parameters(*SHAPES, device=device)
     optimizer = build(name, params)
     run(optimizer, params, 2)
     calls = []
@@ -157,8 +158,8 @@ def test_state_dict_hooks_run_in_order_and_see_what_is_saved(name):
 # Gradients
 
 
-def test_zero_gradients_move_no_parameter(name):
-    params = parameters(*SHAPES)
+def test_zero_gradients_move_no_parameter(name, device):
+    params = parameters(*SHAPES, device=device)
     optimizer = build(name, params, weight_decay=0.0)
     before = [p.detach().clone() for p in params]
     for _ in range(3):
@@ -172,24 +173,27 @@ def test_zero_gradients_move_no_parameter(name):
     assert all(torch.isfinite(value).all() for value in tensors)
 
 
-def test_no_gradient_is_kept_alive_by_a_step(name):
-    params = parameters(*SHAPES, (7, 5))
+def test_no_gradient_is_kept_alive_by_a_step(name, device):
+    """Nor its memory, which a view would hold."""
+    params = parameters(*SHAPES, (7, 5), device=device)
     optimizer = build(name, params)
     for t in range(3):  # the first step plans, later ones use the plan
         set_grads(params, seed=t)
         grads = [weakref.ref(p.grad) for p in params]
+        storages = [StorageWeakRef(p.grad.untyped_storage()) for p in params]
         optimizer.step()
         optimizer.zero_grad()
         assert [grad() for grad in grads] == [None] * len(params)
+        assert all(storage.expired() for storage in storages)
 
 
-def test_one_optimizer_a_parameter_may_step_inside_backward(name):
+def test_one_optimizer_a_parameter_may_step_inside_backward(name, device):
     """As in torch's tutorial: no gradient outlives its parameter's accumulation."""
 
     def build_model():
         torch.manual_seed(0)
         layers = torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
-        model = torch.nn.Sequential(*layers)
+        model = torch.nn.Sequential(*layers).to(device)
         return model, {p: build(name, [p]) for p in model.parameters()}
 
     def step_and_free(param):
@@ -199,7 +203,7 @@ def test_one_optimizer_a_parameter_may_step_inside_backward(name):
     (model, inside), (twin, after) = build_model(), build_model()
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(step_and_free)
-    x = torch.randn(8, 6)
+    x = torch.randn(8, 6, device=device)
     for _ in range(4):
         model(x).square().mean().backward()
         twin(x).square().mean().backward()
@@ -215,8 +219,8 @@ def test_one_optimizer_a_parameter_may_step_inside_backward(name):
 # Copies and checkpoints
 
 
-def test_a_copy_with_its_model_steps_the_copied_model(name):
-    model = torch.nn.Linear(5, 4)
+def test_a_copy_with_its_model_steps_the_copied_model(name, device):
+    model = torch.nn.Linear(5, 4, device=device)
     optimizer = build(name, model.parameters())
     run(optimizer, list(model.parameters()), 2)
     twin, other = copy.deepcopy((model, optimizer))
@@ -228,9 +232,9 @@ def test_a_copy_with_its_model_steps_the_copied_model(name):
 
 
 @pytest.mark.parametrize("names", ["saved", "loaded"])
-def test_named_and_unnamed_checkpoints_are_interchangeable(name, names):
+def test_named_and_unnamed_checkpoints_are_interchangeable(name, names, device):
     def make(seed, named):
-        params = parameters(*SHAPES, seed=seed)
+        params = parameters(*SHAPES, device=device, seed=seed)
         given = [(f"p{i}", p) for i, p in enumerate(params)] if named else params
         return build(name, given), params
 
@@ -248,8 +252,8 @@ def test_named_and_unnamed_checkpoints_are_interchangeable(name, names):
     assert resumed.param_groups[0]["param_names"] == [f"p{i}" for i in range(len(params))]
 
 
-def test_keys_of_a_checkpoint_do_not_depend_on_steps_and_gradients(name):
-    params = parameters(*SHAPES)
+def test_keys_of_a_checkpoint_do_not_depend_on_steps_and_gradients(name, device):
+    params = parameters(*SHAPES, device=device)
     optimizer = build(name, params)
 
     def keys():
@@ -265,14 +269,14 @@ def test_keys_of_a_checkpoint_do_not_depend_on_steps_and_gradients(name):
         assert keys() == before
 
 
-def test_a_checkpoint_of_another_class_here_is_refused(name):
-    params = parameters(*SHAPES)
+def test_a_checkpoint_of_another_class_here_is_refused(name, device):
+    params = parameters(*SHAPES, device=device)
     optimizer = build(name, params)
     run(optimizer, params, 1)
     before = snapshot(optimizer, params)
     for other, (cls, _) in SETTINGS.items():
         if cls is not type(optimizer):
-            saved = build(other, parameters(*SHAPES)).state_dict()
+            saved = build(other, parameters(*SHAPES, device=device)).state_dict()
             with pytest.raises(
                 ValueError, match=f"load a checkpoint of {type(optimizer).__name__}"
             ):

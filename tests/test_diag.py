@@ -12,20 +12,23 @@ from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 FLOAT64 = torch.float64
 
 
+def golden_optimizer(params, meta):
+    settings = {key: meta[key] for key in ("lr", "damping", "weight_decay", "batch_size")}
+    if meta["optimizer"] == "root-free AdamW":
+        return RootFreeAdamW(
+            params, betas=meta["betas"], bias_correction=meta["bias_correction"], **settings
+        )
+    settings |= {key: meta[key] for key in ("alpha", "momentum", "weight_decay_mode")}
+    return RootFreeRMSprop(params, **settings)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, device):
     """The released code's trajectories, by the optimizers and so by this device's kernels."""
     data, meta = load(case)
     indices = range(len(meta["shapes"]))
     params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
-    settings = {key: meta[key] for key in ("lr", "damping", "weight_decay", "batch_size")}
-    if meta["optimizer"] == "root-free AdamW":
-        optimizer = RootFreeAdamW(
-            params, betas=meta["betas"], bias_correction=meta["bias_correction"], **settings
-        )
-    else:
-        settings |= {key: meta[key] for key in ("alpha", "momentum", "weight_decay_mode")}
-        optimizer = RootFreeRMSprop(params, **settings)
+    optimizer = golden_optimizer(params, meta)
     for t in range(meta["steps"]):
         for i, p in enumerate(params):
             p.grad = data[f"grad.{t}.{i}"].to(device)

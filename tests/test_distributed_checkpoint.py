@@ -19,12 +19,12 @@ pytestmark = [
 ]
 
 
-def model_and_optimizer(name, named=False, seed=0, **overrides):
+def model_and_optimizer(name, device, named=False, seed=0, **overrides):
     """A convolution and a linear layer in one group, a normalisation in another."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(2, 3, 2), torch.nn.LayerNorm(4), torch.nn.Linear(4, 5)
-    )
+    ).to(device)
     groups = [
         {"params": [p for n, p in model.named_parameters() if n[0] != "1"]},
         {"params": [p for n, p in model.named_parameters() if n[0] == "1"], "lr": 0.01},
@@ -35,8 +35,8 @@ def model_and_optimizer(name, named=False, seed=0, **overrides):
     return model, build(name, groups, **overrides)
 
 
-def trained(name, steps, **settings):
-    model, optimizer = model_and_optimizer(name, **settings)
+def trained(name, device, steps, **settings):
+    model, optimizer = model_and_optimizer(name, device, **settings)
     params = list(model.parameters())
     run(optimizer, params, steps)
     return model, optimizer, params
@@ -51,15 +51,15 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("steps", [0, 4])
-def test_reading_changes_nothing_and_loading_resumes(name, options, steps):
+def test_reading_changes_nothing_and_loading_resumes(name, device, options, steps):
     options = StateDictOptions(**OPTIONS[options])
-    model, optimizer, params = trained(name, steps)
-    _, twin, twins = trained(name, steps)
+    model, optimizer, params = trained(name, device, steps)
+    _, twin, twins = trained(name, device, steps)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     assert_identical(snapshot(optimizer, params), snapshot(twin, twins))
     assert all(p.grad is None for p in params) is (steps == 0)
 
-    other, resumed, others = trained(name, 2, seed=1)
+    other, resumed, others = trained(name, device, 2, seed=1)
     other.load_state_dict(model.state_dict())
     set_optimizer_state_dict(other, resumed, saved, options=options)
     assert_identical(snapshot(resumed, others), snapshot(twin, twins))
@@ -71,21 +71,21 @@ def test_reading_changes_nothing_and_loading_resumes(name, options, steps):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_keys_are_the_same_before_and_after_the_first_step(name, flat):
+def test_keys_are_the_same_before_and_after_the_first_step(name, device, flat):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     keys = []
     for steps in (0, 2):
-        model, optimizer, _ = trained(name, steps)
+        model, optimizer, _ = trained(name, device, steps)
         saved = get_optimizer_state_dict(model, optimizer, options=options)
         keys.append({k: set(v) for k, v in saved["state"].items()} if not flat else set(saved))
     assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_frozen_parameter_keeps_the_state_that_torch_does_not_pass_on(name, options):
+def test_a_frozen_parameter_keeps_the_state_that_torch_does_not_pass_on(name, device, options):
     options = StateDictOptions(**OPTIONS[options])
-    model, optimizer, params = trained(name, 4, named=True)
-    other, resumed, others = trained(name, 2, named=True, seed=1)
+    model, optimizer, params = trained(name, device, 4, named=True)
+    other, resumed, others = trained(name, device, 2, named=True, seed=1)
     for p in (params[0], others[0]):
         p.requires_grad_(False)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
@@ -99,14 +99,14 @@ def test_a_frozen_parameter_keeps_the_state_that_torch_does_not_pass_on(name, op
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_settings_that_are_tensors_and_tuples_are_passed_on(name, options):
+def test_settings_that_are_tensors_and_tuples_are_passed_on(name, device, options):
     options = StateDictOptions(**OPTIONS[options])
     tuples = {"structures": ("dense", "diagonal")} if name.startswith("ifshampoo") else {}
     tuples |= {"merge_axes": True, "vector_method": "rmsprop"} if tuples else {}
     tuples |= {"betas": (0.8, 0.95)} if name.startswith("adamw") else {}
-    model, optimizer, params = trained(name, 4, lr=torch.tensor(0.0625), **tuples)
+    model, optimizer, params = trained(name, device, 4, lr=torch.tensor(0.0625), **tuples)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
-    other, resumed, others = trained(name, 1, seed=1, lr=0.5, **tuples)
+    other, resumed, others = trained(name, device, 1, seed=1, lr=0.5, **tuples)
     other.load_state_dict(model.state_dict())
     set_optimizer_state_dict(other, resumed, saved, options=options)
     assert resumed.param_groups[0]["lr"] == 0.0625
@@ -115,10 +115,11 @@ def test_settings_that_are_tensors_and_tuples_are_passed_on(name, options):
     assert_identical(snapshot(resumed, others), snapshot(optimizer, params))
 
 
-def test_a_folder_holds_the_state_once_and_resumes(name, tmp_path):
+def test_a_folder_holds_the_state_once_and_resumes(name, device, tmp_path):
     def build_model(seed, steps):
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(*[torch.nn.Linear(16, 16, bias=False) for _ in range(20)])
+        layers = [torch.nn.Linear(16, 16, bias=False, device=device) for _ in range(20)]
+        model = torch.nn.Sequential(*layers)
         optimizer = build(name, model.parameters())
         run(optimizer, list(model.parameters()), steps)
         return model, optimizer, list(model.parameters())

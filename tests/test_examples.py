@@ -17,11 +17,17 @@ def run_example(name):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"plain_loop", "hf_trainer", "lightning_module"}
+    assert names == {"checkpoint", "plain_loop", "hf_trainer", "lightning_module"}
 
 
 def test_plain_loop():
     assert run_example("plain_loop") == [32, 32, 32, 4]
+
+
+def test_checkpoint():
+    at_once, resumed = run_example("checkpoint")
+    assert at_once == resumed
+    assert at_once[-1] < at_once[0]
 
 
 def test_lightning_module():

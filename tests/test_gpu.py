@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from _comparison import assert_no_worse_than
 from _offline import needs_cuda
-from _optimizers import SETTINGS, assert_identical, build, parameters, set_grads, snapshot
+from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
 
 from rootfree_fused import IFShampoo, RootFreeRMSprop, ops, reference
 
@@ -114,6 +116,27 @@ def test_a_captured_step_replays_with_a_scheduled_lr(name):
             graph.replay() if captured else optimizer.step()
     (params, _, optimizer), (others, _, twin) = twins
     assert_identical(snapshot(optimizer, params), snapshot(twin, others))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_checkpoint_of_the_cpu_goes_on_here_and_back(name):
+    """Every bit of it, and the step count stays on the host unless it is capturable."""
+    params, twins = parameters(*SHAPES), parameters(*SHAPES, device=CUDA)
+    optimizer, resumed = build(name, params), build(name, twins)
+    run(optimizer, params, 2)
+    resumed.load_state_dict(optimizer.state_dict())
+    run(resumed, twins, 2, first=2)
+    assert all(resumed.state[p]["step"].device.type == "cpu" for p in twins)
+
+    file = io.BytesIO()
+    torch.save(resumed.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    for p, q in zip(params, twins, strict=True):
+        for key, value in resumed.state[q].items():
+            assert optimizer.state[p][key].device.type == "cpu"
+            assert torch.equal(optimizer.state[p][key], value.cpu())
+    run(optimizer, params, 1, first=4)
 
 
 def launched_kernels(run):

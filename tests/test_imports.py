@@ -21,6 +21,7 @@ ALLOWED = {
     "_base": {"_capturing", "_checks", "_prepared", "_scaling", "_state", "ops"},
     "_prepared": {"_scaling", "_state"},
     "_scaling": set(),
+    "convert": {"_base", "_state", "diag", "factors", "matrix", "reference"},
     "_state": {"_checks"},
     "ops": {"_checks", "_dispatch"},
     "_dispatch": {"_cpu_matrix", "_fallback"},

@@ -15,15 +15,11 @@ from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
 FLOAT64 = torch.float64
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden(case, device):
-    data, meta = load(case)
+def golden_optimizer(params, meta):
     logarithmic = isinstance(meta["update_interval"], str)
-    indices = range(len(meta["shapes"]))
-    params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
     structure = meta["structure"]
     keys = ("lr", "momentum", "damping", "weight_decay", "weight_decay_mode", "batch_size")
-    optimizer = IFShampoo(
+    return IFShampoo(
         params,
         **{key: meta[key] for key in (*keys, "factor_lr", "factor_momentum")},
         update_interval=3 if logarithmic else meta["update_interval"],
@@ -32,6 +28,14 @@ def test_golden(case, device):
         merge_axes=False,
         vector_method="factor",
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, device):
+    data, meta = load(case)
+    indices = range(len(meta["shapes"]))
+    params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
+    optimizer = golden_optimizer(params, meta)
     assert optimizer.param_groups[0]["factor_dtype"] == FLOAT64
     for t in range(meta["steps"]):
         for i, p in enumerate(params):
@@ -317,3 +321,32 @@ def test_factor_dtype_is_saved_by_name_and_loads_by_either():
         saved["param_groups"][0]["factor_dtype"] = wrong
         with pytest.raises(ValueError, match="factor_dtype"):
             optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [
+        ({"merge_axes": False, "vector_method": "factor"}, {}),
+        ({}, {"merge_axes": False, "vector_method": "factor"}),
+        ({"structures": "diagonal"}, {}),
+        ({"max_dense_dim": 4}, {"structures": "diagonal"}),
+    ],
+)
+def test_a_checkpoint_brings_the_settings_that_its_shapes_come_from(saved, loading, device):
+    """Whatever the optimizer was built with, it has run and it goes on as the saved one."""
+    shapes = (6, 5), (7,), (3, 4, 2), (6, 5)
+    params = parameters(*shapes, device=device)
+    settings = {"batch_size": 8, "factor_dtype": torch.bfloat16}
+    optimizer = IFShampoo(params, **settings, **saved)
+    run(optimizer, params, 3)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed = IFShampoo(twins, **settings, **loading)
+    run(resumed, twins, 2)
+    with torch.no_grad():
+        for p, q in zip(params, twins, strict=True):
+            q.copy_(p)
+    resumed.load_state_dict(optimizer.state_dict())
+    run(optimizer, params, 2, first=3)
+    run(resumed, twins, 2, first=3)
+    assert_identical(snapshot(resumed, twins), snapshot(optimizer, params))
+    assert resumed.param_groups[0]["merge_axes"] is optimizer.param_groups[0]["merge_axes"]

@@ -12,7 +12,9 @@ import warnings
 
 import pytest
 import torch
-from _optimizers import assert_identical, run, snapshot
+from _comparison import assert_no_worse_than
+from _optimizers import assert_identical, run, set_grads, snapshot
+from _truth import stepped
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
@@ -170,6 +172,29 @@ def test_a_tensor_lr_steps_as_a_float_does(info, kwargs, device):
     assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
     assert lr.item() == 0.03
     assert by_tensor.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("info", "kwargs"), CASES)
+def test_a_group_steps_as_a_loop_of_the_specification(info, kwargs, dtype, device):
+    """torch's fused-against-loop, with gradients that are not zero, on tensors with tails."""
+    params = leaves(device, dtype)
+    own = {"factor_dtype": torch.float32} if info.optim_cls is IFShampoo else {}
+    optimizer = info.optim_cls(params, **{**kwargs, **own})
+    group = {**optimizer.param_groups[0], "lr": float(optimizer.param_groups[0]["lr"])}
+    for t in range(3):
+        set_grads(params, seed=t)
+        loops = [
+            [stepped(info.optim_cls, p, optimizer.state[p], group, to) for p in params]
+            for to in (None, torch.float64)
+        ]
+        optimizer.step()
+        for p, eager, truth in zip(params, *loops, strict=True):
+            ours = {"param": p.detach(), **optimizer.state[p]}
+            assert ours.keys() == truth.keys()
+            assert ours.pop("step") == t + 1
+            for key, value in ours.items():  # 8: sums of up to 67 products in another order
+                assert_no_worse_than(value, eager[key], truth[key], factor=8)
 
 
 @pytest.mark.parametrize(("info", "kwargs"), CASES)

@@ -1,0 +1,346 @@
+"""The state of sirfshampoo and of the paper's released code as ours: training goes on from it.
+
+    optimizer = IFShampoo(model.parameters(), batch_size=128, factor_dtype=torch.float32)
+    optimizer.load_state_dict(convert.from_sirfshampoo(theirs, optimizer))
+
+Nothing is approximated: what follows is the continuation of what was, and what has no counterpart
+is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain, count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._base import Group, RootFreeOptimizer
+from ._state import State, check_state_dict, saved_group
+from .diag import RootFreeAdamW
+from .factors import layout_of
+from .matrix import IFShampoo
+from .reference import is_update_step
+
+# Their names of settings, and ours.
+_RMSPROP = {
+    "lr": "lr",
+    "alpha": "alpha",
+    "eps": "damping",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+}
+_ADAMW = {"lr": "lr", "betas": "betas", "eps": "damping", "weight_decay": "weight_decay"}
+_RELEASED_SHAMPOO = {"lr": "lr", "momentum": "momentum", "weight_decay": "weight_decay"}
+_SIRFSHAMPOO = {
+    "lr": "lr",
+    "alpha1": "momentum",
+    "lam": "damping",
+    "kappa": "weight_decay",
+    "beta2": "factor_lr",
+    "alpha2": "factor_momentum",
+    "T": "update_interval",
+}
+# What both IF-Shampoos do.
+_SHAMPOO: Group = {
+    "merge_axes": False,
+    "vector_method": "factor",
+    "weight_decay_mode": "momentum",
+    "maximize": False,
+}
+
+
+class _Entry(NamedTuple):
+    """A parameter of ours with its group, and its place, group and state in the source."""
+
+    param: Tensor
+    own: Group
+    place: int
+    group: Mapping[str, Any]
+    state: Mapping[str, Any]
+
+
+class _Converted(NamedTuple):
+    settings: Group
+    state: Mapping[str, Any]
+
+
+def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo) -> dict[str, Any]:
+    """A `state_dict` for `optimizer` with the state and the settings of a SIRFShampoo.
+
+    Args:
+        source: a `sirfshampoo.SIRFShampoo` on the parameters of `optimizer`, or its `state_dict()`,
+            whose parameters must then come in the order of those of `optimizer`.
+        optimizer: an IFShampoo with the factor_dtype that the source has (preconditioner_dtypes).
+            Its `batch_size` stays where the source counted its batches itself, as do `alpha` and
+            `capturable`. It is not changed.
+
+    Raises:
+        ValueError: a structure, a schedule or a dtype that IFShampoo does not have, parameters that
+            share factors, other parameters, settings that differ in one group of `optimizer`, or
+            no state of a SIRFShampoo.
+        TypeError: `optimizer` is not an IFShampoo.
+    """
+    if not isinstance(optimizer, IFShampoo):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass an IFShampoo")
+    saved = _state_dict(source)
+    for key in ("global_step", "preconditioner", "preconditioner_momenta"):
+        if key not in saved:
+            raise ValueError(f"the source has no {key!r}; pass a SIRFShampoo or its state_dict()")
+    if any(len(group["params"]) != 1 for group in saved["param_groups"]):
+        raise ValueError(
+            "the source has parameters that share factors, which IFShampoo does not have; only "
+            "one pre-conditioner a parameter (sirfshampoo's default) can be converted"
+        )
+
+    def convert(entry: _Entry) -> _Converted:
+        settings = {**_renamed(entry, _SIRFSHAMPOO), **_SHAMPOO, "update_schedule": "constant"}
+        if callable(settings["update_interval"]):
+            raise ValueError(
+                f"T of group {entry.place} is a function, but IFShampoo updates its factors every "
+                "T steps; set T of the source's groups to a whole number first"
+            )
+        settings["structures"] = _structures(entry)
+        if saved.get("batch_size_valid") == "always":
+            settings["batch_size"] = saved["batch_size"]
+        factors, momenta = (
+            [None if matrix is None else matrix.to_dense() for matrix in saved[key][entry.place]]
+            for key in ("preconditioner", "preconditioner_momenta")
+        )
+        state = _factor_state(entry, settings, factors, momenta)
+        return _Converted(settings, {"step": saved["global_step"], **entry.state, **state})
+
+    return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+
+
+def from_released_code(
+    source: Optimizer | Mapping[str, Any], optimizer: RootFreeOptimizer
+) -> dict[str, Any]:
+    """A `state_dict` for `optimizer` with the state and settings of the paper's released code.
+
+    Their v is s / batch_size.
+
+    Args:
+        source: a `MyRmsProp`, a `MyAdamW` or a `LocalOptimizer_GGT` (IF-Shampoo) of
+            yorkerlin/remove-the-square-root on the parameters of `optimizer`. For the first two
+            also a `state_dict()`, whose parameters must then come in the order of those of
+            `optimizer`, and which says nothing of batch_size and bias_correction: `optimizer` must
+            have the batch_size that v was made with, which is 1 for dummy_scaling.
+        optimizer: a RootFreeRMSprop, RootFreeAdamW or IFShampoo in the source's place; an
+            IFShampoo with the factor_dtype that the source has (cast_dtype). It is not changed.
+
+    Raises:
+        ValueError: a schedule or a dtype that IFShampoo does not have, other parameters, settings
+            that differ in one group of `optimizer`, or no state of the class that it replaces.
+        TypeError: the `state_dict()` of a LocalOptimizer_GGT, which lacks the factors, or an
+            `optimizer` of another package.
+    """
+    if not isinstance(optimizer, RootFreeOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass one of rootfree_fused")
+    if isinstance(optimizer, IFShampoo):
+        if isinstance(source, Mapping):
+            raise TypeError(
+                "source is a state_dict, which for the released IF-Shampoo lacks the factors; pass "
+                "the LocalOptimizer_GGT itself"
+            )
+        return _from_released_shampoo(
+            _checked(source, "params_list", "precond_B_blocks"), optimizer
+        )
+    saved = _state_dict(source)
+    adamw = isinstance(optimizer, RootFreeAdamW)
+    names, moment = (_ADAMW, "exp_avg_sq") if adamw else (_RMSPROP, "square_avg")
+    own: Group = {"maximize": False}
+    if not adamw:
+        own["weight_decay_mode"] = "momentum"
+    if not isinstance(source, Mapping):
+        released = _checked(source, "batch_averaged", "batch_size", *(["bias_correction"] * adamw))
+        own["batch_size"] = _released_batch_size(released)
+        if adamw:
+            own["bias_correction"] = released.bias_correction
+
+    def convert(entry: _Entry) -> _Converted:
+        settings = {**_renamed(entry, names), **own}
+        if not entry.state:  # it never had a gradient
+            return _Converted(settings, {})
+        if not {"step", moment} <= entry.state.keys():
+            raise ValueError(
+                f"parameter {entry.place} of the source has the state {sorted(entry.state)}, "
+                f"without {moment}; pass the class that {type(optimizer).__name__} replaces"
+            )
+        v = entry.state[moment]
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
+        s = wide * {**entry.own, **settings}["batch_size"]
+        return _Converted(settings, {**entry.state, moment: s})
+
+    return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+
+
+def _from_released_shampoo(source: Any, optimizer: IFShampoo) -> dict[str, Any]:
+    names = {param: name for name, (param,) in source.params_list.items()}
+    due = next(k for k in count(source.steps) if is_update_step(k, source.T, "log4"))
+    if source.steps and source.next_step != due:
+        raise ValueError(
+            f"the source updates its factors next at step {source.next_step}, but with "
+            f"T={source.T} from the start that is step {due}; set its T to what it was trained with"
+        )
+
+    def convert(entry: _Entry) -> _Converted:
+        name = names[entry.param]
+        discounted = any(part in name for part in ("norm", "proj", "bias"))
+        settings = {
+            **_renamed(entry, _RELEASED_SHAMPOO),
+            **_SHAMPOO,
+            "damping": source.damping,
+            "factor_lr": source.lr_cov * (0.25 if discounted else 1.0),
+            "factor_momentum": source.beta2,
+            "update_interval": source.T,
+            "update_schedule": "log4",
+            "structures": "dense",
+            "batch_size": _released_batch_size(source),
+        }
+        if not source.steps:
+            return _Converted(settings, {})
+        axes = entry.param.squeeze().dim()
+        factors, momenta = (
+            [blocks[f"{name}_dim-{axes - axis}"] for axis in range(axes)]
+            for blocks in (source.precond_B_blocks, source.precond_m_B_blocks)
+        )
+        state = _factor_state(entry, settings, factors, momenta)
+        return _Converted(settings, {"step": source.steps, **entry.state, **state})
+
+    saved = source.state_dict()
+    return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+
+
+def _checked(source: Any, *attributes: str) -> Any:
+    if missing := [name for name in attributes if not hasattr(source, name)]:
+        raise ValueError(
+            f"the source is a {type(source).__name__}, without {', '.join(missing)}; pass the "
+            "released optimizer of the class that is to be replaced"
+        )
+    return source
+
+
+def _released_batch_size(source: Any) -> float:
+    averaged = source.batch_averaged and not getattr(source, "dummy_scaling", False)
+    return source.batch_size if averaged else 1
+
+
+def _state_dict(source: Optimizer | Mapping[str, Any]) -> Mapping[str, Any]:
+    saved = source if isinstance(source, Mapping) else source.state_dict()
+    check_state_dict(saved)
+    return saved
+
+
+def _entries(
+    source: Optimizer | Mapping[str, Any], saved: Mapping[str, Any], optimizer: Optimizer
+) -> list[_Entry]:
+    """Each parameter of `optimizer` with what the source has of it."""
+    owned = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    theirs = [(key, group) for group in saved["param_groups"] for key in group["params"]]
+    if len(owned) != len(theirs):
+        raise ValueError(
+            f"the source has {len(theirs)} parameters but the optimizer has {len(owned)}; build it "
+            "with the same parameters, in the same order"
+        )
+    places: Sequence[int] = range(len(owned))
+    if isinstance(source, Optimizer):
+        params = chain.from_iterable(group["params"] for group in source.param_groups)
+        found: dict[Tensor, int] = {param: i for i, param in enumerate(params)}
+        if any(param not in found for param, _ in owned):
+            raise ValueError(
+                "the source has other parameters than the optimizer; build it with those of the "
+                "source, or pass the source's state_dict() where they come in the same order"
+            )
+        places = [found[param] for param, _ in owned]
+    return [
+        _Entry(param, group, i, theirs[i][1], saved["state"].get(theirs[i][0], {}))
+        for (param, group), i in zip(owned, places, strict=True)
+    ]
+
+
+def _renamed(entry: _Entry, names: Mapping[str, str]) -> Group:
+    """The settings of a parameter by our names, with the lr that schedulers start from."""
+    if missing := names.keys() - entry.group.keys():
+        raise ValueError(
+            f"the source's group of parameter {entry.place} has no {', '.join(sorted(missing))}; "
+            "pass an optimizer of the class that is to be replaced, or its state_dict()"
+        )
+    if "differentiable" in entry.group:
+        raise ValueError(
+            "the source is an optimizer of torch.optim, which divides by a root: its state is no "
+            "start for an optimizer without one"
+        )
+    kept = {key: entry.group[key] for key in ("initial_lr",) if key in entry.group}
+    return {**kept, **{ours: entry.group[theirs] for theirs, ours in names.items()}}
+
+
+def _structures(entry: _Entry) -> str | tuple[str, ...]:
+    structures = entry.group["structures"]
+    if others := set(structures) - {"dense", "diagonal"}:
+        raise ValueError(
+            f"group {entry.place} of the source has the structures {sorted(others)}; IFShampoo has "
+            "dense and diagonal factors alone"
+        )
+    return structures[0] if len(set(structures)) == 1 else tuple(structures)
+
+
+def _factor_state(
+    entry: _Entry,
+    settings: Group,
+    factors: Sequence[Tensor | None],
+    momenta: Sequence[Tensor | None],
+) -> State:
+    """Factors and momenta, one an axis, by our keys; a momentum that was not kept starts at 0."""
+    group = {**entry.own, **settings}
+    layout = layout_of(entry.param.shape, group)
+    sizes = layout.sizes if layout else ()
+    if not len(sizes) == len(factors) == len(momenta):
+        raise ValueError(
+            f"parameter {entry.place} of the source has {len(factors)} factors, but one of shape "
+            f"{tuple(entry.param.shape)} has {len(sizes)}; build the optimizer with the same "
+            "parameters, in the same order"
+        )
+    state: State = {}
+    for axis, dense in enumerate(layout.dense if layout else ()):
+        for key, value in (("factor", factors[axis]), ("factor_momentum", momenta[axis])):
+            if value is None:
+                continue
+            dtype = group["factor_dtype"]
+            if dense and torch.promote_types(value.dtype, dtype) != dtype:
+                raise ValueError(
+                    f"the source's factors are {value.dtype} but factor_dtype is {dtype}, which "
+                    f"would lose bits; build the optimizer with factor_dtype="
+                    f"{torch.promote_types(value.dtype, torch.bfloat16)}"
+                )
+            state[f"{key}_{axis}"] = value if dense else value.diagonal().clone()
+    return state
+
+
+def _assembled(optimizer: RootFreeOptimizer, converted: Sequence[_Converted]) -> dict[str, Any]:
+    """A state_dict of `optimizer`; state that the source does not have is as it starts."""
+    groups: list[Group] = []
+    states: dict[int, Mapping[str, Any]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        places = range(len(states), len(states) + len(group["params"]))
+        settings = converted[places[0]].settings if places else {}
+        merged = {**group, **settings}
+        unused = optimizer._unused_state(merged)
+        for place, param in zip(places, group["params"], strict=True):
+            _check_same(index, places[0], settings, place, converted[place].settings)
+            spec = optimizer._full_spec(param, merged)
+            initial = {k: start(param.device) for k, start in spec.items() if k not in unused}
+            states[place] = {**initial, **converted[place].state}
+        groups.append({**saved_group(merged), "params": list(places)})
+    return {"state": states, "param_groups": groups}
+
+
+def _check_same(index: int, first: int, settings: Group, place: int, others: Group) -> None:
+    for key in settings.keys() | others.keys():
+        if settings.get(key) != others.get(key):
+            raise ValueError(
+                f"parameters {first} and {place} of group {index} had {key} {settings.get(key)} "
+                f"and {others.get(key)} in the source; build the optimizer with a group for each"
+            )
