@@ -1,6 +1,6 @@
 // The extension module rootfree_fused._C_cuda: operators with the signatures of rmsprop_ and adamw_
-// in ops.py, on lists of CUDA tensors. Nothing calls them but the benchmarks: whether they beat the
-// Triton kernels has not been measured.
+// in ops.py but for grad_scale and found_inf, on lists of CUDA tensors. Nothing calls them but the
+// benchmarks: whether they beat the Triton kernels has not been measured.
 #include <Python.h>
 
 #include <torch/csrc/stable/accelerator.h>

@@ -39,6 +39,8 @@ from ._state import (
 )
 
 Group = dict[str, Any]
+# Parameters that have a gradient, and the gradients.
+Gathered = tuple[list[Tensor], list[Tensor]]
 
 
 class Work(NamedTuple):
@@ -174,7 +176,7 @@ class RootFreeOptimizer(Optimizer):
             if isinstance(found, Prepared):
                 found.run(group, scaling)
             elif found[0]:
-                self._run(index, group, *found, scaling)
+                self._run(index, group, found, scaling)
         return loss
 
     @property
@@ -182,14 +184,8 @@ class RootFreeOptimizer(Optimizer):
         """What torch.amp.GradScaler asks: whether infs and the scale are left to `step`."""
         return any(group["amp_scaling"] for group in self.param_groups)
 
-    def _run(
-        self,
-        index: int,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        scaling: Scaling,
-    ) -> None:
+    def _run(self, index: int, group: Group, gathered: Gathered, scaling: Scaling) -> None:
+        params, grads = gathered
         states = [self.state[p] for p in params]
         if params[0].is_cpu:
             scaling = on_host(scaling)
@@ -206,7 +202,7 @@ class RootFreeOptimizer(Optimizer):
         """Refuse to be captured where replays would not be steps."""
         check_capturable(self.param_groups)
 
-    def _gather(self, group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    def _gather(self, group: Group) -> Gathered:
         """The parameters that have a gradient, and the gradients; checked before anything moves."""
         params, grads = [], []
         for param in group["params"]:

@@ -168,7 +168,7 @@ def test_without_nvcc_the_build_names_the_cure(monkeypatch, tmp_path):
 
 
 @needs_nvcc
-def test_the_extension_loads_and_its_operators_take_what_the_public_ones_take(
+def test_the_extension_loads_and_its_operators_take_all_but_a_gradient_scaler(
     monkeypatch, tmp_path
 ):
     """Bound lazily: only a CUDA build of torch has the symbol that gives the stream."""
@@ -181,7 +181,7 @@ def test_the_extension_loads_and_its_operators_take_what_the_public_ones_take(
         ops = torch.ops.rootfree_fused
         for ours, public in ((ops._rmsprop_cuda_, ops.rmsprop_), (ops._adamw_cuda_, ops.adamw_)):
             ours, public = (str(op.default._schema).partition("(")[2] for op in (ours, public))
-            assert ours == public
+            assert ours == public.replace(", Tensor? grad_scale=None, Tensor? found_inf=None", "")
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
     subprocess.run(command, check=True, cwd=ROOT)
