@@ -6,6 +6,8 @@ VENV ?= .venv
 # Without an NVIDIA driver, the torch that continuous integration runs; with one, the newest.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN := $(VENV)/bin
+# Two files at a time; the threads of each then sleep while they wait, not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
 .PHONY: test bench clean
@@ -14,8 +16,8 @@ test: $(VENV)/installed $(VENV)/triton36
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
-	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m pytest $(wildcard tests/test_kernels_*.py tests/test_offline_*.py)
+	$(PYTEST)
+	PYTHONPATH=$(VENV)/triton36 $(PYTEST) $(wildcard tests/test_kernels_*.py tests/test_offline_*.py)
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag
