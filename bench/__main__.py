@@ -33,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("\ninterrupted" + (f"; the rows so far are in {args.out}" if args.out else ""))
+        print("\ninterrupted")
+        if args.out:
+            print(
+                f"the rows so far are in {args.out}; the same command, on the same commit, goes on "
+                "after the last whole case"
+            )
         return 130
 
 

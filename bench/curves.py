@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .common import optional
-from .rows import Row, markdown, provenance, select, unique
+from .rows import NOISY, Row, markdown, noisy, provenance, select, unique
 
 # By optimizer: colours that are distinct to the colour-blind, and a dash; ours have full lines.
 STYLES = {
@@ -70,17 +70,22 @@ def table(rows: list[Row]) -> str:
 def _line(rows: list[Row]) -> list[str]:
     settings = select(rows, metric="test loss")[0]["detail"]["settings"]
     accuracy = [100 * v for v in _values(rows, "test accuracy")]
-    times = [statistics.median(_values(rows, f"{what} step")) for what in ("optimizer", "training")]
     return [
         rows[0]["provider"],
         ", ".join(f"{key} {_text(value)}" for key, value in settings.items()),
         *([_mean_and_deviation(accuracy, ".2f")] if accuracy else []),
         _mean_and_deviation(_values(rows, "test loss"), ".3f"),
         _mean_and_deviation(_values(rows, "training loss"), ".2g"),
-        f"{times[0]:.3g}",
-        f"{times[1]:.3g}",
+        step_time(rows, "optimizer step"),
+        step_time(rows, "training step"),
         f"{_values(rows, 'state')[0]:.3g}",
     ]
+
+
+def step_time(rows: list[Row], metric: str) -> str:
+    """Median over the seeds, in ms, marked where the time of any seed is noisy."""
+    time = f"{statistics.median(_values(rows, metric)):.3g}"
+    return f"{time} {NOISY}" if any(map(noisy, select(rows, metric=metric))) else time
 
 
 def _text(value: Any) -> str:

@@ -25,7 +25,6 @@ from .common import (
     error_ratio,
     interleave,
     mixed_shapes,
-    optional,
     pick_device,
     random_tensors,
     resnet50_shapes,
@@ -36,7 +35,7 @@ from .common import (
 )
 from .cuda import cuda_providers
 from .providers import CHECK_STEPS, PROVIDERS, Provider
-from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
+from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
 
 ALLOWED_ERROR = 2.0
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
@@ -215,15 +214,14 @@ def _line(rows: list[Row]) -> list[str]:
     error = "" if "error" not in of else number(of["error"]["value"], ".2f")
     if "error" in of and not of["error"]["detail"]["right"]:
         return [name, "**WRONG**", "", "", "", "", f"**{error}**"]
-    time, bandwidth = of["time"], of["bandwidth"]
-    band = f"{time['detail']['p20']:.3g} to {time['detail']['p80']:.3g}"
+    bandwidth = of["bandwidth"]
     return [
         name,
-        f"{number(time['value'], '.3g')} ({band})",
+        timed(of["time"]),
         number(bandwidth["detail"]["bytes_per_parameter"], ".3g"),
         number(bandwidth["value"], ".1f"),
         number(of["bandwidth fraction"]["value"], ".0%"),
-        number(of["host time"]["value"], ".3f") if "host time" in of else "",
+        timed(of["host time"], ".3f", band=False) if "host time" in of else "",
         error,
     ]
 
@@ -236,15 +234,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every case; 1 if an update of ours was WRONG."""
-    tqdm = optional("tqdm").tqdm
     device = pick_device(args.device)
-    rows = Rows(args.out / "diag.jsonl", "diag", device)
+    rows = Rows(args.out / "diag.jsonl", "diag", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    bar = tqdm(cases(device, args.quick).items(), unit="case")
-    for case, (shapes, dtype) in bar:
-        bar.set_description(case)
-        measure(case, shapes, dtype, rows, device, seconds)
-
+    chosen = cases(device, args.quick)
+    for case in rows.remaining(chosen):
+        measure(case, *chosen[case], rows, device, seconds)
+    rows.finish()
     written = read_rows(rows.path)
     report = args.out / "diag.md"
     report.write_text(table(written))

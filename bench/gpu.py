@@ -19,7 +19,7 @@ import torch
 
 from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
-from .rows import ROOT, Row, Rows, markdown, provenance, read_rows, select
+from .rows import ROOT, Row, Rows, markdown, provenance, read_rows, select, timed
 
 # The tests may take this share of the time.
 TESTS_SHARE = 0.5
@@ -90,14 +90,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     deadline = time.monotonic() + 60 * args.minutes
-    rows = Rows(path, "gpu", device)
+    rows = Rows(path, "gpu", device, arguments=args)
     if small(device):
         print("no CUDA device: small sizes on the CPU, no GPU test, no product by a kernel")
-    run_tests(rows, device, TESTS_SHARE * 60 * args.minutes)
-    for name in CASES:
+    for name in rows.remaining(("tests", *CASES)):
+        if name == "tests":
+            run_tests(rows, device, TESTS_SHARE * 60 * args.minutes)
+            continue
         command = [sys.executable, "-m", "bench", "gpu", "--case", name, "--device", device.type]
         command += ["--out", str(args.out.resolve()), *(["--quick"] if args.quick else [])]
         run_part(rows, name, command, deadline - time.monotonic())
+    rows.finish()
     written = read_rows(path)
     report = path.with_suffix(".md")
     report.write_text(table(written))
@@ -111,7 +114,6 @@ def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
     if seconds < 10:
         rows.add(name, "process", "skipped", None, "", why="no time left")
         return ""
-    print(f"{name} ...", flush=True)
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
@@ -168,9 +170,10 @@ def _line(target: Target, rows: list[Row]) -> list[str]:
     if not found or found[0]["value"] is None:
         return [target.what, "not measured", goal, ""]
     value = found[0]["value"]
+    shown = timed(found[0], band=False) if "p20" in found[0]["detail"] else f"{value:.3g}"
     reached = value <= target.goal if target.at_most else value >= target.goal
     verdict = "reached" if reached else "missed"
-    return [target.what, f"{value:.3g}", goal, verdict if on_gpu(found) else "rehearsal"]
+    return [target.what, shown, goal, verdict if on_gpu(found) else "rehearsal"]
 
 
 def on_gpu(rows: list[Row]) -> bool:

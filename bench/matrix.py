@@ -27,11 +27,10 @@ from .common import (
     add_measurement_arguments,
     device_timer,
     interleave,
-    optional,
     pick_device,
     random_tensors,
 )
-from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
+from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
 
 CHECK_STEPS = 3
 LR, MOMENTUM, DAMPING, BATCH = 1e-3, 0.9, 1e-4, 8
@@ -218,11 +217,9 @@ def _line(rows: list[Row], base: list[Row]) -> list[str]:
     error = number(of["error"]["value"], ".2g") if "error" in of else ""
     if "time" not in of:
         return [name, "**WRONG**", "", "", f"**{error}**"]
-    time = of["time"]
-    band = f"{time['detail']['p20']:.3g} to {time['detail']['p80']:.3g}"
-    faster = f"{base[0]['value'] / time['value']:.3g}" if base else ""
+    faster = f"{base[0]['value'] / of['time']['value']:.3g}" if base else ""
     rate = number(of["rate"]["value"], ".0f") if "rate" in of else ""
-    return [name, f"{number(time['value'], '.3g')} ({band})", rate, faster, error]
+    return [name, timed(of["time"]), rate, faster, error]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,13 +231,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every case; 1 if a step of ours was WRONG."""
     device = pick_device(args.device)
-    rows = Rows(args.out / "matrix.jsonl", "matrix", device)
+    rows = Rows(args.out / "matrix.jsonl", "matrix", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
     cases: dict[str, Any] = dict(list(CASES.items())[3:4]) if args.quick else CASES
-    bar = optional("tqdm").tqdm(cases.items(), unit="case")
-    for case, shapes in bar:
-        bar.set_description(case)
-        measure(case, shapes, rows, device, seconds)
+    for case in rows.remaining(cases):
+        measure(case, cases[case], rows, device, seconds)
+    rows.finish()
     written = read_rows(rows.path)
     report = args.out / "matrix.md"
     report.write_text(table(written))

@@ -53,23 +53,27 @@ def run(args: argparse.Namespace) -> int:
     names = [args.problem] if args.problem else list(PROBLEMS)
     for module in ("tqdm", "matplotlib", *itertools.chain(*(NEEDED[name] for name in names))):
         optional(module)  # now, not after the training
+    done = []
     for name in names:
         with threads(1 if args.tune else THREADS[name]):
-            (tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args)
+            done.append((tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args))
+    for rows in done:
+        rows.finish()
     return 0
 
 
-def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> None:
+def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> Rows:
     """Train with the tuned settings and look at the test data."""
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
     seeds = range(1 if args.quick else args.seeds)
     sets = problem.load(device, tuning=False)
     optimizers = {name: partial(m.optimizer, settings=m.tuned) for name, m in methods.items()}
-    rows = Rows(args.out / f"train_{problem.name}.jsonl", "train", device)
-    with optional("tqdm").tqdm(total=rounds * len(seeds), unit="round") as bar:
-        for seed in seeds:
-            bar.set_description(f"{problem.name}: {len(methods)} optimizers, seed {seed}")
+    rows = Rows(args.out / f"train_{problem.name}.jsonl", "train", device, arguments=args)
+    by_name = {f"{problem.name}, seed {seed}": seed for seed in seeds}
+    for case in rows.remaining(by_name):
+        seed = by_name[case]
+        with optional("tqdm").tqdm(total=rounds, unit="round", leave=False) as bar:
             runs = train(
                 problem, optimizers, sets, device, seed=seed, rounds=rounds, progress=bar.update
             )
@@ -83,6 +87,7 @@ def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespa
     plot(written, figure)
     print(report.read_text())
     print(f"rows   {rows.path}\ntable  {report}\nplot   {figure}")
+    return rows
 
 
 def add_rows(
@@ -120,7 +125,7 @@ def rounded(values: list[float]) -> list[float | None]:
 # Tuning ---------------------------------------------------------------------------------------
 
 
-def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> None:
+def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> Rows:
     """Train every setting of every search on the validation split, and print the best."""
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
@@ -128,23 +133,23 @@ def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace)
     if args.method:
         methods = {args.method: methods[args.method]}
     sets = problem.load(device, tuning=True)
-    rows = Rows(args.out / f"train_{problem.name}_tuning.jsonl", "train", device)
-    with optional("tqdm").tqdm(total=rounds * len(seeds) * len(methods), unit="round") as bar:
-        for name, method in methods.items():
-            bar.set_description(f"{problem.name}: {len(method.grid())} settings of {name}")
+    rows = Rows(args.out / f"train_{problem.name}_tuning.jsonl", "train", device, arguments=args)
+    for name in rows.remaining(methods):
+        method = methods[name]
+        with optional("tqdm").tqdm(total=rounds * len(seeds), unit="round", leave=False) as bar:
             ends = search(problem, method, sets, device, seeds, rounds, bar.update)
-            for settings, last in zip(method.grid(), ends, strict=True):
-                rows.add(
-                    problem.name,
-                    name,
-                    "validation loss",
-                    fmean(last["loss"]),
-                    "nat",
-                    settings=settings,
-                    seeds=list(seeds[: len(last["loss"])]),
-                    rounds=rounds,
-                    **{measure: rounded(values) for measure, values in last.items()},
-                )
+        for settings, last in zip(method.grid(), ends, strict=True):
+            rows.add(
+                problem.name,
+                name,
+                "validation loss",
+                fmean(last["loss"]),
+                "nat",
+                settings=settings,
+                seeds=list(seeds[: len(last["loss"])]),
+                rounds=rounds,
+                **{measure: rounded(values) for measure, values in last.items()},
+            )
 
     written = read_rows(rows.path)
     for name, method in methods.items():
@@ -152,6 +157,7 @@ def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace)
         inside = "inside" if interior(found, method.search) else "on the edge of"
         print(f"{name}: {found}, {inside} the search; in use {method.tuned}")
     print(f"rows   {rows.path}")
+    return rows
 
 
 def search(

@@ -165,7 +165,7 @@ def test_diag_table_shows_time_band_bandwidth_and_error():
             row("A", "time", 2.0, p20=1.9, p80=2.25),
             row("A", "bandwidth", 55.55, bytes_per_parameter=28.0),
             row("A", "bandwidth fraction", 0.914),
-            row("A", "host time", 0.0123),
+            row("A", "host time", 0.0123, p20=0.012, p80=0.013),
             row("B", "error", 141.0, right=False),
             row("C", "error", None, right=False),
         ]

@@ -196,15 +196,15 @@ def test_the_table_shows_mean_and_deviation_over_seeds():
             of_row("test accuracy", accuracy, seed=s),
             of_row("test loss", 0.1, seed=s, settings=settings, steps=[5, 10]),
             of_row("training loss", 1e-3, seed=s),
-            of_row("optimizer step", 0.02 + s, seed=s),
-            of_row("training step", 1.0 + s, seed=s),
+            of_row("optimizer step", 0.02 + s, seed=s, p20=0.02 + s, p80=0.02 + s),
+            of_row("training step", 1.0 + s, seed=s, p20=0.9 + s, p80=1.05 + s + (s == 1)),
             of_row("state", 8.0),
         ]
         for s, accuracy in enumerate((0.9, 0.8, 1.0))
     ]
     shown = curves.table(list(chain.from_iterable(of_seed)))
     line = "| A | lr 0.1, betas (0.9, 0.99) | 90.00 ± 10.00 | 0.100 ± 0.000 | 0.001 ± 0 |"
-    assert f"{line} 1.02 | 2 | 8 |" in shown
+    assert f"{line} 1.02 | 2 noisy | 8 |" in shown
     assert "over 3 seeds after 10 steps" in shown
 
 
