@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "sass": "compile every kernel for GPUs, and show registers, spills and wide accesses",
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train a CNN on digits and a transformer on text with several optimizers",
+    "report": "tables and plots of stored rows, and README's from them",
 }
 
 
@@ -23,7 +24,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f"bench.{name}")
         sub = subparsers.add_parser(name, help=summary, description=module.__doc__)
-        sub.add_argument("--quick", action="store_true", help="a few seconds; numbers mean little")
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)

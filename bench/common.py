@@ -35,6 +35,14 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every subcommand that measures on a device."""
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
+    add_quick_argument(parser)
+
+
+def add_quick_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of every subcommand that takes long."""
+    parser.add_argument(
+        "--quick", action="store_true", help="under two minutes; numbers mean little"
+    )
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -220,15 +220,18 @@ def noisy(row: Row) -> bool:
     return value is not None and detail["p80"] - detail["p20"] > NOISY_SPREAD * value
 
 
-def timed(row: Row, spec: str = ".3g", *, scale: float = 1.0, band: bool = True) -> str:
+def timed(row: Row, spec: str = "", *, scale: float = 1.0, band: bool = True) -> str:
     """A time as text, with its 20th and 80th percentile, and marked where it is noisy."""
     if row["value"] is None:
         return number(None, spec)
-    value, p20, p80 = (
-        f"{scale * v:{spec}}" for v in (row["value"], row["detail"]["p20"], row["detail"]["p80"])
-    )
+    times = (row["value"], row["detail"]["p20"], row["detail"]["p80"])
+    value, p20, p80 = (f"{scale * t:{spec}}" if spec else _three_digits(t) for t in times)
     shown = f"{value} ({p20} to {p80})" if band else value
     return f"{shown} {NOISY}" if noisy(row) else shown
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def provenance(rows: list[Row]) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from _bench import CPU, RESULTS, ROOT, needs_extras, row
+from _bench import CPU, ROOT, needs_extras, row
 
 from bench import common, diag, host, matrix, providers, rows
 from bench.__main__ import SUBCOMMANDS, main
@@ -174,19 +174,6 @@ def test_diag_table_shows_time_band_bandwidth_and_error():
     assert "| A | 2 (1.9 to 2.25) | 28 | 55.5 | 91% | 0.012 | 0.50 |" in text
     assert "| B | **WRONG** |  |  |  |  | **141.00** |" in text
     assert "| C | **WRONG** |  |  |  |  | **not finite** |" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "table"),
-    [
-        ("diag", diag.table),
-        ("matrix", matrix.table),
-        ("matrix_amx", matrix.table),
-        ("host", host.table),
-    ],
-)
-def test_stored_tables_are_made_of_the_stored_rows(name, table):
-    assert (RESULTS / f"{name}.md").read_text() == table(rows.read_rows(RESULTS / f"{name}.jsonl"))
 
 
 # Subcommands ----------------------------------------------------------------------------------
