@@ -84,8 +84,9 @@ def loss(rows: list[Row]) -> str:
     return _mean_and_deviation(_values(rows, "test loss"), ".3f")
 
 
-def reached(rows: list[Row], goal: float) -> tuple[float, float] | None:
-    """Steps and seconds of training until the test loss, mean of the seeds, is at most `goal`."""
+def reached(rows: list[Row], other: list[Row]) -> tuple[float, float] | None:
+    """Steps and seconds of training to the last test loss of `other`, means of the seeds."""
+    goal = _lines(select(other, metric="test loss"), "curve").mean(0)[-1]
     own = select(rows, metric="test loss")
     below = (_lines(own, "curve").mean(0) <= goal).nonzero()
     if not len(below):

@@ -59,34 +59,45 @@ def _speed_ups(rows: list[Row], ours: str, other: str) -> list[float]:
 # Tables ---------------------------------------------------------------------------------------
 
 
+MATRIX_PEERS = {
+    "sirfshampoo, bfloat16": "sirfshampoo: the same mathematics",
+    "SOAP, float32": "SOAP of pytorch-optimizer",
+    "Shampoo, float32": "Shampoo of pytorch-optimizer",
+    "Shampoo by batched eigh": "Shampoo by batched `torch.linalg.eigh`",
+}
+COMPARED = [
+    *(("matrix", OURS, other, MATRIX_PEERS[other]) for other in MATRIX_PEERS),
+    ("diag", "RootFreeRMSprop, momentum 0.9", "torch RMSprop, momentum 0.9", "torch RMSprop"),
+    ("diag", "RootFreeAdamW", "torch AdamW, fused", "torch's fused AdamW"),
+]
+
+
 def headline(files: Files) -> str:
-    """Ratios of times, the smallest and the largest over the cases of the same run."""
-    compared = [
-        ("diag", "RootFreeRMSprop, momentum 0.9", "torch RMSprop, momentum 0.9"),
-        ("diag", "RootFreeAdamW", "torch AdamW, fused"),
-        *(
-            (stem, OURS, other)
-            for other in (
-                "sirfshampoo, bfloat16",
-                "SOAP, float32",
-                "Shampoo, float32",
-                "Shampoo by batched eigh",
-            )
-            for stem in ("matrix", "matrix_amx")
-        ),
-    ]
+    """Ratios of times on each machine: geometric mean, least and most over the cases of a run."""
+    machines = {"": files["matrix"], "_amx": files["matrix_amx"]}
     lines = []
-    for stem, ours, other in compared:
-        ratios = _speed_ups(files[stem], ours, other)
-        if ratios:
-            middle = statistics.geometric_mean(ratios)
-            span = f"{min(ratios):.2g} to {max(ratios):.2g}"
-            device = files[stem][0]["device"]
-            amx = ", AMX" if "(amx)" in files[stem][0]["versions"]["rootfree_fused"] else ""
-            lines.append([ours, other, f"**{middle:.1f}**", span, f"{device}{amx}"])
-    header = ("a step of", "instead of", "times as fast, mean", "least to most", "on")
+    for stem, ours, other, title in COMPARED:
+        of_machines = [
+            _speed_ups(files[stem + machine], ours, other) if stem + machine in files else []
+            for machine in machines
+        ]
+        if any(of_machines):
+            lines.append([f"{ours}, against {title}", *map(_ratios, of_machines)])
+    header = ("times as fast (least to most)", *map(_machine, machines.values()))
     runs = [files[stem] for stem in ("diag", "matrix", "matrix_amx")]
     return f"{markdown(header, lines)}\n\n{_measured(*runs)}"
+
+
+def _ratios(ratios: list[float]) -> str:
+    if not ratios:
+        return "not measured"
+    mean = statistics.geometric_mean(ratios)
+    return f"**{mean:.1f}** ({min(ratios):.2g} to {max(ratios):.2g})"
+
+
+def _machine(rows: list[Row]) -> str:
+    amx = ", AMX" if "(amx)" in rows[0]["versions"]["rootfree_fused"] else ""
+    return rows[0]["device"].replace("(R)", "") + amx
 
 
 def diag(files: Files) -> str:
@@ -105,12 +116,11 @@ def diag(files: Files) -> str:
 def text(files: Files) -> str:
     """The transformer's losses, and when each optimizer is where torch's AdamW ends."""
     rows = files["train_text"]
-    adamw = select(rows, provider="torch AdamW", metric="test loss")
-    goal = statistics.mean(row["detail"]["curve"][-1] for row in adamw)
+    adamw = select(rows, provider="torch AdamW")
     lines = []
     for name in unique(rows, "provider"):
         own = select(rows, provider=name)
-        when = reached(own, goal)
+        when = reached(own, adamw)
         state = f"{select(own, metric='state')[0]['value']:.3g}"
         lines.append(
             [

@@ -128,7 +128,7 @@ def made_up():
         {**row("copy", "bandwidth", 40.0), "unit": "GB/s"},
         {**row("mm", "rate", 100.0), "unit": "GFLOP/s"},
         *(
-            {**row(name, metric, 3.0), "unit": unit, "kernel": "matrix", "detail": sizes}
+            {**row(name, metric, 3.0), "unit": unit, "kernel": "matrix", **sizes}
             for name in (plots.OURS, "sirfshampoo, bfloat16", "some new peer")
             for metric, unit in kinds
         ),
