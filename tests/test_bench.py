@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from _bench import CPU, ROOT, needs_extras, row
 
-from bench import common, diag, host, matrix, providers, rows
+from bench import common, diag, host, matrix, peers, providers, rows
 from bench.__main__ import SUBCOMMANDS, main
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch
 
@@ -248,13 +249,17 @@ def test_flops_of_an_update_step_by_hand():
 
 @needs_extras
 def test_matrix_end_to_end(tmp_path, monkeypatch):
-    def off(model, dtype):
-        optimizer = matrix.ours(model, dtype)
+    right = peers.PEERS["IFShampoo, float32"]
+
+    def off(params, interval):
+        optimizer = right.build(params, interval)
         optimizer.param_groups[0]["lr"] *= 1.1
         return optimizer
 
-    providers_ = {**matrix.PROVIDERS, "IFShampoo, off": matrix.Provider(off, torch.float32)}
-    monkeypatch.setattr(matrix, "PROVIDERS", providers_)
+    chosen = {name: peers.PEERS[name] for name in ("IFShampoo, float32", peers.EIGH)}
+    gone = peers.Peer(off, "no_such_package")
+    wrong = {"IFShampoo, off": replace(right, build=off), "gone": gone}
+    monkeypatch.setattr(matrix, "PEERS", chosen | wrong)
     monkeypatch.setattr(matrix, "CASES", {str(i): [(6, 4), (3, 3)] for i in range(4)})
     assert main(["matrix", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
     written = rows.read_rows(tmp_path / "matrix.jsonl")
@@ -262,8 +267,8 @@ def test_matrix_end_to_end(tmp_path, monkeypatch):
     assert report == matrix.table(written)
     assert "| IFShampoo, off | **WRONG** |" in report
     timed = rows.unique(rows.select(written, metric="time"), "provider")
-    assert timed[:2] == ["IFShampoo, bfloat16", "IFShampoo, float32"]
-    assert "IFShampoo, off" not in timed
+    assert timed == ["IFShampoo, float32", peers.EIGH]
+    assert "| gone | absent |" in report
 
 
 # Host time

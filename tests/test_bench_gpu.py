@@ -100,3 +100,21 @@ def test_the_eigendecomposition_shampoo_is_shampoo():
             twin -= 0.1 * a @ p.grad @ b
     for p, twin in zip(params, twins, strict=True):
         assert (p - twin).abs().max() < 1e-9
+
+
+def test_roots_are_renewed_at_the_interval_alone():
+    grad = torch.eye(3, dtype=torch.float64)
+    steps = {}
+    for interval in (1, 2):
+        p = torch.zeros(3, 3, dtype=torch.float64)
+        p.grad = grad
+        optimizer = eigh.EighShampoo([p], lr=1.0, damping=1.0, interval=interval)
+        ways = []
+        for _ in range(3):
+            before = p.clone()
+            optimizer.step()
+            ways.append((before - p)[0, 0].item())
+        steps[interval] = ways
+    renewed = [(1.0 + step) ** -0.5 for step in (1, 2, 3)]
+    assert steps[1] == pytest.approx(renewed)
+    assert steps[2] == pytest.approx([renewed[0], renewed[0], renewed[2]])
