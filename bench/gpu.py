@@ -19,7 +19,7 @@ import torch
 
 from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
-from .rows import ROOT, Row, Rows, markdown, provenance, read_rows, select, timed
+from .rows import ROOT, Row, Rows, markdown, number, provenance, read_rows, select, timed
 
 # The tests may take this share of the time.
 TESTS_SHARE = 0.5
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run every part; 1 if a test or a case failed."""
+    """Run every part; 1 if a test or a case failed, or a step was WRONG."""
     device = pick_device(args.device)
     path = args.out / "gpu.jsonl"
     if args.case:
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     report.write_text(table(written))
     print(report.read_text())
     print(f"rows   {path}\ntable  {report}")
-    return int(any(row["metric"] == "failed" and row["value"] != 0 for row in written))
+    failed = any(row["metric"] == "failed" and row["value"] != 0 for row in written)
+    return int(failed or bool(wrong(written)))
 
 
 def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
@@ -161,12 +162,19 @@ def table(rows: list[Row]) -> str:
         for row in rows
         if row["detail"].keys() & {"why", "test"}
     ]
+    troubles += [
+        f"- {row['case']}, {row['provider']}: **WRONG**, error {number(row['value'], '.3g')} "
+        f"{row['unit']}"
+        for row in wrong(rows)
+    ]
     return "\n\n".join(parts + (["\n".join(troubles)] if troubles else [])) + "\n"
 
 
 def _line(target: Target, rows: list[Row]) -> list[str]:
     found = select(rows, case=target.case, provider=target.provider, metric=target.metric)
     goal = f"{'<=' if target.at_most else '>='} {target.goal:g} {target.unit}".strip()
+    if wrong(select(rows, case=target.case)):
+        return [target.what, "**WRONG**", goal, ""]
     if not found or found[0]["value"] is None:
         return [target.what, "not measured", goal, ""]
     value = found[0]["value"]
@@ -174,6 +182,12 @@ def _line(target: Target, rows: list[Row]) -> list[str]:
     reached = value <= target.goal if target.at_most else value >= target.goal
     verdict = "reached" if reached else "missed"
     return [target.what, shown, goal, verdict if on_gpu(found) else "rehearsal"]
+
+
+def wrong(rows: list[Row]) -> list[Row]:
+    """Errors of steps of ours that are not right, and got no time."""
+    of_ours = [row for row in rows if not row["provider"].startswith("torch")]
+    return [row for row in of_ours if row["detail"].get("right") is False]
 
 
 def on_gpu(rows: list[Row]) -> bool:
