@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import models
 from .common import (
     Call,
     Shape,
@@ -27,7 +28,6 @@ from .common import (
     mixed_shapes,
     pick_device,
     random_tensors,
-    resnet50_shapes,
     step_bytes,
     tensor_state,
     threads,
@@ -50,12 +50,12 @@ PROBE_BYTES = {COPY: 16, "in-place add": 24}  # a parameter
 def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], torch.dtype]]:
     """Shapes and parameter dtype of every case; gradients have the parameter's dtype."""
     large = 250_000_000 if device.type == "cuda" else 30_000_000
+    resnet50 = [layer.shape for layer in models.resnet50()]
     if quick:
         large, many = 100_000, 100
-        resnet50 = [shape for shape in resnet50_shapes() if shape[0] <= 64]
+        resnet50 = [shape for shape in resnet50 if shape[0] <= 64]
     else:
         many = 1000
-        resnet50 = list(resnet50_shapes())
     float32, bfloat16 = torch.float32, torch.bfloat16
     name = f"{large / 1e6:g}M in one tensor"
     return {

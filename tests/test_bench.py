@@ -30,15 +30,6 @@ def stepped(build, *shapes, dtype=torch.float32):
 # Shapes, timers, byte model -------------------------------------------------------------------
 
 
-def test_resnet50_has_the_published_shapes():
-    shapes = list(common.resnet50_shapes())
-    assert len(shapes) == 161
-    assert sum(torch.Size(shape).numel() for shape in shapes) == 25_557_032
-    assert shapes[0] == (64, 3, 7, 7)
-    assert shapes[12] == (256, 64, 1, 1)  # the first shortcut
-    assert shapes[-2:] == [(1000, 2048), (1000,)]
-
-
 def test_percentiles_interpolate_between_sorted_samples():
     timing = common.summarize([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
     assert timing == common.Timing(median=3.5, p20=2.0, p80=5.0, samples=6)
