@@ -4,8 +4,8 @@ A row takes part by what it has, whatever benchmark it is from:
 
     roofline    a rate with `flops` and `bytes` in its detail, or a bandwidth of a diagonal update;
                 roofs: the bandwidth of a copy and of an in-place add, the rate of `mm`
-    speed-up    a `speed` with `n` in its detail (and `count`, for matrices at once)
-    step cost   a `time` with `parameters` in its detail
+    speed-up    a `speed` of a kernel of ours on a case like "16 of 2048", a stack and its n
+    step cost   an `update step` with `parameters` in its detail
     peers       times of `bench matrix`, beside IFShampoo's in bfloat16
     curves      losses of `bench train` with their `curve`
 """
@@ -13,6 +13,7 @@ A row takes part by what it has, whatever benchmark it is from:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ DIAGONAL_FLOPS = {
 GIGA = {"GFLOP/s": 1.0, "TFLOP/s": 1e3}
 OURS = "IFShampoo, bfloat16"
 MM = "mm"
+STACK = re.compile(r"(\d+) of (\d+)$")  # a case: matrices of a stack, and their n
 
 
 class Plot(NamedTuple):
@@ -57,8 +59,11 @@ def roofline_rows(rows: list[Row]) -> list[Row]:
 
 
 def _is_roof(row: Row) -> bool:
-    roofs = {(name, "bandwidth") for name in PROBE_BYTES} | {(MM, "rate")}
-    return (row["provider"], row["metric"]) in roofs and row["value"] is not None
+    """A bandwidth of a probe, or the rate of a large product ("mm", or "mm, bfloat16")."""
+    name, metric = row["provider"], row["metric"]
+    roof = metric == "bandwidth" and name in PROBE_BYTES
+    roof |= metric == "rate" and name.partition(",")[0] == MM
+    return roof and row["value"] is not None
 
 
 def intensity(row: Row) -> float | None:
@@ -66,7 +71,7 @@ def intensity(row: Row) -> float | None:
     name, metric, detail = row["provider"], row["metric"], row["detail"]
     if row["value"] is None or _is_roof(row):
         return None
-    if metric == "rate" and {"flops", "bytes"} <= detail.keys():
+    if metric.endswith("rate") and {"flops", "bytes"} <= detail.keys():
         return detail["flops"] / detail["bytes"]
     if metric == "bandwidth" and name in DIAGONAL_FLOPS:
         return DIAGONAL_FLOPS[name] / detail["bytes_per_parameter"]
@@ -75,7 +80,7 @@ def intensity(row: Row) -> float | None:
 
 def achieved(row: Row) -> float:
     """GFLOP/s of a row that has an intensity."""
-    if row["metric"] == "rate":
+    if row["metric"].endswith("rate"):
         return row["value"] * GIGA[row["unit"]]
     return row["value"] * intensity(row)
 
@@ -88,8 +93,8 @@ def roofline(rows: list[Row], path: Path) -> None:
     figure, axis = subplots(height=4.4)
     points = [row for row in rows if intensity(row) is not None]
     left, right = min(map(intensity, points)) / 1.6, max(map(intensity, points)) * 1.6
-    rates = [achieved(row) for row in select(rows, provider=MM, metric="rate")]
-    top = max(rates, default=math.inf)
+    products = [row for row in rows if _is_roof(row) and row["metric"] == "rate"]
+    top = max(map(achieved, products), default=math.inf)
     for name, dash in zip(PROBE_BYTES, ("--", "-"), strict=True):
         found = select(rows, provider=name, metric="bandwidth")
         if found:
@@ -97,8 +102,9 @@ def roofline(rows: list[Row], path: Path) -> None:
             ends = [left, min(right, top / bandwidth)]
             label = f"{name}, {bandwidth:.0f} GB/s"
             axis.plot(ends, [bandwidth * x for x in ends], color=GREY, ls=dash, label=label)
-    if rates:
-        axis.axhline(top, color=GREY, ls=":", label=f"large product, {top:,.0f} GFLOP/s")
+    for row in products:
+        label = f"{row['provider']}, {achieved(row):,.0f} GFLOP/s"
+        axis.axhline(achieved(row), color=GREY, ls=":", label=label)
     for name, look in styles(unique(points, "provider")).items():
         own = select(points, provider=name)
         axis.plot(list(map(intensity, own)), list(map(achieved, own)), **look | {"ls": ""})
@@ -111,37 +117,53 @@ def roofline(rows: list[Row], path: Path) -> None:
 # Against size ---------------------------------------------------------------------------------
 
 
-def _with(metric: str, key: str) -> Callable[[list[Row]], list[Row]]:
-    """Chooses rows that have a number of this metric, and in their detail the size it is for."""
-
-    def choose(rows: list[Row]) -> list[Row]:
-        return [r for r in select(rows, metric=metric) if key in r["detail"] and r["value"]]
-
-    return choose
+def speed_rows(rows: list[Row]) -> list[Row]:
+    """How many times as fast as torch.bmm each kernel of ours is."""
+    ours = [row for row in rows if row["provider"].startswith("IFShampoo") and row["value"]]
+    return [row for row in ours if row["metric"].endswith(" speed") and STACK.match(row["case"])]
 
 
-def _against(
-    key: str, xlabel: str, ylabel: str, scale: float = 1.0
-) -> Callable[[list[Row], Path], None]:
-    """Draws a line a provider, and a count of matrices at once, against a size in the detail."""
+def speed_up(rows: list[Row], path: Path) -> None:
+    """Speed-ups against n, on one matrix and on a stack."""
+    figure, axes = subplots(2, height=4.2)
+    lines: dict[str, list[tuple[bool, int, float]]] = {}
+    for row in rows:
+        count, n = map(int, STACK.match(row["case"]).groups())
+        kernel = row["metric"].removesuffix(" speed")
+        name = ",".join([kernel, *row["provider"].split(",")[1:]])
+        lines.setdefault(name, []).append((count > 1, n, row["value"]))
+    looks = styles(list(lines))
+    for stacked, axis in enumerate(axes):
+        for name, points in lines.items():
+            own = sorted((n, value) for many, n, value in points if many == stacked)
+            axis.plot([n for n, _ in own], [value for _, value in own], **looks[name])
+        axis.axhline(1, color=GREY, lw=1.2)
+        axis.set_ylim(bottom=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        title = ("one matrix", "a stack")[stacked]
+        axis.set(xlabel="n, of matrices of n x n", ylabel="times as fast as torch.bmm", title=title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    save(figure, rows, path)
 
-    def draw(rows: list[Row], path: Path) -> None:
-        figure, axis = subplots(height=4.4)
-        lines: dict[str, list[Row]] = {}
-        for row in rows:
-            count = row["detail"].get("count")
-            name = row["provider"] + (f", {count} at once" if count else "")
-            lines.setdefault(name, []).append(row)
-        for name, look in styles(list(lines)).items():
-            own = sorted(lines[name], key=lambda row: row["detail"][key])
-            x = [scale * row["detail"][key] for row in own]
-            axis.plot(x, [row["value"] for row in own], **look, ms=5)
-        logarithmic(axis, "x", "y")
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        figure.legend(frameon=False, fontsize=8, loc="outside right center")
-        save(figure, rows, path)
 
-    return draw
+def cost_rows(rows: list[Row]) -> list[Row]:
+    """Update steps on networks whose size is known."""
+    updates = [row for row in select(rows, metric="update step") if row["value"]]
+    return [row for row in updates if "parameters" in row["detail"]]
+
+
+def cost(rows: list[Row], path: Path) -> None:
+    """Milliseconds of an update step against the size of the network."""
+    figure, axis = subplots(height=4.8)
+    for name, look in styles(unique(rows, "provider")).items():
+        own = sorted((r["detail"]["parameters"], r["value"]) for r in select(rows, provider=name))
+        axis.plot([size / 1e6 for size, _ in own], [value for _, value in own], **look, ms=5)
+    logarithmic(axis, "x", "y")
+    axis.set(xlabel="million parameters", ylabel="ms an update step")
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    save(figure, rows, path)
 
 
 # Whole steps beside IFShampoo -----------------------------------------------------------------
@@ -195,17 +217,17 @@ PLOTS = {
     ),
     "speedup": Plot(
         "Speed-up against n",
-        "Products and kernels on matrices of n x n, in times as fast as what their rows name.",
-        _with("speed", "n"),
-        _against("n", "n, of matrices of n x n", "times as fast"),
-        "a benchmark of products, whose rows have a `speed` and its `n`",
+        "Kernels of IFShampoo in times as fast as the same formula by torch.bmm, line 1.",
+        speed_rows,
+        speed_up,
+        "`bench products`",
     ),
     "cost": Plot(
         "Step cost against model size",
-        "Whole optimizer steps on the shapes of models.",
-        _with("time", "parameters"),
-        _against("parameters", "million parameters of the model", "ms a step", 1e-6),
-        "a benchmark of steps, whose rows have a `time` and the model's `parameters`",
+        "Steps that renew the preconditioner, on the layers of networks.",
+        cost_rows,
+        cost,
+        "`bench step`",
     ),
     "steps": Plot(
         "A step of IFShampoo beside its peers",

@@ -190,12 +190,15 @@ def unique(rows: list[Row], key: str) -> list[str]:
 # Tables ---------------------------------------------------------------------------------------
 
 
-# A time whose percentiles are further apart, (p80 - p20) / median, was taken on a busy machine.
+# A time whose percentiles are further apart, (p80 - p20) / median, was taken on a busy machine; of
+# fewer samples nobody knows.
 NOISY_SPREAD = 0.2
+LEAST_SAMPLES = 3
 NOISY = "noisy"
 NOISE_NOTE = (
     f"{NOISY}: the 20th and the 80th percentile are more than {NOISY_SPREAD:.0%} of the median "
-    "apart, as on a machine that does something else too. Measure again before you compare."
+    f"apart, as on a machine that does something else too, or there are fewer than {LEAST_SAMPLES} "
+    "samples. Measure again before you compare."
 )
 
 
@@ -215,9 +218,12 @@ def number(value: float | None, spec: str) -> str:
 
 
 def noisy(row: Row) -> bool:
-    """Whether a time varied by more than NOISY_SPREAD."""
+    """Whether a time varied by more than NOISY_SPREAD, or too few samples say."""
     value, detail = row["value"], row["detail"]
-    return value is not None and detail["p80"] - detail["p20"] > NOISY_SPREAD * value
+    if value is None:
+        return False
+    few = detail["samples"] < LEAST_SAMPLES
+    return few or detail["p80"] - detail["p20"] > NOISY_SPREAD * value
 
 
 def timed(row: Row, spec: str = "", *, scale: float = 1.0, band: bool = True) -> str:

@@ -29,7 +29,6 @@ from .common import (
     device_timer,
     held_bytes,
     interleave,
-    optional,
     pick_device,
     random_tensors,
     time_host,
@@ -44,6 +43,7 @@ LONGEST = 10_000
 # At least so many, also where they take longer than their time; one when nobody reads it.
 ROUNDS = (3, 1)
 UPDATE, BETWEEN = "update step", "step between"
+GROWTH = "growth"
 GROWING = ("IFShampoo, bfloat16", "RootFreeRMSprop, momentum 0.9", "RootFreeAdamW")
 GROWING += ("torch AdamW, fused", EIGH)
 
@@ -175,10 +175,11 @@ def measure(
     runs[FORWARD, "time"] = forward_backward(model, dtype, device)
     times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=ROUNDS[seconds < 1])
     base = times[FORWARD, "time"]
+    elements = sum(value.numel() for value in parameters.values)
     rows.add_time(case, FORWARD, "time", base, flops=model.flops(), dtype=str(dtype))
     for name, of in steps.items():
         for kind in of:
-            rows.add_time(case, name, kind, times[name, kind])
+            rows.add_time(case, name, kind, times[name, kind], parameters=elements)
         if not of:
             continue
         update = times[name, UPDATE].median
@@ -267,13 +268,15 @@ def networks(device: torch.device, quick: bool, full: bool) -> dict[str, Callabl
 def run(args: argparse.Namespace) -> int:
     """Measure every network, then growth; 1 if a step of ours was WRONG."""
     device = pick_device(args.device)
-    rows = Rows(args.out / "step.jsonl", "step", device)
+    rows = Rows(args.out / "step.jsonl", "step", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    bar = optional("tqdm").tqdm(networks(device, args.quick, args.full).items(), unit="network")
-    for case, build in bar:
-        bar.set_description(case)
-        measure(case, build(), rows, device, seconds, args.limit)
-    grow(rows, device, seconds, args.quick, args.limit)
+    builders = networks(device, args.quick, args.full)
+    for case in rows.remaining((*builders, GROWTH)):
+        if case == GROWTH:
+            grow(rows, device, seconds, args.quick, args.limit)
+        else:
+            measure(case, builders[case](), rows, device, seconds, args.limit)
+    rows.finish()
     written = read_rows(rows.path)
     report = args.out / "step.md"
     report.write_text(table(written))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .matrix import error_cell
-from .rows import Row, markdown, number, provenance, select, unique
+from .rows import Row, markdown, number, provenance, select, timed, unique
 
 INTERVALS = (1, 2, 10)
 FORWARD = "forward-backward"
@@ -51,14 +51,14 @@ def _line(rows: list[Row]) -> list[str]:
     if "absent" in of:
         return [name, f"absent: {of['absent']['detail']['why']}", *empty, ""]
     if name == FORWARD:
-        return [name, _time(of["time"]), *empty, ""]
+        return [name, timed(of["time"]), *empty, ""]
     error = max((r for r in rows if r["metric"].startswith("error")), key=_badness)
     if not error["detail"]["right"]:
         return [name, "**WRONG**", *empty, f"**{error_cell(error)}**"]
     return [
         name,
-        _time(of["update step"]),
-        number(of["step between"]["value"], ".3g") if "step between" in of else "",
+        timed(of["update step"]),
+        timed(of["step between"], band=False) if "step between" in of else "",
         *(number(of[f"share at interval {k}"]["value"], ".3g") for k in INTERVALS),
         number(of["state"]["value"], ".3g"),
         error_cell(error),
@@ -69,11 +69,6 @@ def _badness(row: Row) -> tuple[bool, float]:
     return not row["detail"]["right"], row["value"] if row["value"] is not None else float("inf")
 
 
-def _time(row: Row) -> str:
-    detail = row["detail"]
-    return f"{number(row['value'], '.3g')} ({detail['p20']:.3g} to {detail['p80']:.3g})"
-
-
 def _growth(rows: list[Row]) -> str:
     times = [row for row in rows if "size" in row["detail"]]
     sizes = list(dict.fromkeys(row["detail"]["size"] for row in times))
@@ -81,7 +76,7 @@ def _growth(rows: list[Row]) -> str:
     for name in unique(times, "provider"):
         own = select(times, provider=name)
         found = select(rows, provider=name, metric="growth")
-        cells = {row["detail"]["size"]: number(row["value"], ".3g") for row in own}
+        cells = {row["detail"]["size"]: timed(row, band=False) for row in own}
         slope = number(found[0]["value"], ".2f") if found else ""
         lines.append([name, *(cells.get(size, "") for size in sizes), slope])
     return markdown(("provider", *(f"ms at {size}" for size in sizes), "exponent"), lines)

@@ -112,25 +112,16 @@ def test_a_point_of_the_roofline_has_the_intensity_of_its_row():
 
 def made_up():
     """Rows that every plot but the curves has something of."""
-    sizes = {
-        "detail": {
-            "n": 8,
-            "count": 2,
-            "parameters": 64,
-            "flops": 64,
-            "bytes": 8,
-            "p20": 1,
-            "p80": 1,
-        }
-    }
-    kinds = (("speed", "x torch.bmm"), ("time", "ms"), ("rate", "GFLOP/s"))
+    sizes = {"parameters": 64, "flops": 64, "bytes": 8, "p20": 1, "p80": 1}
+    kinds = {"gram speed": "x", "time": "ms", "update step": "ms", "gram rate": "GFLOP/s"}
     return [
         {**row("copy", "bandwidth", 40.0), "unit": "GB/s"},
-        {**row("mm", "rate", 100.0), "unit": "GFLOP/s"},
+        {**row("mm, bfloat16", "rate", 100.0), "unit": "GFLOP/s"},
         *(
-            {**row(name, metric, 3.0), "unit": unit, "kernel": "matrix", **sizes}
+            {**row(name, metric, 3.0, case=case, **sizes), "unit": unit, "kernel": "matrix"}
             for name in (plots.OURS, "sirfshampoo, bfloat16", "some new peer")
-            for metric, unit in kinds
+            for metric, unit in kinds.items()
+            for case in ("1 of 8", "4 of 8")
         ),
     ]
 
@@ -154,9 +145,10 @@ def test_the_report_draws_what_has_rows_and_names_what_has_none(tmp_path):
 
 @needs_extras
 def test_a_plot_does_not_pass_for_one_of_other_rows(tmp_path):
-    plots.PLOTS["cost"].draw(made_up()[3:4], tmp_path / "cost.png")
-    assert figures.shows(tmp_path / "cost.png", made_up()[3:4])
-    assert not figures.shows(tmp_path / "cost.png", [{**made_up()[3], "value": 3.1}])
+    shown = plots.cost_rows(made_up())
+    plots.cost(shown, tmp_path / "cost.png")
+    assert figures.shows(tmp_path / "cost.png", shown)
+    assert not figures.shows(tmp_path / "cost.png", [{**shown[0], "value": 3.1}, *shown[1:]])
 
 
 def test_a_folder_without_rows_is_refused(tmp_path):

@@ -81,11 +81,11 @@ def test_rows_of_other_code_or_arguments_are_measured_again(tmp_path, run, first
 
 
 def test_a_time_with_a_wide_band_is_marked_and_explained_under_its_table():
-    def table(p80):
+    def table(p80, samples=3):
         return diag.table(
             [
                 row("A", "error", 0.5, right=True),
-                row("A", "time", 10.0, p20=9.0, p80=p80),
+                row("A", "time", 10.0, p20=9.0, p80=p80, samples=samples),
                 row("A", "bandwidth", 1.0, bytes_per_parameter=28.0),
                 row("A", "bandwidth fraction", 0.5),
             ]
@@ -93,6 +93,7 @@ def test_a_time_with_a_wide_band_is_marked_and_explained_under_its_table():
 
     assert "| A | 10 (9 to 11) |" in table(11.0)
     assert "noisy" not in table(11.0)
+    assert "| A | 10 (9 to 11) noisy |" in table(11.0, samples=2)
     assert "| A | 10 (9 to 11.1) noisy |" in table(11.1)
     assert table(11.1).rstrip().endswith(rows.NOISE_NOTE)
     assert "more than 20% of the median" in rows.NOISE_NOTE

@@ -197,7 +197,7 @@ def test_the_table_shows_absence_growth_and_the_worse_error():
             *(row("A", name, value, case="net") for name, value in shares.items()),
             row("A", "state", 16.0, case="net"),
             row("B", "absent", None, case="net", why="no such module"),
-            row("A", "time at 4", 3.0, case="against depth", size=4),
+            row("A", "time at 4", 3.0, case="against depth", size=4, p20=3.0, p80=3.1),
             row("A", "growth", 1.5, case="against depth"),
         ]
     )
