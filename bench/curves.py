@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .figures import save, styles, subplots
-from .rows import NOISY, Row, markdown, noisy, provenance, select, unique
+from .rows import NOISY, Row, markdown, noisy, number, provenance, select, unique
 
 TITLES = {
     "digits": "Small CNN on scikit-learn's digits",
@@ -53,12 +53,16 @@ def table(rows: list[Row]) -> str:
         f"Mean and standard deviation over {len(seeds)} seeds after {last['steps'][-1]} steps; a "
         "time is the median over seeds of the median step; losses in nat."
     )
-    lines = [_line(select(rows, provider=name)) for name in unique(rows, "provider")]
+    lines = [_line(select(rows, provider=name), len(header)) for name in unique(rows, "provider")]
     parts = [f"# {TITLES[rows[0]['case']]}", provenance(rows), markdown(header, lines), notes]
     return "\n\n".join(parts) + "\n"
 
 
-def _line(rows: list[Row]) -> list[str]:
+def _line(rows: list[Row], columns: int) -> list[str]:
+    if not select(rows, metric="test loss"):
+        return [rows[0]["provider"], f"**WRONG**, error {number(rows[0]['value'], '.2g')}"] + [
+            ""
+        ] * (columns - 2)
     settings = select(rows, metric="test loss")[0]["detail"]["settings"]
     accuracy = [100 * v for v in _values(rows, "test accuracy")]
     return [
@@ -121,7 +125,7 @@ def plot(rows: list[Row], path: Path) -> None:
     case = rows[0]["case"]
     figure, axes = subplots(2, height=4.2)
     for axis, (metric, along, *labels) in zip(axes, PANELS[case], strict=True):
-        for name, look in styles(unique(rows, "provider")).items():
+        for name, look in styles(unique(select(rows, metric=metric), "provider")).items():
             own = select(rows, provider=name, metric=metric)
             curves = _lines(own, "curve")
             if metric == "test accuracy":

@@ -118,7 +118,7 @@ def text(files: Files) -> str:
     rows = files["train_text"]
     adamw = select(rows, provider="torch AdamW")
     lines = []
-    for name in unique(rows, "provider"):
+    for name in unique(select(rows, metric="test loss"), "provider"):
         own = select(rows, provider=name)
         when = reached(own, adamw)
         state = f"{select(own, metric='state')[0]['value']:.3g}"

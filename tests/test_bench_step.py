@@ -193,7 +193,7 @@ def test_the_table_shows_absence_growth_and_the_worse_error():
     shown = step_table.table(
         [
             *(row("A", name, value, case="net", right=True) for name, value in errors.items()),
-            *(row("A", name, ms, case="net", p20=1.0, p80=9.0) for name, ms in times.items()),
+            *(row("A", name, ms, case="net", p20=ms, p80=ms + 0.5) for name, ms in times.items()),
             *(row("A", name, value, case="net") for name, value in shares.items()),
             row("A", "state", 16.0, case="net"),
             row("B", "absent", None, case="net", why="no such module"),
@@ -201,6 +201,6 @@ def test_the_table_shows_absence_growth_and_the_worse_error():
             row("A", "growth", 1.5, case="against depth"),
         ]
     )
-    assert "| A | 8 (1 to 9) | 2 | 0.125 | 0.25 | 1.25 | 16 | 0.5 |" in shown
+    assert "| A | 8 (8 to 8.5) | 2 noisy | 0.125 | 0.25 | 1.25 | 16 | 0.5 |" in shown
     assert "| B | absent: no such module |" in shown
     assert "| A | 3 | 1.50 |" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -223,6 +224,22 @@ def test_train_end_to_end(problem, tmp_path, monkeypatch):
         assert 0 < detail["seconds"][0] < detail["seconds"][1]
     assert (tmp_path / f"train_{problem}.md").read_text() == curves.table(written)
     assert (tmp_path / f"train_{problem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_extras
+def test_an_optimizer_with_a_wrong_step_is_red_and_not_trained(tmp_path, monkeypatch):
+    right = train.PEERS["RootFreeAdamW"]
+    off = replace(right, way=lambda p, g, interval: 1.1 * right.way(p, g, interval))
+    monkeypatch.setitem(train.PEERS, "RootFreeAdamW", off)
+    options = ["--problem", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", *options]) == 1
+    written = rows.read_rows(tmp_path / "train_digits.jsonl")
+    (error,) = rows.select(written, provider="RootFreeAdamW")
+    assert (error["metric"], error["detail"]["right"]) == ("error", False)
+    assert "| RootFreeAdamW | **WRONG**, error" in (tmp_path / "train_digits.md").read_text()
+    checked = rows.unique(rows.select(written, metric="error"), "provider")
+    assert checked == ["RootFreeRMSprop", "RootFreeAdamW", "IFShampoo", "torch AdamW"]
+    assert len(rows.unique(rows.select(written, metric="test loss"), "provider")) == 4
 
 
 @needs_extras
