@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -17,12 +16,12 @@ from . import diag
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .eigh import EighShampoo
 from .matrix import step_flops
+from .operator import kernel_times
 from .providers import PROVIDERS
 from .rows import Rows
 
 Case = Callable[[Rows, torch.device, float], None]
 BF16 = torch.bfloat16
-KERNELS = ("gather", "product", "factor_momenta", "factors", "products", "params")
 
 
 def small(device: torch.device) -> bool:
@@ -117,22 +116,6 @@ def products(rows: Rows, device: torch.device, seconds: float) -> None:
             if name in gemms:
                 ratio = gemms[name] * bmm.median / each
                 rows.add(case, name, "speed", ratio, "x torch.bmm", gemms=gemms[name] * count)
-
-
-def kernel_times(step: Callable[[], object], rounds: int = 10) -> dict[str, float]:
-    """Mean seconds a step in each of our kernels; all launches of one kernel together."""
-    for _ in range(3):
-        step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(rounds):
-            step()
-        torch.cuda.synchronize()
-    times: dict[str, float] = defaultdict(float)
-    for event in profile.events():
-        name = event.name.removeprefix("_").removesuffix("_kernel")
-        if event.name.startswith("_") and name in KERNELS:
-            times[name] += event.time_range.elapsed_us() / 1e6 / rounds
-    return dict(times)
 
 
 def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
