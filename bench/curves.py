@@ -60,9 +60,8 @@ def table(rows: list[Row]) -> str:
 
 def _line(rows: list[Row], columns: int) -> list[str]:
     if not select(rows, metric="test loss"):
-        return [rows[0]["provider"], f"**WRONG**, error {number(rows[0]['value'], '.2g')}"] + [
-            ""
-        ] * (columns - 2)
+        error = f"**WRONG**, error {number(rows[0]['value'], '.2g')}"
+        return [rows[0]["provider"], error, *[""] * (columns - 2)]
     settings = select(rows, metric="test loss")[0]["detail"]["settings"]
     accuracy = [100 * v for v in _values(rows, "test accuracy")]
     return [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ from rootfree_fused import RootFreeRMSprop, reference
 from . import diag
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .matrix import owned, step_flops
+from .operator import kernel_times
 from .peers import EIGH, PEERS, Peer, ifshampoo, judge, specified
 from .providers import PROVIDERS, RMSPROP, Provider
 from .rows import Rows
@@ -28,7 +28,6 @@ CAPTURABLE = Provider(
     functools.partial(RootFreeRMSprop, momentum=0.9, capturable=True, **RMSPROP),
     PROVIDERS["RootFreeRMSprop, momentum 0.9"].eager,
 )
-KERNELS = ("gather", "product", "factor_momenta", "factors", "products", "params")
 
 
 def small(device: torch.device) -> bool:
@@ -135,22 +134,6 @@ def dense_up_to(n: int) -> Peer:
 
     way = functools.partial(specified, limit=n)
     return dataclasses.replace(PEERS[OURS], build=build, way=way)
-
-
-def kernel_times(step: Callable[[], object], rounds: int = 10) -> dict[str, float]:
-    """Mean seconds a step in each of our kernels; all launches of one kernel together."""
-    for _ in range(3):
-        step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(rounds):
-            step()
-        torch.cuda.synchronize()
-    times: dict[str, float] = defaultdict(float)
-    for event in profile.events():
-        name = event.name.removeprefix("_").removesuffix("_kernel")
-        if event.name.startswith("_") and name in KERNELS:
-            times[name] += event.time_range.elapsed_us() / 1e6 / rounds
-    return dict(times)
 
 
 def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:

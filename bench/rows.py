@@ -209,7 +209,7 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """
     rule = ["---", *["---:"] * (len(header) - 1)]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-    return f"{table}\n\n{NOISE_NOTE}" if f" {NOISY} |" in table else table
+    return f"{table}\n\n{NOISE_NOTE}" if f" {NOISY}" in table else table
 
 
 def number(value: float | None, spec: str) -> str:
