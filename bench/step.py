@@ -255,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench step`."""
     add_measurement_arguments(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="timing budget of a case")
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds that a step may take")
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds that a step may take")
     parser.add_argument("--full", action="store_true", help="networks as they are, on a CPU too")
 
 
