@@ -28,6 +28,8 @@ STYLES = {
     "ScalableShampoo": ("#000000", "-.", "^"),
     "Shampoo by batched eigh": ("#d55e00", "--", "D"),
     "Distributed Shampoo": ("#000000", "--", "*"),
+    "torch.bmm": ("#d55e00", "--", "^"),
+    "torch.compile": ("#009e73", "-.", "D"),
 }
 OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#555555")
 WIDTH = 9.0  # inches; at 120 dots an inch the width of a README

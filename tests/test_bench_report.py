@@ -61,6 +61,15 @@ def test_a_mark_without_rows_or_of_an_unknown_name_is_refused(files):
         readme.rewritten(page.replace("diag", "dig"), files)
 
 
+def test_a_wrong_and_an_unmeasured_step_have_no_time_in_readme():
+    case = readme.DIAG_CASES[0]
+    found = [row("A", "error", 9.0, case=case, right=False), row("B", "absent", None, case=case)]
+    shown = readme.diag({"diag": found})
+    others = " not measured |" * 4
+    assert f"| A | WRONG |{others}" in shown
+    assert f"| B | not measured |{others}" in shown
+
+
 # Models ---------------------------------------------------------------------------------------
 
 
@@ -107,7 +116,10 @@ def test_a_point_of_the_roofline_has_the_intensity_of_its_row():
     copy_ = row("copy", "bandwidth", 40.0, bytes_per_parameter=16)
     assert plots.roofline_rows([update]) == []
     assert plots.roofline_rows([copy_]) == []
-    assert plots.roofline_rows([copy_, update, row("copy", "time", 1.0)]) == [copy_, update]
+    assert plots.roofline_rows([copy_, update]) == [copy_, update]
+    large = row("copy", "bandwidth", 30.0, case="large", bytes_per_parameter=16)
+    times = [row("copy", "time", 1.0), row("copy", "time", 9.0, case="large")]
+    assert plots.roofline_rows([copy_, large, *times, update]) == [large, update]
 
 
 def made_up():
