@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 from .curves import loss, reached, step_time
 from .diag import PROBE_BYTES
-from .rows import Row, markdown, provenance, select, timed, unique
+from .rows import NOISY, Row, markdown, noisy, provenance, select, timed, unique
 
 Files = dict[str, list[Row]]
 
 MARKS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 OURS = "IFShampoo, bfloat16"
+NOT_MEASURED = "not measured"
 # Of the cases of `bench diag`, those in README: large, mixed and many.
 DIAG_CASES = (
     "30M in one tensor, float32",
@@ -60,10 +61,16 @@ def _times(rows: list[Row], provider: str) -> dict[str, Row]:
     return {row["case"]: row for row in chosen}
 
 
-def _speed_ups(rows: list[Row], ours: str, other: str) -> list[float]:
-    """How many times as long the other takes, in every case that has both."""
+def _speed_ups(rows: list[Row], ours: str, other: str) -> str:
+    """How many times as long the other takes: mean, least and most over the cases with both."""
     mine, others = _times(rows, ours), _times(rows, other)
-    return [others[case]["value"] / row["value"] for case, row in mine.items() if case in others]
+    pairs = [(others[case], row) for case, row in mine.items() if case in others]
+    if not pairs:
+        return NOT_MEASURED
+    ratios = [theirs["value"] / own["value"] for theirs, own in pairs]
+    span = f"{min(ratios):.2g} to {max(ratios):.2g}"
+    mark = f" {NOISY}" if any(noisy(row) for pair in pairs for row in pair) else ""
+    return f"**{statistics.geometric_mean(ratios):.1f}** ({span}){mark}"
 
 
 # Tables ---------------------------------------------------------------------------------------
@@ -85,24 +92,16 @@ COMPARED = [
 def headline(files: Files) -> str:
     """Ratios of times on each machine: geometric mean, least and most over the cases of a run."""
     machines = {"": files["matrix"], "_amx": files["matrix_amx"]}
-    lines = []
+    lines: list[list[str]] = []
     for stem, ours, other, title in COMPARED:
         of_machines = [
-            _speed_ups(files[stem + machine], ours, other) if stem + machine in files else []
-            for machine in machines
+            _speed_ups(files.get(stem + machine, []), ours, other) for machine in machines
         ]
-        if any(of_machines):
-            lines.append([f"{ours}, against {title}", *map(_ratios, of_machines)])
+        if any(cell != NOT_MEASURED for cell in of_machines):
+            lines.append([f"{ours}, against {title}", *of_machines])
     header = ("times as fast (least to most)", *map(_machine, machines.values()))
     runs = [files[stem] for stem in ("diag", "matrix", "matrix_amx")]
     return f"{markdown(header, lines)}\n\n{_measured(*runs)}"
-
-
-def _ratios(ratios: list[float]) -> str:
-    if not ratios:
-        return "not measured"
-    mean = statistics.geometric_mean(ratios)
-    return f"**{mean:.1f}** ({min(ratios):.2g} to {max(ratios):.2g})"
 
 
 def _machine(rows: list[Row]) -> str:
@@ -122,7 +121,7 @@ def _cell(rows: list[Row], provider: str, case: str) -> str:
     of = {row["metric"]: row for row in select(rows, provider=provider, case=case)}
     if "time" in of:
         return timed(of["time"], band=False)
-    return "WRONG" if "error" in of else "not measured"
+    return "WRONG" if "error" in of else NOT_MEASURED
 
 
 def text(files: Files) -> str:
