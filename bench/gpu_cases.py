@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 
 from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
 
-from . import diag
+from . import diag, models, step
+from . import products as bench_products
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .eigh import EighShampoo
 from .matrix import step_flops
 from .operator import kernel_times
+from .peers import DIAGONAL_PEERS, EIGH, PEERS
 from .providers import PROVIDERS
 from .rows import Rows
 
@@ -44,7 +46,7 @@ def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
     """One tensor far larger than the caches, beside a copy and torch's fused AdamW."""
     names = ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW", "torch AdamW, fused")
     chosen = {name: PROVIDERS[name] for name in names}
-    elements = 100_000 if small(device) else 500_000_000
+    elements = 100_000 if small(device) else 10**9
     for dtype in (torch.float32, BF16):
         case = f"one large tensor, {str(dtype).split('.')[1]}"
         diag.measure(case, [(elements,)], dtype, rows, device, seconds / 2, chosen)
@@ -175,6 +177,29 @@ def triton_or_cuda(rows: Rows, device: torch.device, seconds: float) -> None:
         diag.measure(case, shapes, dtype, rows, device, seconds / 3)
 
 
+def kernels(rows: Rows, device: torch.device, seconds: float) -> None:
+    """The products of the targets by torch.bmm and torch.compile too, and eigh beside them."""
+    rates = bench_products.limits(rows, device, seconds / 8, 128 if small(device) else 8192)
+    compiled = {} if small(device) else bench_products.compiled_formulas(rows)
+    stacks = [(2, 32)] if small(device) else PRODUCTS.values()
+    for count, n in stacks:
+        bench_products.measure(count, n, rows, device, seconds / 5, rates, compiled)
+
+
+NETWORKS = ("GPT-2 small, 16 x 1024 tokens", "ResNet-50, 128 images")
+NETWORKS += ("Llama 1B, 8 x 2048 tokens",)
+NETWORK_PEERS = ("IFShampoo, bfloat16", "sirfshampoo, bfloat16", "SOAP, float32", EIGH)
+NETWORK_PEERS += ("torch Muon", *DIAGONAL_PEERS)
+
+
+def networks(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Whole steps on networks, with what they cost of a forward and backward."""
+    chosen = {name: PEERS[name] for name in (step.GROWING if small(device) else NETWORK_PEERS)}
+    found = models.QUICK if small(device) else {n: models.FULL[n] for n in NETWORKS}
+    for case, build in found.items():
+        step.measure(case, build(), rows, device, seconds / len(found), 2.0, chosen)
+
+
 CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
@@ -182,4 +207,6 @@ CASES: dict[str, Case] = {
     "products": products,
     "many tensors": many_tensors,
     "Triton or CUDA C++": triton_or_cuda,
+    "kernels": kernels,
+    "networks": networks,
 }
