@@ -194,7 +194,8 @@ NETWORK_PEERS += ("torch Muon", *DIAGONAL_PEERS)
 
 def networks(rows: Rows, device: torch.device, seconds: float) -> None:
     """Whole steps on networks, with what they cost of a forward and backward."""
-    chosen = {name: PEERS[name] for name in (step.GROWING if small(device) else NETWORK_PEERS)}
+    names = (*DIAGONAL_PEERS, NETWORK_PEERS[0]) if small(device) else NETWORK_PEERS
+    chosen = {name: PEERS[name] for name in names}
     found = models.QUICK if small(device) else {n: models.FULL[n] for n in NETWORKS}
     for case, build in found.items():
         step.measure(case, build(), rows, device, seconds / len(found), 2.0, chosen)
