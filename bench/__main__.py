@@ -8,7 +8,7 @@ import sys
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
-    "matrix": "time steps of IFShampoo against sirfshampoo, SOAP and Shampoo",
+    "matrix": "time steps of IFShampoo against every peer, factors updated every step",
     "products": "time each product of IF-Shampoo against torch.bmm, torch.compile and eigh",
     "step": "time whole steps on the layers of well-known networks, and what they cost",
     "host": "time the host's part of a step, with the launch stubbed out",

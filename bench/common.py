@@ -20,6 +20,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]
 Call = Callable[[], object]
+DRAWN = 2**26
 
 
 def optional(module: str, extra: str = "bench") -> ModuleType:
@@ -64,6 +65,7 @@ def threads(count: int) -> Iterator[None]:
 def available_memory(device: torch.device) -> float:
     """Bytes that may still be taken, as far as the machine says; endless where it does not."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps is not free to the driver
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
@@ -85,9 +87,19 @@ def mixed_shapes(count: int, largest: int) -> Iterator[Shape]:
 def random_tensors(
     shapes: Iterable[Shape], *, scale: float, dtype: torch.dtype, device: torch.device, seed: int
 ) -> list[Tensor]:
-    """Normal tensors; the same numbers for a seed on every device."""
+    """Normal tensors; the same numbers for a seed on every device.
+
+    In a tensor of more than DRAWN elements they repeat, since the host draws them one by one.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    tensors = []
+    for shape in shapes:
+        count = math.prod(shape)
+        drawn = scale * torch.randn(min(count, DRAWN), generator=generator).to(device, dtype)
+        if count > DRAWN:
+            drawn = drawn.repeat(-(-count // DRAWN))[:count].clone()
+        tensors.append(drawn.view(shape))
+    return tensors
 
 
 # Timers ---------------------------------------------------------------------------------------

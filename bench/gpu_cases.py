@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from rootfree_fused import RootFreeRMSprop, reference
 
-from . import diag
+from . import diag, models, step
+from . import products as bench_products
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .matrix import owned, step_flops
 from .operator import kernel_times
-from .peers import EIGH, PEERS, Peer, ifshampoo, judge, specified
+from .peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
 from .providers import PROVIDERS, RMSPROP, Provider
 from .rows import Rows
 
@@ -50,7 +51,7 @@ def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
     """One tensor far larger than the caches, beside a copy and torch's fused AdamW."""
     names = ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW", "torch AdamW, fused")
     chosen = {name: PROVIDERS[name] for name in names}
-    elements = 100_000 if small(device) else 500_000_000
+    elements = 100_000 if small(device) else 10**9
     for dtype in (torch.float32, BF16):
         case = f"one large tensor, {str(dtype).split('.')[1]}"
         diag.measure(case, [(elements,)], dtype, rows, device, seconds / 2, chosen)
@@ -211,6 +212,33 @@ def triton_or_cuda(rows: Rows, device: torch.device, seconds: float) -> None:
         diag.measure(case, shapes, dtype, rows, device, seconds / 3)
 
 
+def kernels(rows: Rows, device: torch.device, seconds: float) -> None:
+    """The products of the targets by torch.bmm and torch.compile too, and eigh beside them."""
+    bench_products.limits(rows, device, seconds / 8, 128 if small(device) else 8192)
+    rates = bench_products.measured_rates(rows)
+    compiled, why = bench_products.compiled_formulas(quick=small(device))
+    if why:
+        rows.add(bench_products.LIMITS, bench_products.COMPILED, "absent", None, "", why=why)
+    stacks = [(2, 32)] if small(device) else PRODUCTS.values()
+    for count, n in stacks:
+        bench_products.measure(count, n, rows, device, seconds / 5, rates, compiled)
+
+
+NETWORKS = ("GPT-2 small, 16 x 1024 tokens", "ResNet-50, 128 images")
+NETWORKS += ("Llama 1B, 8 x 2048 tokens",)
+NETWORK_PEERS = ("IFShampoo, bfloat16", "sirfshampoo, bfloat16", "SOAP, float32", EIGH)
+NETWORK_PEERS += ("torch Muon", *DIAGONAL_PEERS)
+
+
+def networks(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Whole steps on networks, with what they cost of a forward and backward."""
+    names = (*DIAGONAL_PEERS, NETWORK_PEERS[0]) if small(device) else NETWORK_PEERS
+    chosen = {name: PEERS[name] for name in names}
+    found = models.QUICK if small(device) else {n: models.FULL[n] for n in NETWORKS}
+    for case, build in found.items():
+        step.measure(case, build(), rows, device, seconds / len(found), 2.0, chosen)
+
+
 CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
@@ -218,4 +246,6 @@ CASES: dict[str, Case] = {
     "products": products,
     "many tensors": many_tensors,
     "Triton or CUDA C++": triton_or_cuda,
+    "kernels": kernels,
+    "networks": networks,
 }

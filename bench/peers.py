@@ -55,6 +55,7 @@ class Peer:
     allowed: float = DESCENT
     steps: int = CHECK_STEPS
     renews: bool = True  # False where no step differs from another
+    dense: int = NEVER  # the longest axis with a whole factor
 
     def why_absent(self) -> str:
         """Why it cannot be imported, or nothing."""
@@ -219,7 +220,8 @@ def _preconditioned(
     build: Callable[..., Optimizer], dtype: torch.dtype, package: str, limit: int
 ) -> Peer:
     way = functools.partial(specified, limit=limit)
-    return Peer(functools.partial(build, dtype=dtype), package, way, ROUNDINGS[dtype])
+    build = functools.partial(build, dtype=dtype)
+    return Peer(build, package, way, ROUNDINGS[dtype], dense=limit)
 
 
 BASE = "sirfshampoo, bfloat16"
@@ -236,9 +238,9 @@ MATRIX_PEERS = {
     "Shampoo, float32": _held_to_itself(_shampoo, "pytorch_optimizer", ROOTS),
     "ScalableShampoo, float32": _held_to_itself(_scalable_shampoo, "pytorch_optimizer", ROOTS),
     EIGH: _held_to_itself(_eigh_shampoo, "torch", ROOTS),
-    "Distributed Shampoo": Peer(_distributed_shampoo, "distributed_shampoo"),
-    "HeavyBall SOAP": Peer(_heavyball_soap, "heavyball"),
-    "HeavyBall PSGD": Peer(_heavyball_psgd, "heavyball"),
+    "Distributed Shampoo": Peer(_distributed_shampoo, "distributed_shampoo", dense=2048),
+    "HeavyBall SOAP": Peer(_heavyball_soap, "heavyball", dense=2048),
+    "HeavyBall PSGD": Peer(_heavyball_psgd, "heavyball", dense=2048),
     "torch Muon": _held_to_itself(_muon, "torch", ROUNDINGS[torch.bfloat16], renews=False),
 }
 DIAGONAL_PEERS = {

@@ -70,15 +70,15 @@ def measured_rates(rows: Rows) -> dict[str, float]:
     return {row["provider"].partition(", ")[2]: 1e12 * row["value"] for row in found}
 
 
-def why_not_compiled(quick: bool) -> str:
-    """Why there is no torch.compile, or nothing."""
+def compiled_formulas(quick: bool) -> tuple[dict[str, Callable[..., Tensors]], str]:
+    """Every formula by torch.compile, or none and why."""
     if quick:
-        return "compiling takes longer than --quick may"
+        return {}, "compiling takes longer than --quick may"
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2))
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
-    return ""
+        return {}, f"{type(error).__name__}: {str(error).splitlines()[0]}"[:200]
+    return {name: torch.compile(kernel.formula) for name, kernel in KERNELS.items()}, ""
 
 
 def measure(
@@ -245,8 +245,7 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = device.type == "cuda"
     seconds = 0.1 if args.quick else args.seconds
     largest = args.largest or (128 if args.quick else 8192 if on_gpu else 2048)
-    why = why_not_compiled(args.quick)
-    compiled = {} if why else {name: torch.compile(of.formula) for name, of in KERNELS.items()}
+    compiled, why = compiled_formulas(args.quick)
     stacks_ = {f"{count} of {n}": (count, n) for count, n in cases(device, largest)}
     for case in rows.remaining((LIMITS, *stacks_)):
         if case == LIMITS:

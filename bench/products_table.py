@@ -5,7 +5,7 @@ from __future__ import annotations
 from .formulas import KERNELS
 from .rows import Row, markdown, number, provenance, select, timed, unique
 
-EIGH, LIMITS, RATIO = "torch.linalg.eigh, float32", "limits", "eigh / product"
+EIGH, LIMITS, RATIO = "torch.linalg.eigh, float32", "one large product", "eigh / product"
 AUTHORS = 16  # bfloat16 products a float32 eigendecomposition, arXiv 2402.03496
 NOTES = (
     "Each cell is ms, and the share of the rate of one large product in the same dtype and run; a "
@@ -23,7 +23,7 @@ def table(rows: list[Row]) -> str:
     limits = [row for row in select(rows, case=LIMITS) if row["value"]]
     parts.append(", ".join(f"{r['provider']}: {r['value']:.3g} {r['unit']}" for r in limits))
     absent = select(rows, metric="absent")
-    parts += [f"{r['provider']} ({r['case']}) is absent: {r['detail']['why']}" for r in absent]
+    parts += [f"{r['provider']} is absent ({r['case']}): {r['detail']['why']}" for r in absent]
     for case in unique(rows, "case"):
         own = [row for row in rows if row["case"] == case and row["provider"] != EIGH]
         if case != LIMITS and len(own) > len(select(own, metric="absent")):

@@ -31,7 +31,6 @@ from .common import (
     interleave,
     pick_device,
     random_tensors,
-    time_host,
 )
 from .matrix import transformer
 from .models import FULL, QUICK, SCALED, Model, forward_backward, split
@@ -82,9 +81,10 @@ class Parameters:
             torch._foreach_copy_([*self.matrices, *self.others], self.values)
 
     def need(self, peer: Peer) -> float:
-        """Bytes of state and workspace that it may take: 12 float32 matrices an axis at most."""
-        axes = sum(d * d for p in self.matrices for d in p.shape) if peer.renews else 0
-        return 4 * (4 * sum(value.numel() for value in self.values) + 12 * axes)
+        """Bytes that it may take at both intervals: 4 float32 matrices an axis, and its states."""
+        axes = [d for p in self.matrices for d in p.shape if d <= peer.dense]
+        squares = sum(d * d for d in axes) if peer.renews else 0
+        return 4 * (4 * sum(value.numel() for value in self.values) + 8 * squares)
 
 
 def checked(
@@ -95,8 +95,9 @@ def checked(
     None of them where it is not. The last tensor of every shape is compared, and all must be
     finite.
     """
-    why = peer.why_absent()
-    if not why and parameters.need(peer) > 0.8 * available_memory(parameters.values[0].device):
+    why, device = peer.why_absent(), parameters.values[0].device
+    timer = device_timer(device)
+    if not why and parameters.need(peer) > 0.8 * available_memory(device):
         why = f"its state may need {parameters.need(peer) / 1e9:.0f} GB"
     kinds = {UPDATE: 1, BETWEEN: NEVER} if peer.renews else {UPDATE: 1}
     found = {}
@@ -106,7 +107,7 @@ def checked(
                 optimizers = parameters.optimizers(name, peer, interval)
                 step = in_turn(optimizers)
                 step()  # imports and compiles, with some
-                seconds = time_host(step)
+                seconds = timer(step)
             except Exception as error:
                 if peer.package == "rootfree_fused":
                     raise
@@ -163,12 +164,19 @@ def in_turn(optimizers: Sequence[Optimizer]) -> Call:
 
 
 def measure(
-    case: str, model: Model, rows: Rows, device: torch.device, seconds: float, limit: float
+    case: str,
+    model: Model,
+    rows: Rows,
+    device: torch.device,
+    seconds: float,
+    limit: float,
+    chosen: dict[str, Peer] | None = None,
 ) -> None:
-    """Time every optimizer, and the products of a forward and backward, on one network."""
+    """Time every optimizer, or those chosen, and the products of a forward and backward."""
+    chosen = PEERS if chosen is None else chosen
     parameters = Parameters.of(*split(model.layers, LONGEST), device)
     steps = {
-        name: checked(case, name, peer, parameters, rows, limit) for name, peer in PEERS.items()
+        name: checked(case, name, peer, parameters, rows, limit) for name, peer in chosen.items()
     }
     runs = {(name, kind): step for name, of in steps.items() for kind, step in of.items()}
     dtype = default_dtype(parameters.values[0])

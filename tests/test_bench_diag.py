@@ -6,7 +6,7 @@ import pytest
 import torch
 from _bench import CPU, needs_extras, row
 
-from bench import diag, rows
+from bench import common, diag, rows
 from bench.__main__ import main
 from bench.providers import PROVIDERS
 
@@ -38,6 +38,15 @@ def test_of_very_many_elements_spaced_pieces_and_the_last_are_compared(monkeypat
         (30, 10),
         (10, 10),
     ]
+
+
+def test_numbers_of_a_very_large_tensor_repeat(monkeypatch):
+    monkeypatch.setattr(common, "DRAWN", 4)
+    draw = {"scale": 2.0, "dtype": torch.float32, "device": CPU, "seed": 3}
+    small, large = common.random_tensors([(2, 2), (2, 5)], **draw)
+    again = common.random_tensors([(4,), (4,)], **draw)
+    assert torch.equal(small.view(4), again[0])
+    assert torch.equal(large.view(10), again[1].repeat(3)[:10])
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,9 @@ def test_products_end_to_end(tmp_path, monkeypatch):
     assert main(["products", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "products.jsonl")
     assert (tmp_path / "products.md").read_text() == products_table.table(written)
-    rates = {r["provider"]: r["value"] for r in rows.select(written, case="limits", metric="rate")}
+    rates = {
+        r["provider"]: r["value"] for r in rows.select(written, case=products.LIMITS, metric="rate")
+    }
     assert set(rates) == {"mm, bfloat16", "mm, float32"}
     for case in ("1 of 16", "3 of 16"):
         of = rows.select(written, case=case, provider="IFShampoo, bfloat16")
@@ -149,6 +151,14 @@ def test_a_wrong_kernel_is_red_and_has_no_time(tmp_path, monkeypatch):
     assert "**WRONG**" in (tmp_path / "products.md").read_text()
 
 
+def test_a_compiler_that_does_not_work_is_absent_with_the_reason(monkeypatch):
+    def fail(_):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert products.compiled_formulas(quick=False) == ({}, "RuntimeError: no C++ compiler")
+
+
 def test_gram_is_half_of_what_both_take_more_than_apply(tmp_path):
     written = rows.Rows(tmp_path / "products.jsonl", "products", CPU)
     timing = {"gram": 9.0, "apply": 5.0, "step": 1.0}
@@ -167,8 +177,8 @@ def test_the_table_shows_time_share_error_and_the_ratio():
     eigh = products_table.EIGH
     shown = products_table.table(
         [
-            row("mm, float32", "rate", 0.25, case="limits"),
-            row("torch.compile", "absent", None, case="limits", why="no compiler"),
+            row("mm, float32", "rate", 0.25, case=products.LIMITS),
+            row("torch.compile", "absent", None, case=products.LIMITS, why="no compiler"),
             row("A", "gram error", 0.125, right=True),
             row("A", "gram time", 2.0),
             row("A", "gram rate fraction", 0.5),
@@ -178,6 +188,6 @@ def test_the_table_shows_time_share_error_and_the_ratio():
             row(eigh, products_table.RATIO, 24.0),
         ]
     )
-    assert "torch.compile (limits) is absent: no compiler" in shown
+    assert "torch.compile is absent (one large product): no compiler" in shown
     assert "| A | 2, 50% |  |  | **WRONG** |  | not finite |" in shown
     assert "| c | 32 | 24 | 1e-06 |" in shown

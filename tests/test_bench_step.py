@@ -153,6 +153,16 @@ def test_a_slow_a_failing_and_a_large_optimizer_are_absent_with_the_reason(tmp_p
     assert "its state may need" in why(right, tmp_path)
 
 
+def test_memory_is_asked_for_axes_with_a_whole_factor():
+    parameters = step.Parameters.of([(10, 30)], [(7,)], CPU)
+    states = 16 * 307
+    needs = {dense: peers.Peer(int, dense=dense) for dense in (9, 20, 30)}
+    assert parameters.need(needs[9]) == states
+    assert parameters.need(needs[20]) == states + 32 * 100
+    assert parameters.need(needs[30]) == states + 32 * 1000
+    assert parameters.need(replace(needs[30], renews=False)) == states
+
+
 # Subcommand -----------------------------------------------------------------------------------
 
 
