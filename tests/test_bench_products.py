@@ -115,6 +115,7 @@ def test_products_end_to_end(tmp_path, monkeypatch):
         r["provider"]: r["value"] for r in rows.select(written, case=products.LIMITS, metric="rate")
     }
     assert set(rates) == {"mm, bfloat16", "mm, float32"}
+    assert "torch.compile is absent" in (tmp_path / "products.md").read_text()
     for case in ("1 of 16", "3 of 16"):
         of = rows.select(written, case=case, provider="IFShampoo, bfloat16")
         value = {r["metric"]: r["value"] for r in of}
