@@ -22,6 +22,7 @@ test: $(VENV)/installed $(VENV)/triton36
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag
 	$(BIN)/python -m bench train --seeds 2
+	$(BIN)/python -m bench report --rows bench/out
 
 $(VENV)/base:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \"Python >= 3.10 is needed; make PYTHON=python3.x\")"

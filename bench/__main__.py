@@ -8,11 +8,14 @@ import sys
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
-    "matrix": "time steps of IFShampoo against sirfshampoo, SOAP and Shampoo",
+    "matrix": "time steps of IFShampoo against every peer, factors updated every step",
+    "products": "time each product of IF-Shampoo against torch.bmm, torch.compile and eigh",
+    "step": "time whole steps on the layers of well-known networks, and what they cost",
     "host": "time the host's part of a step, with the launch stubbed out",
     "sass": "compile every kernel for GPUs, and show registers, spills and wide accesses",
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train a CNN on digits and a transformer on text with several optimizers",
+    "report": "tables and plots of stored rows, and README's from them",
 }
 
 
@@ -23,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f"bench.{name}")
         sub = subparsers.add_parser(name, help=summary, description=module.__doc__)
-        sub.add_argument("--quick", action="store_true", help="a few seconds; numbers mean little")
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
@@ -33,7 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print("\ninterrupted" + (f"; the rows so far are in {args.out}" if args.out else ""))
+        print("\ninterrupted")
+        if args.out:
+            print(
+                f"the rows so far are in {args.out}; the same command, on the same commit, goes on "
+                "after the last whole case"
+            )
         return 130
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]
 Call = Callable[[], object]
+DRAWN = 2**26
 
 
 def optional(module: str, extra: str = "bench") -> ModuleType:
@@ -35,6 +37,14 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every subcommand that measures on a device."""
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
+    add_quick_argument(parser)
+
+
+def add_quick_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of every subcommand that takes long."""
+    parser.add_argument(
+        "--quick", action="store_true", help="under two minutes; numbers mean little"
+    )
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -52,26 +62,19 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def available_memory(device: torch.device) -> float:
+    """Bytes that may still be taken, as far as the machine says; endless where it does not."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps is not free to the driver
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return math.inf
+    lines = (line.split() for line in meminfo.read_text().splitlines())
+    return next((1024.0 * int(kib) for key, kib, *_ in lines if key == "MemAvailable:"), math.inf)
+
+
 # Shapes ---------------------------------------------------------------------------------------
-
-
-def resnet50_shapes() -> Iterator[Shape]:
-    """The 161 parameters (25,557,032 elements) of torchvision's ResNet-50, in its order."""
-    yield from ((64, 3, 7, 7), (64,), (64,))
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            convolutions = [
-                (width, channels, 1, 1),
-                (width, width, 3, 3),
-                (4 * width, width, 1, 1),
-            ]
-            if block == 0:
-                convolutions.append((4 * width, channels, 1, 1))
-            for shape in convolutions:
-                yield from (shape, shape[:1], shape[:1])
-            channels = 4 * width
-    yield from ((1000, channels), (1000,))
 
 
 def mixed_shapes(count: int, largest: int) -> Iterator[Shape]:
@@ -84,9 +87,19 @@ def mixed_shapes(count: int, largest: int) -> Iterator[Shape]:
 def random_tensors(
     shapes: Iterable[Shape], *, scale: float, dtype: torch.dtype, device: torch.device, seed: int
 ) -> list[Tensor]:
-    """Normal tensors; the same numbers for a seed on every device."""
+    """Normal tensors; the same numbers for a seed on every device.
+
+    In a tensor of more than DRAWN elements they repeat, since the host draws them one by one.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    tensors = []
+    for shape in shapes:
+        count = math.prod(shape)
+        drawn = scale * torch.randn(min(count, DRAWN), generator=generator).to(device, dtype)
+        if count > DRAWN:
+            drawn = drawn.repeat(-(-count // DRAWN))[:count].clone()
+        tensors.append(drawn.view(shape))
+    return tensors
 
 
 # Timers ---------------------------------------------------------------------------------------
@@ -183,6 +196,35 @@ def step_bytes(optimizer: torch.optim.Optimizer) -> int:
             state = tensor_state(optimizer.state[p]).values()
             total += 2 * p.nbytes + p.grad.nbytes + 2 * sum(s.nbytes for s in state)
     return total
+
+
+def held_bytes(optimizers: Sequence[torch.optim.Optimizer], params: Sequence[Tensor]) -> int:
+    """Bytes of all tensors that optimizers hold, caches included, but for parameters and gradients.
+
+    Found in their attributes, however deep: not every optimizer keeps its state in `state`. Views
+    count once.
+    """
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    left: list[Any] = list(optimizers)
+    while left:
+        entry = left.pop()
+        if id(entry) in seen:
+            continue
+        seen.add(id(entry))
+        if isinstance(entry, Tensor):
+            storage = entry.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(entry, Mapping):
+            left += [*entry.keys(), *entry.values()]
+        elif isinstance(entry, (list, tuple, set)):
+            left += entry
+        elif not isinstance(entry, (type, ModuleType, FunctionType)):
+            left += getattr(entry, "__dict__", {}).values()
+    for p in params:
+        for tensor in (p, p.grad):
+            sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(sizes.values())
 
 
 # Error ----------------------------------------------------------------------------------------

@@ -10,18 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import optional
-from .rows import Row, markdown, provenance, select, unique
+from .figures import save, styles, subplots
+from .rows import NOISY, Row, markdown, noisy, number, provenance, select, unique
 
-# By optimizer: colours that are distinct to the colour-blind, and a dash; ours have full lines.
-STYLES = {
-    "IFShampoo": ("#0072b2", "-"),
-    "RootFreeRMSprop": ("#009e73", "-"),
-    "RootFreeAdamW": ("#56b4e9", "-"),
-    "torch AdamW": ("#d55e00", "-."),
-    "torch SGD": ("#555555", ":"),
-    "SOAP": ("#cc79a7", "--"),
-}
 TITLES = {
     "digits": "Small CNN on scikit-learn's digits",
     "text": "Character transformer on Python's standard library",
@@ -62,25 +53,50 @@ def table(rows: list[Row]) -> str:
         f"Mean and standard deviation over {len(seeds)} seeds after {last['steps'][-1]} steps; a "
         "time is the median over seeds of the median step; losses in nat."
     )
-    lines = [_line(select(rows, provider=name)) for name in unique(rows, "provider")]
+    lines = [_line(select(rows, provider=name), len(header)) for name in unique(rows, "provider")]
     parts = [f"# {TITLES[rows[0]['case']]}", provenance(rows), markdown(header, lines), notes]
     return "\n\n".join(parts) + "\n"
 
 
-def _line(rows: list[Row]) -> list[str]:
+def _line(rows: list[Row], columns: int) -> list[str]:
+    if not select(rows, metric="test loss"):
+        error = f"**WRONG**, error {number(rows[0]['value'], '.2g')}"
+        return [rows[0]["provider"], error, *[""] * (columns - 2)]
     settings = select(rows, metric="test loss")[0]["detail"]["settings"]
     accuracy = [100 * v for v in _values(rows, "test accuracy")]
-    times = [statistics.median(_values(rows, f"{what} step")) for what in ("optimizer", "training")]
     return [
         rows[0]["provider"],
         ", ".join(f"{key} {_text(value)}" for key, value in settings.items()),
         *([_mean_and_deviation(accuracy, ".2f")] if accuracy else []),
-        _mean_and_deviation(_values(rows, "test loss"), ".3f"),
+        loss(rows),
         _mean_and_deviation(_values(rows, "training loss"), ".2g"),
-        f"{times[0]:.3g}",
-        f"{times[1]:.3g}",
+        step_time(rows, "optimizer step"),
+        step_time(rows, "training step"),
         f"{_values(rows, 'state')[0]:.3g}",
     ]
+
+
+def step_time(rows: list[Row], metric: str) -> str:
+    """Median over the seeds, in ms, marked where the time of any seed is noisy."""
+    time = f"{statistics.median(_values(rows, metric)):.3g}"
+    return f"{time} {NOISY}" if any(map(noisy, select(rows, metric=metric))) else time
+
+
+def loss(rows: list[Row]) -> str:
+    """The last test loss, mean and standard deviation over the seeds."""
+    return _mean_and_deviation(_values(rows, "test loss"), ".3f")
+
+
+def reached(rows: list[Row], other: list[Row]) -> tuple[float, float] | None:
+    """Steps and seconds of training to the last test loss of `other`, means of the seeds."""
+    goal = _lines(select(other, metric="test loss"), "curve").mean(0)[-1]
+    own = select(rows, metric="test loss")
+    below = (_lines(own, "curve").mean(0) <= goal).nonzero()
+    if not len(below):
+        return None
+    first = below[0].item()
+    steps, seconds = (_lines(own, key).median(0).values[first] for key in ("steps", "seconds"))
+    return steps.item(), seconds.item()
 
 
 def _text(value: Any) -> str:
@@ -105,22 +121,19 @@ def _mean_and_deviation(values: list[float], spec: str) -> str:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Two panels: mean over the seeds, band from lowest to highest."""
-    optional("matplotlib").use("Agg")
-    pyplot = optional("matplotlib.pyplot")
     case = rows[0]["case"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, axes = subplots(2, height=4.2)
     for axis, (metric, along, *labels) in zip(axes, PANELS[case], strict=True):
-        for name in unique(rows, "provider"):
-            colour, dash = STYLES[name]
+        for name, look in styles(unique(select(rows, metric=metric), "provider")).items():
             own = select(rows, provider=name, metric=metric)
             curves = _lines(own, "curve")
             if metric == "test accuracy":
                 curves = (100 * (1 - curves)).clamp_min(LEAST_ERROR)
             x = _lines(own, along).median(0).values
-            axis.plot(x, curves.mean(0), color=colour, ls=dash, lw=1.8, label=name)
-            axis.fill_between(x, curves.amin(0), curves.amax(0), color=colour, alpha=0.15, lw=0)
+            axis.plot(x, curves.mean(0), **look | {"marker": None}, lw=1.8)
+            band = {"color": look["color"], "alpha": 0.15, "lw": 0}
+            axis.fill_between(x, curves.amin(0), curves.amax(0), **band)
         axis.set(xlabel=labels[0], ylabel=labels[1])
-        axis.grid(alpha=0.3)
         if case == "digits":
             axis.set_yscale("log")
     if case == "digits":
@@ -130,8 +143,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes[0].legend(frameon=False)
     seeds = len({row["detail"]["seed"] for row in select(rows, metric="test loss")})
     figure.suptitle(f"{TITLES[case]}: mean and range of {seeds} seeds")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, rows, path)
 
 
 def _lines(rows: list[Row], key: str) -> Tensor:

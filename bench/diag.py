@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import models
 from .common import (
     Call,
     Shape,
     Tensors,
     Timing,
     add_measurement_arguments,
+    available_memory,
     device_timer,
     error_ratio,
     interleave,
     mixed_shapes,
-    optional,
     pick_device,
     random_tensors,
-    resnet50_shapes,
     step_bytes,
     tensor_state,
     threads,
@@ -36,10 +37,11 @@ from .common import (
 )
 from .cuda import cuda_providers
 from .providers import CHECK_STEPS, PROVIDERS, Provider
-from .rows import Row, Rows, markdown, number, provenance, read_rows, select, unique
+from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
 
 ALLOWED_ERROR = 2.0
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
+CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
 CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
 COPY = "copy"
 PROBE_BYTES = {COPY: 16, "in-place add": 24}  # a parameter
@@ -51,35 +53,43 @@ PROBE_BYTES = {COPY: 16, "in-place add": 24}  # a parameter
 def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], torch.dtype]]:
     """Shapes and parameter dtype of every case; gradients have the parameter's dtype."""
     large = 250_000_000 if device.type == "cuda" else 30_000_000
+    largest = 1_000_000_000 if device.type == "cuda" else 100_000_000
+    many = 100 if quick else 1000
+    resnet50 = [layer.shape for layer in models.resnet50()]
     if quick:
-        large, many = 100_000, 100
-        resnet50 = [shape for shape in resnet50_shapes() if shape[0] <= 64]
-    else:
-        many = 1000
-        resnet50 = list(resnet50_shapes())
+        large, largest = 100_000, 10_000
+        resnet50 = [shape for shape in resnet50 if shape[0] <= 64]
     float32, bfloat16 = torch.float32, torch.bfloat16
     name = f"{large / 1e6:g}M in one tensor"
     return {
         f"{name}, float32": ([(large,)], float32),
         f"{name}, bfloat16": ([(large,)], bfloat16),
+        f"{name}, float16": ([(large,)], torch.float16),
         "ResNet-50, float32": (resnet50, float32),
         f"{many:,} tensors of 1,000, float32": ([(1000,)] * many, float32),
         f"{many:,} tensors of 100, float32": ([(100,)] * many, float32),
-        **(cases_of_kernels(large) if device.type == "cuda" else {}),
+        **cases_of_kernels(large, many * 2),
+        **cases_of_sizes(largest),
     }
 
 
-def cases_of_kernels(large: int) -> dict[str, tuple[list[Shape], torch.dtype]]:
-    """Where Triton and CUDA C++ may differ: few large tensors of `large` elements, and many."""
+def cases_of_kernels(large: int, most: int = 2000) -> dict[str, tuple[list[Shape], torch.dtype]]:
+    """Where kernels differ: few large tensors of `large` elements, and many mixed ones."""
     few = {"4 large tensors, float32": ([(large // 4,)] * 4, torch.float32)}
     many = {
         f"{count:,} mixed tensors, float32": (
             list(mixed_shapes(count, large // 250)),
             torch.float32,
         )
-        for count in (300, 2000)
+        for count in (300 * most // 2000, most)
     }
     return few | many
+
+
+def cases_of_sizes(largest: int) -> dict[str, tuple[list[Shape], torch.dtype]]:
+    """One tensor of 1,000 elements, of ten times as many, and so on up to `largest`."""
+    sizes = [10**i for i in range(3, 10) if 10**i <= largest]
+    return {f"{size:,} in one tensor, float32": ([(size,)], torch.float32) for size in sizes}
 
 
 def providers(device: torch.device) -> dict[str, Provider]:
@@ -98,7 +108,10 @@ def built(provider: Provider, params: list[Tensor], grads: list[Tensor]) -> Opti
 def check(
     provider: Provider, optimizer: Optimizer, params: list[Tensor], grads: list[Tensor]
 ) -> float:
-    """Step a fresh optimizer on copies of `params` and compare every element; see error_ratio."""
+    """Step a fresh optimizer on copies of `params` and compare them; see error_ratio.
+
+    Every element up to CHECK_ELEMENTS, and of more as many.
+    """
     for _ in range(CHECK_STEPS):
         optimizer.step()
     owned = optimizer.param_groups[0]["params"]
@@ -115,8 +128,26 @@ def check(
         return error_ratio(chunks())
 
 
-def _chunks(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.cat([t.reshape(-1) for t in tensors]).split(CHECK_CHUNK[tensors[0].device.type])
+def _chunks(tensors: list[Tensor]) -> list[Tensor]:
+    """All elements in pieces; of very many, evenly spaced pieces and the last."""
+    flat = [t.reshape(-1) for t in tensors]
+    one = flat[0] if len(flat) == 1 else torch.cat(flat)
+    pieces = one.split(CHECK_CHUNK[one.device.type])
+    spacing = max(1, -(-one.numel() // CHECK_ELEMENTS[one.device.type]))
+    return list(pieces[-1::-spacing])
+
+
+def fitting(
+    chosen: dict[str, Provider], elements: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Provider]:
+    """As many of the first providers as memory has room for.
+
+    What all share is counted at 32 bytes an element with float32 (parameters and gradients, copies
+    to check by, the probes), and a provider at 12: its parameters and two states.
+    """
+    width = dtype.itemsize
+    left = 0.9 * available_memory(device) - elements * (16 + 4 * width)
+    return dict(list(chosen.items())[: max(0, int(left / (elements * (8 + width))))])
 
 
 def _probes(elements: int, device: torch.device) -> dict[str, Call]:
@@ -135,12 +166,18 @@ def measure(
     seconds: float,
     chosen: dict[str, Provider] | None = None,
 ) -> None:
-    """Check and time every provider on one case, or those that were chosen."""
+    """Check and time every provider on one case, or those that were chosen, where they fit."""
+    elements = sum(math.prod(shape) for shape in shapes)
+    chosen = providers(device) if chosen is None else chosen
+    room = fitting(chosen, elements, dtype, device)
+    for name in list(chosen)[len(room) :]:
+        rows.add(case, name, "absent", None, "", why="no memory")
+    if not room:
+        return
     params = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=dtype, device=device, seed=1)
     optimizers = {}
-    chosen = providers(device) if chosen is None else chosen
-    for name, provider in chosen.items():
+    for name, provider in room.items():
         optimizer = built(provider, params, grads)
         ratio = check(provider, optimizer, params, grads)
         right = ratio <= ALLOWED_ERROR
@@ -148,11 +185,10 @@ def measure(
         if right:
             optimizers[name] = optimizer
 
-    elements = sum(p.numel() for p in params)
     runs = _probes(elements, device)
     runs |= {name: optimizer.step for name, optimizer in optimizers.items()}
     times = interleave(runs, device_timer(device), seconds=0.8 * seconds)
-    host = _host_times(chosen, optimizers, params, device, seconds=0.2 * seconds)
+    host = _host_times(room, optimizers, params, device, seconds=0.2 * seconds)
 
     bytes_ = {name: step_bytes(optimizer) / elements for name, optimizer in optimizers.items()}
     bytes_ |= PROBE_BYTES
@@ -212,18 +248,19 @@ def table(rows: list[Row]) -> str:
 def _line(rows: list[Row]) -> list[str]:
     name = rows[0]["provider"]
     of = {row["metric"]: row for row in rows}
+    if "absent" in of:
+        return [name, f"absent: {of['absent']['detail']['why']}", "", "", "", "", ""]
     error = "" if "error" not in of else number(of["error"]["value"], ".2f")
     if "error" in of and not of["error"]["detail"]["right"]:
         return [name, "**WRONG**", "", "", "", "", f"**{error}**"]
-    time, bandwidth = of["time"], of["bandwidth"]
-    band = f"{time['detail']['p20']:.3g} to {time['detail']['p80']:.3g}"
+    bandwidth = of["bandwidth"]
     return [
         name,
-        f"{number(time['value'], '.3g')} ({band})",
+        timed(of["time"]),
         number(bandwidth["detail"]["bytes_per_parameter"], ".3g"),
         number(bandwidth["value"], ".1f"),
         number(of["bandwidth fraction"]["value"], ".0%"),
-        number(of["host time"]["value"], ".3f") if "host time" in of else "",
+        timed(of["host time"], ".3f", band=False) if "host time" in of else "",
         error,
     ]
 
@@ -236,15 +273,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every case; 1 if an update of ours was WRONG."""
-    tqdm = optional("tqdm").tqdm
     device = pick_device(args.device)
-    rows = Rows(args.out / "diag.jsonl", "diag", device)
+    rows = Rows(args.out / "diag.jsonl", "diag", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    bar = tqdm(cases(device, args.quick).items(), unit="case")
-    for case, (shapes, dtype) in bar:
-        bar.set_description(case)
-        measure(case, shapes, dtype, rows, device, seconds)
-
+    chosen = cases(device, args.quick)
+    for case in rows.remaining(chosen):
+        measure(case, *chosen[case], rows, device, seconds)
+    rows.finish()
     written = read_rows(rows.path)
     report = args.out / "diag.md"
     report.write_text(table(written))

@@ -4,6 +4,8 @@ Gupta, Koren and Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization
 L and R starting at damping I, and everything in float32:
 
     L <- L + G G^T ; R <- R + G^T G ; p <- p - lr L^(-1/4) G R^(-1/4)
+
+The roots are taken anew every `interval` steps, from the first.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from torch.optim import Optimizer
 class EighShampoo(Optimizer):
     """On matrices alone; equal shapes are decomposed in one call."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, damping: float = 1e-4) -> None:
-        super().__init__(params, {"lr": lr, "damping": damping})
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, damping: float = 1e-4, interval: int = 1
+    ) -> None:
+        super().__init__(params, {"lr": lr, "damping": damping, "interval": interval})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -36,11 +40,14 @@ class EighShampoo(Optimizer):
                     for key, d in (("left", m), ("right", n)):
                         one = torch.eye(d, device=g.device, dtype=g.dtype)
                         state[key] = group["damping"] * one.repeat(len(params), 1, 1)
+                    state["step"] = 0
                 state["left"].baddbmm_(g, g.mT)
                 state["right"].baddbmm_(g.mT, g)
-                update = inverse_fourth_root(state["left"]) @ g
-                update = update @ inverse_fourth_root(state["right"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-group["lr"])
+                if state["step"] % group["interval"] == 0:
+                    state["roots"] = [inverse_fourth_root(state[k]) for k in ("left", "right")]
+                state["step"] += 1
+                left, right = state["roots"]
+                torch._foreach_add_(params, list((left @ g @ right).unbind()), alpha=-group["lr"])
 
 
 def inverse_fourth_root(matrices: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ import torch
 
 from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
-from .rows import ROOT, Row, Rows, markdown, provenance, read_rows, select
+from .rows import ROOT, Row, Rows, markdown, number, provenance, read_rows, select, timed
 
 # The tests may take this share of the time.
 TESTS_SHARE = 0.5
 SECONDS_A_CASE = 30.0
+OURS = ("IFShampoo", "RootFree", "2,000 tensors", "300 tensors", "one tensor")
 
 
 class Target(NamedTuple):
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run every part; 1 if a test or a case failed."""
+    """Run every part; 1 if a test or a case failed, or a step was WRONG."""
     device = pick_device(args.device)
     path = args.out / "gpu.jsonl"
     if args.case:
@@ -90,20 +91,24 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     deadline = time.monotonic() + 60 * args.minutes
-    rows = Rows(path, "gpu", device)
+    rows = Rows(path, "gpu", device, arguments=args)
     if small(device):
         print("no CUDA device: small sizes on the CPU, no GPU test, no product by a kernel")
-    run_tests(rows, device, TESTS_SHARE * 60 * args.minutes)
-    for name in CASES:
+    for name in rows.remaining(("tests", *CASES)):
+        if name == "tests":
+            run_tests(rows, device, TESTS_SHARE * 60 * args.minutes)
+            continue
         command = [sys.executable, "-m", "bench", "gpu", "--case", name, "--device", device.type]
         command += ["--out", str(args.out.resolve()), *(["--quick"] if args.quick else [])]
         run_part(rows, name, command, deadline - time.monotonic())
+    rows.finish()
     written = read_rows(path)
     report = path.with_suffix(".md")
     report.write_text(table(written))
     print(report.read_text())
     print(f"rows   {path}\ntable  {report}")
-    return int(any(row["metric"] == "failed" and row["value"] != 0 for row in written))
+    failed = any(row["metric"] == "failed" and row["value"] != 0 for row in written)
+    return int(failed or bool(wrong_of_ours(written)))
 
 
 def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
@@ -111,7 +116,6 @@ def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
     if seconds < 10:
         rows.add(name, "process", "skipped", None, "", why="no time left")
         return ""
-    print(f"{name} ...", flush=True)
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
@@ -159,18 +163,36 @@ def table(rows: list[Row]) -> str:
         for row in rows
         if row["detail"].keys() & {"why", "test"}
     ]
+    troubles += [
+        f"- {row['case']}, {row['provider']}: **WRONG**, error {number(row['value'], '.3g')} "
+        f"{row['unit']}"
+        for row in wrong(rows)
+    ]
     return "\n\n".join(parts + (["\n".join(troubles)] if troubles else [])) + "\n"
 
 
 def _line(target: Target, rows: list[Row]) -> list[str]:
     found = select(rows, case=target.case, provider=target.provider, metric=target.metric)
     goal = f"{'<=' if target.at_most else '>='} {target.goal:g} {target.unit}".strip()
+    if wrong_of_ours(select(rows, case=target.case)):
+        return [target.what, "**WRONG**", goal, ""]
     if not found or found[0]["value"] is None:
         return [target.what, "not measured", goal, ""]
     value = found[0]["value"]
+    shown = timed(found[0], band=False) if "p20" in found[0]["detail"] else f"{value:.3g}"
     reached = value <= target.goal if target.at_most else value >= target.goal
     verdict = "reached" if reached else "missed"
-    return [target.what, f"{value:.3g}", goal, verdict if on_gpu(found) else "rehearsal"]
+    return [target.what, shown, goal, verdict if on_gpu(found) else "rehearsal"]
+
+
+def wrong(rows: list[Row]) -> list[Row]:
+    """Errors of steps that are not right, and got no time."""
+    return [row for row in rows if row["detail"].get("right") is False]
+
+
+def wrong_of_ours(rows: list[Row]) -> list[Row]:
+    """Those that are a failure of this package."""
+    return [row for row in wrong(rows) if row["provider"].startswith(OURS)]
 
 
 def on_gpu(rows: list[Row]) -> bool:

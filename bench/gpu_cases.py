@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -11,18 +11,24 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
+from rootfree_fused import RootFreeRMSprop, reference
 
-from . import diag
+from . import diag, models, step
+from . import products as bench_products
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
-from .eigh import EighShampoo
-from .matrix import step_flops
-from .providers import PROVIDERS
+from .matrix import owned, step_flops
+from .operator import kernel_times
+from .peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
+from .providers import PROVIDERS, RMSPROP, Provider
 from .rows import Rows
 
 Case = Callable[[Rows, torch.device, float], None]
 BF16 = torch.bfloat16
-KERNELS = ("gather", "product", "factor_momenta", "factors", "products", "params")
+OURS = "IFShampoo, bfloat16"
+CAPTURABLE = Provider(
+    functools.partial(RootFreeRMSprop, momentum=0.9, capturable=True, **RMSPROP),
+    PROVIDERS["RootFreeRMSprop, momentum 0.9"].eager,
+)
 
 
 def small(device: torch.device) -> bool:
@@ -45,7 +51,7 @@ def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
     """One tensor far larger than the caches, beside a copy and torch's fused AdamW."""
     names = ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW", "torch AdamW, fused")
     chosen = {name: PROVIDERS[name] for name in names}
-    elements = 100_000 if small(device) else 500_000_000
+    elements = 100_000 if small(device) else 10**9
     for dtype in (torch.float32, BF16):
         case = f"one large tensor, {str(dtype).split('.')[1]}"
         diag.measure(case, [(elements,)], dtype, rows, device, seconds / 2, chosen)
@@ -61,18 +67,23 @@ def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:
         "300 tensors": list(mixed_shapes(300, largest)),
         "one tensor": [(sum(shape[0] for shape in mixed),)],
     }.items():
-        tensors = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=0)
-        params = [Parameter(t) for t in tensors]
-        optimizer = RootFreeRMSprop(params, momentum=0.9, batch_size=1, capturable=True)
-        for p in params:
-            p.grad = torch.full_like(p, 0.1)
-        optimizers[name] = optimizer
+        params, grads = (
+            random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=seed)
+            for seed in (0, 1)
+        )
+        optimizer = diag.built(CAPTURABLE, params, grads)
+        error = diag.check(CAPTURABLE, optimizer, params, grads)
+        right = error <= diag.ALLOWED_ERROR
+        rows.add("many tensors", name, "error", error, "x eager error", right=right)
+        if right:
+            optimizers[name] = optimizer
     runs = {name: optimizer.step for name, optimizer in optimizers.items()}
     times = interleave(runs, device_timer(device), seconds=seconds / 2)
     for name, timing in times.items():
         rows.add_time("many tensors", name, "time", timing)
-        ratio = timing.median / times["one tensor"].median
-        rows.add("many tensors", name, "time ratio", ratio, "x one tensor")
+        if "one tensor" in times:
+            ratio = timing.median / times["one tensor"].median
+            rows.add("many tensors", name, "time ratio", ratio, "x one tensor")
     if device.type == "cuda":
         runs |= {f"{name}, graph": captured(runs[name]) for name in list(runs)}
     for name, timing in interleave(runs, time_host, seconds=seconds / 2).items():
@@ -97,16 +108,13 @@ def products(rows: Rows, device: torch.device, seconds: float) -> None:
         rows.add("products", "profiler", "skipped", None, "", why="the kernels need a GPU")
         return
     for case, (count, n) in PRODUCTS.items():
-        params = [Parameter(torch.zeros(n, n, device=device, dtype=BF16)) for _ in range(count)]
-        for p, g in zip(
-            params,
-            random_tensors([(n, n)] * count, scale=0.1, dtype=BF16, device=device, seed=0),
-            strict=True,
-        ):
-            p.grad = g
-        optimizer = IFShampoo(params, batch_size=1, factor_dtype=BF16, max_dense_dim=n)
-        times = kernel_times(optimizer.step)
-        stack = torch.stack([p.grad for p in params])
+        values = [torch.zeros(n, n, device=device, dtype=BF16)] * count
+        grads = random_tensors([(n, n)] * count, scale=0.1, dtype=BF16, device=device, seed=0)
+        step = checked_step(rows, case, OURS, dense_up_to(n), values, grads)
+        if step is None:
+            continue
+        times = kernel_times(step)
+        stack = torch.stack(grads)
         runs = {"torch.bmm": lambda stack=stack: torch.bmm(stack, stack.mT)}
         bmm = interleave(runs, device_timer(device), seconds=seconds / 8)["torch.bmm"]
         rows.add_time(case, "torch.bmm", "time", bmm, gemms=count)
@@ -119,20 +127,14 @@ def products(rows: Rows, device: torch.device, seconds: float) -> None:
                 rows.add(case, name, "speed", ratio, "x torch.bmm", gemms=gemms[name] * count)
 
 
-def kernel_times(step: Callable[[], object], rounds: int = 10) -> dict[str, float]:
-    """Mean seconds a step in each of our kernels; all launches of one kernel together."""
-    for _ in range(3):
-        step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(rounds):
-            step()
-        torch.cuda.synchronize()
-    times: dict[str, float] = defaultdict(float)
-    for event in profile.events():
-        name = event.name.removeprefix("_").removesuffix("_kernel")
-        if event.name.startswith("_") and name in KERNELS:
-            times[name] += event.time_range.elapsed_us() / 1e6 / rounds
-    return dict(times)
+def dense_up_to(n: int) -> Peer:
+    """IFShampoo in bfloat16 with dense factors for axes of up to n."""
+
+    def build(params: list[Parameter], interval: int) -> Optimizer:
+        return ifshampoo([{"params": params, "max_dense_dim": n}], interval, dtype=BF16)
+
+    way = functools.partial(specified, limit=n)
+    return dataclasses.replace(PEERS[OURS], build=build, way=way)
 
 
 def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
@@ -141,30 +143,48 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     shapes = [(n, n)] * count
     values = random_tensors(shapes, scale=0.02, dtype=torch.float32, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
-    builders: dict[str, Callable[[list[Parameter]], Optimizer]] = {
-        "IFShampoo, bfloat16": functools.partial(IFShampoo, batch_size=8, factor_dtype=BF16),
-        "Shampoo by batched eigh": functools.partial(EighShampoo, lr=1e-3),
-    }
     runs = {}
-    for name, build in builders.items():
-        params = [Parameter(v.clone()) for v in values]
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        runs[name] = build(params).step
+    # Of the eigendecompositions two: in float64 they take seconds.
+    for name, judged in ((OURS, count), (EIGH, 2)):
+        step = checked_step(rows, "114 of 1024", name, PEERS[name], values, grads, judged)
+        if step:
+            runs[name] = step
     runs["eager loop, bfloat16"] = functools.partial(eager_steps, grads)
     side = 256 if small(device) else 8192
     a, b = random_tensors([(side, side)] * 2, scale=1.0, dtype=BF16, device=device, seed=0)
     runs["mm"] = lambda: a @ b
     times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=3)
-    ours = times["IFShampoo, bfloat16"].median
     for name, timing in times.items():
         rows.add_time("114 of 1024", name, "time", timing)
+    if OURS not in times:
+        return
+    ours = times[OURS].median
+    for name, timing in times.items():
         if name != "mm":
             rows.add("114 of 1024", name, "slowdown", timing.median / ours, "x IFShampoo, bfloat16")
     rate = step_flops(shapes) / ours
     limit = 2 * side**3 / times["mm"].median
-    rows.add("114 of 1024", "IFShampoo, bfloat16", "rate", rate / 1e12, "TFLOP/s")
-    rows.add("114 of 1024", "IFShampoo, bfloat16", "rate fraction", rate / limit, "x mm")
+    rows.add("114 of 1024", OURS, "rate", rate / 1e12, "TFLOP/s")
+    rows.add("114 of 1024", OURS, "rate fraction", rate / limit, "x mm")
+
+
+def checked_step(
+    rows: Rows,
+    case: str,
+    name: str,
+    peer: Peer,
+    values: list[Tensor],
+    grads: list[Tensor],
+    judged: int | None = None,
+) -> Callable[[], object] | None:
+    """The step of a fresh optimizer, or None where the result on the first `judged` is wrong."""
+    params = owned(values, grads)
+    optimizer = peer.build(params, 1)
+    for _ in range(peer.steps):
+        optimizer.step()
+    verdict = judge(peer, values[:judged], grads[:judged], params[:judged], interval=1)
+    rows.add(case, name, "error", verdict.value, verdict.unit, right=verdict.right)
+    return optimizer.step if verdict.right else None
 
 
 def eager_steps(grads: list[Tensor]) -> None:
@@ -192,6 +212,33 @@ def triton_or_cuda(rows: Rows, device: torch.device, seconds: float) -> None:
         diag.measure(case, shapes, dtype, rows, device, seconds / 3)
 
 
+def kernels(rows: Rows, device: torch.device, seconds: float) -> None:
+    """The products of the targets by torch.bmm and torch.compile too, and eigh beside them."""
+    bench_products.limits(rows, device, seconds / 8, 128 if small(device) else 8192)
+    rates = bench_products.measured_rates(rows)
+    compiled, why = bench_products.compiled_formulas(quick=small(device))
+    if why:
+        rows.add(bench_products.LIMITS, bench_products.COMPILED, "absent", None, "", why=why)
+    stacks = [(2, 32)] if small(device) else PRODUCTS.values()
+    for count, n in stacks:
+        bench_products.measure(count, n, rows, device, seconds / 5, rates, compiled)
+
+
+NETWORKS = ("GPT-2 small, 16 x 1024 tokens", "ResNet-50, 128 images")
+NETWORKS += ("Llama 1B, 8 x 2048 tokens",)
+NETWORK_PEERS = ("IFShampoo, bfloat16", "sirfshampoo, bfloat16", "SOAP, float32", EIGH)
+NETWORK_PEERS += ("torch Muon", *DIAGONAL_PEERS)
+
+
+def networks(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Whole steps on networks, with what they cost of a forward and backward."""
+    names = (*DIAGONAL_PEERS, NETWORK_PEERS[0]) if small(device) else NETWORK_PEERS
+    chosen = {name: PEERS[name] for name in names}
+    found = models.QUICK if small(device) else {n: models.FULL[n] for n in NETWORKS}
+    for case, build in found.items():
+        step.measure(case, build(), rows, device, seconds / len(found), 2.0, chosen)
+
+
 CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
@@ -199,4 +246,6 @@ CASES: dict[str, Case] = {
     "products": products,
     "many tensors": many_tensors,
     "Triton or CUDA C++": triton_or_cuda,
+    "kernels": kernels,
+    "networks": networks,
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch, _prepared
 
 from .common import add_measurement_arguments, interleave, optional, random_tensors, time_host
-from .rows import Row, Rows, markdown, provenance, read_rows, select, unique
+from .rows import Row, Rows, markdown, provenance, read_rows, select, timed, unique
 
 # Microseconds a step, by the number of tensors.
 GOALS = {300: 100.0, 2000: 500.0}
@@ -96,18 +95,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time the steps; always on CPU tensors."""
-    rows = Rows(args.out / "host.jsonl", "host", torch.device("cpu"))
+    rows = Rows(args.out / "host.jsonl", "host", torch.device("cpu"), arguments=args)
     compared = "C++" if _prepared.extension() else "Python"
     with stubbed():
-        for count in GOALS:
+        cases = {f"{count} tensors": count for count in GOALS}
+        for case in rows.remaining(cases):
             seconds = 0.1 if args.quick else 4.0
-            runs = steps(count)
+            runs = steps(cases[case])
             timings = interleave(runs, time_host, seconds=seconds)
             for name in OPTIMIZERS:
                 alone = {(name, LOOP): runs[name, KNOWN]}
                 timings |= interleave(alone, time_host, seconds=seconds)
-            for (name, case), timing in timings.items():
-                rows.add_time(f"{count} tensors", name, case, timing, compared_by=compared)
+            for (name, metric), timing in timings.items():
+                rows.add_time(case, name, metric, timing, compared_by=compared)
+    rows.finish()
     written = read_rows(rows.path)
     report = rows.path.with_suffix(".md")
     report.write_text(table(written))
@@ -121,10 +122,11 @@ def table(rows: list[Row]) -> str:
     lines = []
     for case in unique(rows, "case"):
         for name in unique(rows, "provider"):
-            cells = [
-                _time(select(rows, case=case, provider=name, metric=metric))
+            found = [
+                select(rows, case=case, provider=name, metric=metric)
                 for metric in (LOOP, KNOWN, MOVED)
             ]
+            cells = [timed(row, ".0f", scale=1e3) for (row,) in found]
             goal = next(goal for count, goal in GOALS.items() if case == f"{count} tensors")
             lines.append([case, name, *cells, f"{goal:.0f}"])
     header = ("tensors", "optimizer", LOOP, f"in turn, {KNOWN}", f"in turn, {MOVED}", "goal")
@@ -139,11 +141,3 @@ def table(rows: list[Row]) -> str:
         "\n\n".join(["# Host time of a step", provenance(rows), notes, markdown(header, lines)])
         + "\n"
     )
-
-
-def _time(rows: list[Row]) -> str:
-    (row,) = rows
-    if row["value"] is None or not math.isfinite(row["value"]):
-        return "not measured"
-    detail = row["detail"]
-    return f"{1e3 * row['value']:.0f} ({1e3 * detail['p20']:.0f} to {1e3 * detail['p80']:.0f})"

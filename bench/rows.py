@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 import rootfree_fused
 from rootfree_fused import ops
 
-from .common import Timing
+from .common import Timing, optional
 
 Row = dict[str, Any]
 
@@ -74,10 +76,21 @@ def _git(*arguments: str) -> str:
 
 
 class Rows:
-    """The rows of one run, each in the file (JSON lines) as soon as it is added."""
+    """The rows of one run, each in the file (JSON lines) as soon as it is added.
+
+    With `arguments`, a run that is interrupted can go on: a note beside the file says which cases
+    are whole, and the next run of equal commit, device, versions and arguments keeps them. Any
+    other run starts a new file, and so does one of uncommitted code, which has no name.
+    """
 
     def __init__(
-        self, path: Path, kernel: str, device: torch.device, *, append: bool = False
+        self,
+        path: Path,
+        kernel: str,
+        device: torch.device,
+        *,
+        append: bool = False,
+        arguments: argparse.Namespace | None = None,
     ) -> None:
         self._constants = {
             "device": describe_device(device),
@@ -86,9 +99,44 @@ class Rows:
         }
         self._kernel = kernel
         self.path = path
+        self._note = path.with_suffix(".unfinished.json")
+        self._run = {**self._constants, "arguments": _plain(arguments)}
+        # Each whole case, and the bytes of the file up to its last row.
+        self._whole: dict[str, int] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not append:
+        if append:
+            return
+        if arguments and path.exists() and self._note.exists():
+            noted = json.loads(self._note.read_text())
+            named = not self._constants["commit"].endswith(("-dirty", "unknown"))
+            if named and noted["run"] == self._run:
+                self._whole = noted["whole"]
+        if self._whole:
+            os.truncate(path, max(self._whole.values()))
+            print(f"{path} keeps of an interrupted run: {', '.join(self._whole)}")
+        else:
+            self._note.unlink(missing_ok=True)
             path.write_text("")
+
+    def remaining(self, cases: Iterable[str]) -> Iterator[str]:
+        """The cases that are not in the file yet, with a progress bar.
+
+        A case is whole once the next is asked for.
+        """
+        cases = list(cases)
+        missing = [case for case in cases if case not in self._whole]
+        done = len(cases) - len(missing)
+        with optional("tqdm").tqdm(total=len(cases), initial=done, unit="case") as bar:
+            for case in missing:
+                bar.set_description(case)
+                yield case
+                self._whole[case] = self.path.stat().st_size
+                self._note.write_text(json.dumps({"run": self._run, "whole": self._whole}))
+                bar.update()
+
+    def finish(self) -> None:
+        """The run is whole: the next one measures everything again."""
+        self._note.unlink(missing_ok=True)
 
     def add(
         self, case: str, provider: str, metric: str, value: float | None, unit: str, **detail: Any
@@ -117,6 +165,12 @@ class Rows:
         self.add(case, provider, metric, 1e3 * timing.median, "ms", **detail)
 
 
+def _plain(arguments: argparse.Namespace | None) -> dict[str, str]:
+    """What was asked for; not the folder, nor the function that does it."""
+    given = vars(arguments) if arguments else {}
+    return {key: str(value) for key, value in given.items() if key not in ("out", "run")}
+
+
 def read_rows(path: Path) -> list[Row]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for number, row in enumerate(rows, start=1):
@@ -136,10 +190,26 @@ def unique(rows: list[Row], key: str) -> list[str]:
 # Tables ---------------------------------------------------------------------------------------
 
 
+# A time whose percentiles are further apart, (p80 - p20) / median, was taken on a busy machine; of
+# fewer samples nobody knows.
+NOISY_SPREAD = 0.2
+LEAST_SAMPLES = 3
+NOISY = "noisy"
+NOISE_NOTE = (
+    f"{NOISY}: the 20th and the 80th percentile are more than {NOISY_SPREAD:.0%} of the median "
+    f"apart, as on a machine that does something else too, or there are fewer than {LEAST_SAMPLES} "
+    "samples. Measure again before you compare."
+)
+
+
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
+    """A Markdown table, its first column to the left and the others to the right.
+
+    Where a number is marked as noisy, a line under the table says what that means.
+    """
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+    return f"{table}\n\n{NOISE_NOTE}" if f" {NOISY}" in table else table
 
 
 def number(value: float | None, spec: str) -> str:
@@ -147,8 +217,41 @@ def number(value: float | None, spec: str) -> str:
     return "not finite" if value is None else format(value, spec)
 
 
+def noisy(row: Row) -> bool:
+    """Whether a time varied by more than NOISY_SPREAD, or too few samples say."""
+    value, detail = row["value"], row["detail"]
+    if value is None:
+        return False
+    few = detail["samples"] < LEAST_SAMPLES
+    return few or detail["p80"] - detail["p20"] > NOISY_SPREAD * value
+
+
+def timed(row: Row, spec: str = "", *, scale: float = 1.0, band: bool = True) -> str:
+    """A time as text, with its 20th and 80th percentile, and marked where it is noisy."""
+    if row["value"] is None:
+        return number(None, spec)
+    times = (row["value"], row["detail"]["p20"], row["detail"]["p80"])
+    value, p20, p80 = (f"{scale * t:{spec}}" if spec else _three_digits(t) for t in times)
+    shown = f"{value} ({p20} to {p80})" if band else value
+    return f"{shown} {NOISY}" if noisy(row) else shown
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+
+
 def provenance(rows: list[Row]) -> str:
-    """One line that says where, with what and from which commit the rows come."""
-    row = rows[0]
+    """One line that says where, with what and from which commit the rows come.
+
+    Raises:
+        ValueError: they come from several, so that they cannot stand in one table.
+    """
+    lines = list(dict.fromkeys(map(_provenance, rows)))
+    if len(lines) > 1:
+        raise ValueError(f"rows of one table come from different runs: {'; and '.join(lines)}")
+    return lines[0]
+
+
+def _provenance(row: Row) -> str:
     names = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     return f"{row['device']}; {names}; commit {row['commit']}"

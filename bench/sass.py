@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .common import optional
+from .common import add_quick_argument, optional
 from .machine_code import CONVERSION, WIDE_ADDRESS, count, tensor_cores
 from .rows import Row, commit
 
@@ -197,6 +197,7 @@ def line(row: Row) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench sass`."""
+    add_quick_argument(parser)
     parser.add_argument(
         "--json", dest="out", type=Path, metavar="FILE", help="write the rows there, one a line"
     )

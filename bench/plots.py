@@ -1,0 +1,246 @@
+"""Plots of the rows of one run: what they show, which rows they need, and how they are drawn.
+
+A row takes part by what it has, whatever benchmark it is from:
+
+    roofline    a rate with `flops` and `bytes` in its detail, or a bandwidth of a diagonal update;
+                roofs: the bandwidth of a copy and of an in-place add, the rate of `mm`
+    speed-up    a `speed` of a kernel of ours on a case like "16 of 2048", a stack and its n
+    step cost   an `update step` with `parameters` in its detail
+    peers       times of `bench matrix`, beside IFShampoo's in bfloat16
+    curves      losses of `bench train` with their `curve`
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import curves
+from .diag import COPY, PROBE_BYTES
+from .figures import GREY, STYLES, logarithmic, save, styles, subplots
+from .rows import Row, select, unique
+
+# FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
+DIAGONAL_FLOPS = {
+    "RootFreeRMSprop, momentum 0.9": 13,
+    "RootFreeRMSprop, momentum 0": 11,
+    "RootFreeAdamW": 15,
+    "torch AdamW, fused": 14,
+    "torch RMSprop, momentum 0.9": 11,
+    "torch SGD, momentum 0.9, fused": 4,
+}
+GIGA = {"GFLOP/s": 1.0, "TFLOP/s": 1e3}
+OURS = "IFShampoo, bfloat16"
+MM = "mm"
+STACK = re.compile(r"(\d+) of (\d+)$")  # a case: matrices of a stack, and their n
+
+
+class Plot(NamedTuple):
+    """A kind of plot; `rows` chooses what it draws, and none of them means no plot."""
+
+    title: str
+    about: str
+    rows: Callable[[list[Row]], list[Row]]
+    draw: Callable[[list[Row], Path], None]
+    made_by: str
+
+
+# Roofline -------------------------------------------------------------------------------------
+
+
+def roofline_rows(rows: list[Row]) -> list[Row]:
+    """Points and roofs; none without a measured copy."""
+    points = [row for row in rows if intensity(row) is not None]
+    copies = select(rows, provider=COPY, metric="time")
+    # The case that moves the most is in no cache; of a run with one copy there is no choice.
+    slowest = max(copies, key=lambda row: row["value"] or 0.0)["case"] if copies else None
+    roofs = [row for row in rows if _is_roof(row) and slowest in (None, row["case"])]
+    return [*roofs, *points] if points and select(roofs, provider=COPY) else []
+
+
+def _is_roof(row: Row) -> bool:
+    """A bandwidth of a probe, or the rate of a large product ("mm", or "mm, bfloat16")."""
+    name, metric = row["provider"], row["metric"]
+    roof = metric == "bandwidth" and name in PROBE_BYTES
+    roof |= metric == "rate" and name.partition(",")[0] == MM
+    return roof and row["value"] is not None
+
+
+def intensity(row: Row) -> float | None:
+    """FLOPs a byte; None where the row does not say."""
+    name, metric, detail = row["provider"], row["metric"], row["detail"]
+    if row["value"] is None or _is_roof(row):
+        return None
+    if metric.endswith("rate") and {"flops", "bytes"} <= detail.keys():
+        return detail["flops"] / detail["bytes"]
+    if metric == "bandwidth" and name in DIAGONAL_FLOPS:
+        return DIAGONAL_FLOPS[name] / detail["bytes_per_parameter"]
+    return None
+
+
+def achieved(row: Row) -> float:
+    """GFLOP/s of a row that has an intensity."""
+    if row["metric"].endswith("rate"):
+        return row["value"] * GIGA[row["unit"]]
+    return row["value"] * intensity(row)
+
+
+def roofline(rows: list[Row], path: Path) -> None:
+    """Achieved GFLOP/s against FLOPs a byte, under what the same run measured of the machine."""
+    figure, axis = subplots(height=4.4)
+    points = [row for row in rows if intensity(row) is not None]
+    left, right = min(map(intensity, points)) / 1.6, max(map(intensity, points)) * 1.6
+    products = [row for row in rows if _is_roof(row) and row["metric"] == "rate"]
+    top = max(map(achieved, products), default=math.inf)
+    for name, dash in zip(PROBE_BYTES, ("--", "-"), strict=True):
+        found = select(rows, provider=name, metric="bandwidth")
+        if found:
+            bandwidth = found[0]["value"]
+            ends = [left, min(right, top / bandwidth)]
+            label = f"{name}, {bandwidth:.0f} GB/s"
+            axis.plot(ends, [bandwidth * x for x in ends], color=GREY, ls=dash, label=label)
+    for row in products:
+        label = f"{row['provider']}, {achieved(row):,.0f} GFLOP/s"
+        axis.axhline(achieved(row), color=GREY, ls=":", label=label)
+    for name, look in styles(unique(points, "provider")).items():
+        own = select(points, provider=name)
+        axis.plot(list(map(intensity, own)), list(map(achieved, own)), **look | {"ls": ""})
+    logarithmic(axis, "x", "y")
+    axis.set(xlim=(left, right), xlabel="arithmetic intensity, FLOP a byte", ylabel="GFLOP/s")
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    save(figure, rows, path)
+
+
+# Against size ---------------------------------------------------------------------------------
+
+
+def speed_rows(rows: list[Row]) -> list[Row]:
+    """How many times as fast as torch.bmm each kernel of ours is."""
+    ours = [row for row in rows if row["provider"].startswith("IFShampoo") and row["value"]]
+    return [row for row in ours if row["metric"].endswith(" speed") and STACK.match(row["case"])]
+
+
+def speed_up(rows: list[Row], path: Path) -> None:
+    """Speed-ups against n, on one matrix and on a stack."""
+    figure, axes = subplots(2, height=4.2)
+    lines: dict[str, list[tuple[bool, int, float]]] = {}
+    for row in rows:
+        count, n = map(int, STACK.match(row["case"]).groups())
+        kernel = row["metric"].removesuffix(" speed")
+        name = ",".join([kernel, *row["provider"].split(",")[1:]])
+        lines.setdefault(name, []).append((count > 1, n, row["value"]))
+    looks = styles(list(lines))
+    for stacked, axis in enumerate(axes):
+        for name, points in lines.items():
+            own = sorted((n, value) for many, n, value in points if many == stacked)
+            axis.plot([n for n, _ in own], [value for _, value in own], **looks[name])
+        axis.axhline(1, color=GREY, lw=1.2)
+        axis.set_ylim(bottom=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        title = ("one matrix", "a stack")[stacked]
+        axis.set(xlabel="n, of matrices of n x n", ylabel="times as fast as torch.bmm", title=title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    save(figure, rows, path)
+
+
+def cost_rows(rows: list[Row]) -> list[Row]:
+    """Update steps on networks whose size is known."""
+    updates = [row for row in select(rows, metric="update step") if row["value"]]
+    return [row for row in updates if "parameters" in row["detail"]]
+
+
+def cost(rows: list[Row], path: Path) -> None:
+    """Milliseconds of an update step against the size of the network."""
+    figure, axis = subplots(height=4.8)
+    for name, look in styles(unique(rows, "provider")).items():
+        own = sorted((r["detail"]["parameters"], r["value"]) for r in select(rows, provider=name))
+        axis.plot([size / 1e6 for size, _ in own], [value for _, value in own], **look, ms=5)
+    logarithmic(axis, "x", "y")
+    axis.set(xlabel="million parameters", ylabel="ms an update step")
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    save(figure, rows, path)
+
+
+# Whole steps beside IFShampoo -----------------------------------------------------------------
+
+
+def peers_rows(rows: list[Row]) -> list[Row]:
+    """Times of the methods for matrices, where ours is among them."""
+    times = [row for row in select(rows, kernel="matrix", metric="time") if row["value"]]
+    times = [row for row in times if row["provider"] not in DIAGONAL_FLOPS]
+    return times if select(times, provider=OURS) else []
+
+
+def peers(rows: list[Row], path: Path) -> None:
+    """How many times as long as IFShampoo's the step of each peer takes, a line a set of shapes."""
+    base = {row["case"]: row["value"] for row in select(rows, provider=OURS)}
+    cases = list(base)
+    figure, axis = subplots(height=0.42 * len(cases) + 1.4)
+    axis.axvline(1, color=STYLES["IFShampoo"][0], lw=2, label=OURS)
+    names = [name for name in unique(rows, "provider") if not name.startswith("IFShampoo")]
+    for name, look in styles(names).items():
+        own = [row for row in select(rows, provider=name) if row["case"] in base]
+        x = [row["value"] / base[row["case"]] for row in own]
+        y = [cases.index(row["case"]) for row in own]
+        axis.plot(x, y, **look | {"ls": "", "ms": 8})
+    logarithmic(axis, "x")
+    axis.set_xlabel("time of a step that updates the factors, in units of IFShampoo's in bfloat16")
+    axis.set_yticks(range(len(cases)), labels=cases)
+    axis.set_ylim(len(cases) - 0.5, -0.5)
+    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=5)
+    save(figure, rows, path)
+
+
+# Curves ---------------------------------------------------------------------------------------
+
+
+def curve_rows(rows: list[Row]) -> list[Row]:
+    """All of a comparison's; the rows of a search have no curves."""
+    return rows if any("curve" in row["detail"] for row in rows) else []
+
+
+PLOTS = {
+    "roofline": Plot(
+        "Roofline",
+        "Achieved rates under what the same run measured of the machine. FLOPs of a diagonal "
+        "update are those of its plain loop, and points far below the roof are many small tensors. "
+        "A CPU copy also fetches the lines that it overwrites, which is not counted, so that an "
+        "in-place add passes it.",
+        roofline_rows,
+        roofline,
+        "`bench diag`",
+    ),
+    "speedup": Plot(
+        "Speed-up against n",
+        "Kernels of IFShampoo in times as fast as the same formula by torch.bmm, line 1.",
+        speed_rows,
+        speed_up,
+        "`bench products`",
+    ),
+    "cost": Plot(
+        "Step cost against model size",
+        "Steps that renew the preconditioner, on the layers of networks.",
+        cost_rows,
+        cost,
+        "`bench step`",
+    ),
+    "steps": Plot(
+        "A step of IFShampoo beside its peers",
+        "Every optimizer updates its factors in the step, from the same matrices.",
+        peers_rows,
+        peers,
+        "`bench matrix`",
+    ),
+    "loss": Plot(
+        "Loss against steps and time",
+        "Networks that start from the same weights and see the same batches.",
+        curve_rows,
+        curves.plot,
+        "`bench train`",
+    ),
+}
