@@ -24,7 +24,7 @@ from rootfree_fused.factors import layout_of
 
 from .eigh import EighShampoo
 from .providers import CHECK_STEPS as DIAGONAL_STEPS
-from .providers import PROVIDERS, Provider
+from .providers import PROVIDERS
 
 Build = Callable[[list[Parameter], int], Optimizer]
 
@@ -114,14 +114,17 @@ def specified(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) 
     return p - param.double()
 
 
-def _diagonal(provider: Provider) -> Peer:
+def _diagonal(name: str) -> Peer:
+    provider = PROVIDERS[name]
+    package = "rootfree_fused" if name.startswith("RootFree") else "torch"
+
     def build(params: list[Parameter], interval: int) -> Optimizer:
         return provider.build(params)
 
     def way(param: Tensor, grad: Tensor, interval: int) -> Tensor:
         return provider.eager(_copy64(param), grad.double())["param"] - param.double()
 
-    return Peer(build, "torch", way, ROUNDINGS[torch.float32], steps=DIAGONAL_STEPS, renews=False)
+    return Peer(build, package, way, ROUNDINGS[torch.float32], steps=DIAGONAL_STEPS, renews=False)
 
 
 # Others ---------------------------------------------------------------------------------------
@@ -244,7 +247,7 @@ MATRIX_PEERS = {
     "torch Muon": _held_to_itself(_muon, "torch", ROUNDINGS[torch.bfloat16], renews=False),
 }
 DIAGONAL_PEERS = {
-    name: _diagonal(PROVIDERS[name])
+    name: _diagonal(name)
     for name in (
         "RootFreeRMSprop, momentum 0.9",
         "RootFreeAdamW",
