@@ -44,14 +44,20 @@ class EighShampoo(Optimizer):
                 state["left"].baddbmm_(g, g.mT)
                 state["right"].baddbmm_(g.mT, g)
                 if state["step"] % group["interval"] == 0:
-                    state["roots"] = [inverse_fourth_root(state[k]) for k in ("left", "right")]
+                    state["roots"] = [
+                        inverse_fourth_root(state[key], group["damping"])
+                        for key in ("left", "right")
+                    ]
                 state["step"] += 1
                 left, right = state["roots"]
                 torch._foreach_add_(params, list((left @ g @ right).unbind()), alpha=-group["lr"])
 
 
-def inverse_fourth_root(matrices: Tensor) -> Tensor:
-    """Of symmetric positive definite matrices, (..., d, d)."""
+def inverse_fourth_root(matrices: Tensor, smallest: float) -> Tensor:
+    """Of symmetric matrices, (..., d, d), whose eigenvalues are `smallest` or more.
+
+    In float32 the decomposition of a matrix of low rank gives some that are less, or negative.
+    """
     values, vectors = torch.linalg.eigh(matrices)
-    roots = values.clamp_min(torch.finfo(values.dtype).tiny).pow(-0.25)
+    roots = values.clamp_min(smallest).pow(-0.25)
     return (vectors * roots.unsqueeze(-2)) @ vectors.mT

@@ -20,8 +20,9 @@ NOTES = (
     "heads beside them, in the same time. An update step renews the preconditioner; the mean at an "
     "interval of k is one of them and k - 1 steps between. IFShampoo has diagonal factors on axes "
     "above 2048. forward-backward is a stand-in: the products with the weights, 6 FLOP a parameter "
-    "and place, without attention scores, norms and activations. The error is that of the first "
-    "steps on one tensor of every shape against float64, as bench/peers.py says; what is WRONG has "
+    "and place, in bfloat16 where the device multiplies it natively, without attention scores, "
+    "norms and activations. The error is that of the first steps on one tensor of every shape "
+    "against float64, as bench/peers.py says; what is WRONG has "
     "no time. State is all that an optimizer holds between steps, caches too."
 )
 

@@ -158,3 +158,14 @@ def test_roots_are_renewed_at_the_interval_alone():
     renewed = [(1.0 + step) ** -0.5 for step in (1, 2, 3)]
     assert steps[1] == pytest.approx(renewed)
     assert steps[2] == pytest.approx([renewed[0], renewed[0], renewed[2]])
+
+
+def test_roots_of_a_deficient_matrix_hold_in_float32():
+    grad = 3 * torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    ways = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.zeros(256, 16, dtype=dtype)
+        p.grad = grad.to(dtype)
+        eigh.EighShampoo([p], lr=1.0).step()
+        ways.append(p.double())
+    assert (ways[0] - ways[1]).norm() < 1e-3 * ways[1].norm()

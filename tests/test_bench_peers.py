@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from _bench import CPU, needs_extras
+from _bench import CPU
 
 from bench import common, peers
 from bench.matrix import owned
@@ -28,7 +28,6 @@ def stepped(peer, interval, build=None):
     return peers.judge(peer, values, grads, params, interval)
 
 
-@needs_extras
 @pytest.mark.parametrize("interval", [1, peers.NEVER])
 @pytest.mark.parametrize("name", HERE)
 def test_every_peer_that_is_here_is_right(name, interval):
