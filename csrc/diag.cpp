@@ -226,7 +226,7 @@ std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle
   return all;
 }
 
-// Reads what a gradient scaler found and by what it multiplied; false where the step is to be skipped.
+// Reads the scale and the infs of a gradient scaler; false where the step is to be skipped.
 template <class Options>
 bool next_scaling(Arguments& arguments, Options& options) {
   const AtenTensorHandle grad_scale = arguments.next_optional_tensor();

@@ -3,7 +3,7 @@
 // follows a product happens while its tile is in the cache. A tile is one task and its sums have one
 // order, so the number of threads does not change a bit.
 #include "arguments.h"
-#include "axis.h"
+#include "tasks.h"
 #include "update.h"
 
 #if defined(__x86_64__)
@@ -59,9 +59,6 @@ void pack_grad(const Packed& to, const void* grad, int64_t row, int64_t rows, in
   pack(to, row, 0, first, columns, rows, columns);
 }
 
-using Descend = void (*)(const Descent<float>&, void*, float*, const Tile&, int64_t);
-using PackGrad = void (*)(const Packed&, const void*, int64_t, int64_t, int64_t);
-
 template <template <class> class Body>
 auto select(int32_t dtype) {
   static const int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
@@ -79,84 +76,24 @@ struct PackGradFor {
   static constexpr PackGrad body = pack_grad<T>;
 };
 
-// A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
-struct Matrix {
-  Axis rows, columns;
-  void* param;
-  float* buffer;  // null without momentum
-  const void* grad;
-  Descend descend;
-  PackGrad pack_grad;
-  // Packed: G, (C^T G)^T, M = C^T G K and its transpose. Later the products on the way to P take the
-  // memory of the three that have their shape.
-  Packed packed_grad, half_transposed, transformed, transformed_transposed;
-
-  void take_scratch(Arena& arena) {
-    rows.take_scratch(arena);
-    columns.take_scratch(arena);
-    packed_grad = arena.packed(rows.size, columns.size);
-    half_transposed = arena.packed(columns.size, rows.size);
-    transformed = arena.packed(rows.size, columns.size);
-    transformed_transposed = arena.packed(columns.size, rows.size);
-  }
-  Tile tile(int64_t task) const {
-    return {task / columns.tiles * tile_size, task % columns.tiles * tile_size, rows.size,
-            columns.size};
-  }
-  Tile transposed_tile(int64_t task) const {
-    return {task / rows.tiles * tile_size, task % rows.tiles * tile_size, columns.size, rows.size};
-  }
-};
-
-Tile square_tile(const Axis& axis, int64_t task) {
-  return {task / axis.tiles * tile_size, task % axis.tiles * tile_size, axis.size, axis.size};
-}
-
-// The task-th tile of the lower triangle.
-Tile triangle_tile(const Axis& axis, int64_t task) {
-  int64_t row = 0;
-  while (task > row) task -= ++row;
-  return {row * tile_size, task * tile_size, axis.size, axis.size};
-}
-
-// Tasks of one kind, one after the other, for `count` matrices of one shape.
-template <class Body>
-void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Body& body) {
-  if (tasks == 0) return;
-  torch::stable::parallel_for(0, count * tasks, 1, [&](int64_t begin, int64_t end) {
-    const AmxRegisters registers;
-    for (int64_t i = begin; i < end; ++i) body(matrices[i / tasks], i % tasks);
-  });
-}
-
-// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second.
-template <class Body>
-void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
-                   const Body& body) {
-  for_each(matrices, count, on_rows + on_columns, [&](Matrix& m, int64_t task) {
-    if (task < on_rows) {
-      body(m.rows, m.columns, m.transformed_transposed, task);
-    } else {
-      body(m.columns, m.rows, m.transformed, task - on_rows);
-    }
-  });
-}
-
 void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
   const int64_t tiles = row_tiles * column_tiles;
-  for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+  for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
     Tile tile = m.transposed_tile(task);
     multiply(tile, 1, m.packed_grad, m.rows.old);
     pack(m.half_transposed, tile);
   });
-  for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+  for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     multiply(tile, 1, m.half_transposed, m.columns.old);
     pack(m.transformed, tile);
     pack_transposed(m.transformed_transposed, tile);
   });
   for_each_axis(matrices, count, matrices->rows.pairs_of_tiles(), matrices->columns.pairs_of_tiles(),
+                [](const Axis& axis, const Axis& other, int64_t task) {
+                  return symmetric_cost(triangle_tile(axis, task), axis.size + other.size);
+                },
                 [&](const Axis& axis, const Axis& other, const Packed& transformed, int64_t task) {
                   const double trace = sum(other.squares, other.tiles) / other.size;
                   Tile tile = triangle_tile(axis, task);
@@ -166,6 +103,9 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
                   update_momentum(axis, task, tile, options.factor_momentum);
                 });
   for_each_axis(matrices, count, row_tiles * row_tiles, column_tiles * column_tiles,
+                [](const Axis& axis, const Axis&, int64_t task) {
+                  return cost(square_tile(axis, task), axis.size);
+                },
                 [&](const Axis& axis, const Axis&, const Packed&, int64_t task) {
                   Tile tile = square_tile(axis, task);
                   update_factor(axis, tile, options.factor_lr);
@@ -175,6 +115,9 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
 void update_products(Matrix* matrices, int64_t count) {
   const auto tasks = [](const Axis& axis) { return axis.cached ? axis.pairs_of_tiles() : 0; };
   for_each_axis(matrices, count, tasks(matrices->rows), tasks(matrices->columns),
+                [](const Axis& axis, const Axis&, int64_t task) {
+                  return symmetric_cost(triangle_tile(axis, task), axis.size);
+                },
                 [](const Axis& axis, const Axis&, const Packed&, int64_t task) {
                   Tile tile = triangle_tile(axis, task);
                   multiply(tile, 1, axis.now_transposed, axis.now_transposed, false, true);
@@ -187,13 +130,13 @@ void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options
   const int64_t tiles = matrices->rows.tiles * matrices->columns.tiles;
   const Descent<float> rule(options.descent);
   if (!matrices->rows.cached) {
-    for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+    for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
       Tile tile = m.transposed_tile(task);
       multiply(tile, 1, m.packed_grad, m.rows.now);
       pack_transposed(m.transformed, tile);
     });
   }
-  for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+  for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
     Tile tile = m.transposed_tile(task);
     if (m.rows.cached) {
       multiply(tile, 1, m.packed_grad, m.rows.packed_product);
@@ -203,13 +146,13 @@ void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options
     pack(m.half_transposed, tile);
   });
   if (!matrices->columns.cached) {
-    for_each(matrices, count, tiles, [](Matrix& m, int64_t task) {
+    for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
       Tile tile = m.tile(task);
       multiply(tile, 1, m.half_transposed, m.columns.now);
       pack_transposed(m.transformed_transposed, tile);
     });
   }
-  for_each(matrices, count, tiles, [&](Matrix& m, int64_t task) {
+  for_each(matrices, count, tiles, cost_on_columns, [&](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     if (m.columns.cached) {
       multiply(tile, 1, m.half_transposed, m.columns.packed_product);
@@ -223,11 +166,13 @@ void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options
 void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   const bool update = options.update_factors;
   const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
-  for_each(matrices, count, row_tiles, [](Matrix& m, int64_t strip) {
+  const auto alike = [](auto&&...) { return int64_t(1); };
+  for_each(matrices, count, row_tiles, alike, [](Matrix& m, int64_t strip) {
     const int64_t row = strip * tile_size;
     m.pack_grad(m.packed_grad, m.grad, row, std::min(tile_size, m.rows.size - row), m.columns.size);
   });
   for_each_axis(matrices, count, row_tiles, column_tiles,
+                [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
                 [&](const Axis& axis, const Axis&, const Packed&, int64_t strip) {
                   if (update || options.refresh_products || !axis.cached) {
                     pack_factor(axis, strip, update);

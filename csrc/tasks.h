@@ -1,0 +1,119 @@
+// The tiles of IF-Shampoo's matrices as tasks, and which thread works on which.
+#pragma once
+
+#if defined(__x86_64__)
+#include <torch/csrc/stable/ops.h>
+
+#include "axis.h"
+#include "update.h"
+
+namespace rootfree_fused {
+
+using Descend = void (*)(const Descent<float>&, void*, float*, const Tile&, int64_t);
+using PackGrad = void (*)(const Packed&, const void*, int64_t, int64_t, int64_t);
+
+// A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
+struct Matrix {
+  Axis rows, columns;
+  void* param;
+  float* buffer;  // null without momentum
+  const void* grad;
+  Descend descend;
+  PackGrad pack_grad;
+  // Packed: G, (C^T G)^T, M = C^T G K and its transpose. Later the products on the way to P take the
+  // memory of the three that have their shape.
+  Packed packed_grad, half_transposed, transformed, transformed_transposed;
+
+  void take_scratch(Arena& arena) {
+    rows.take_scratch(arena);
+    columns.take_scratch(arena);
+    packed_grad = arena.packed(rows.size, columns.size);
+    half_transposed = arena.packed(columns.size, rows.size);
+    transformed = arena.packed(rows.size, columns.size);
+    transformed_transposed = arena.packed(columns.size, rows.size);
+  }
+  Tile tile(int64_t task) const {
+    return {task / columns.tiles * tile_size, task % columns.tiles * tile_size, rows.size,
+            columns.size};
+  }
+  Tile transposed_tile(int64_t task) const {
+    return {task / rows.tiles * tile_size, task % rows.tiles * tile_size, columns.size, rows.size};
+  }
+};
+
+inline Tile square_tile(const Axis& axis, int64_t task) {
+  return {task / axis.tiles * tile_size, task % axis.tiles * tile_size, axis.size, axis.size};
+}
+
+// The task-th tile of the lower triangle.
+inline Tile triangle_tile(const Axis& axis, int64_t task) {
+  int64_t row = 0;
+  while (task > row) task -= ++row;
+  return {row * tile_size, task * tile_size, axis.size, axis.size};
+}
+
+// What a tile costs, in products of 16 x 16 sums and what is as dear: the left operand's lanes are
+// transposed, and what follows a product passes over the tile.
+inline int64_t cost(const Tile& tile, int64_t depth) {
+  constexpr int64_t transposing = 1, passing = 64;
+  const int64_t rows = ceil_div(tile.rows, lanes), columns = ceil_div(tile.columns, lanes);
+  return rows * depth * (columns + transposing) + rows * columns * passing;
+}
+
+// On the diagonal of a symmetric product the blocks above it are left out.
+inline int64_t symmetric_cost(const Tile& tile, int64_t depth) {
+  return cost(tile, tile.row == tile.column ? depth * 5 / 8 : depth);
+}
+
+// Tasks of one kind for `count` matrices of one shape, in order. Each thread takes a stretch that
+// costs as much as those of the others: tiles at an edge cost less. Stretches, since a thread finds
+// in its cache what it wrote in the stage before: taking the next tile that is free is slower.
+template <class Cost, class Body>
+void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Cost& cost_of,
+              const Body& body) {
+  int64_t each = 0;
+  for (int64_t task = 0; task < tasks; ++task) each += cost_of(*matrices, task);
+  const int64_t threads = std::min<int64_t>(count * tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const AmxRegisters registers;
+    int64_t before = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t own = cost_of(matrices[i], task);
+        const int64_t thread = (2 * before + own) * threads / (2 * count * each);
+        if (first <= thread && thread < last) body(matrices[i], task);
+        before += own;
+      }
+    }
+  });
+}
+
+// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second.
+template <class Cost, class Body>
+void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
+                   const Cost& cost_of, const Body& body) {
+  for_each(
+      matrices, count, on_rows + on_columns,
+      [&](const Matrix& m, int64_t task) {
+        return task < on_rows ? cost_of(m.rows, m.columns, task)
+                              : cost_of(m.columns, m.rows, task - on_rows);
+      },
+      [&](Matrix& m, int64_t task) {
+        if (task < on_rows) {
+          body(m.rows, m.columns, m.transformed_transposed, task);
+        } else {
+          body(m.columns, m.rows, m.transformed, task - on_rows);
+        }
+      });
+}
+
+// Products along the rows' axis make transposed tiles, those along the columns' axis tiles.
+inline int64_t cost_on_rows(const Matrix& m, int64_t task) {
+  return cost(m.transposed_tile(task), m.rows.size);
+}
+inline int64_t cost_on_columns(const Matrix& m, int64_t task) {
+  return cost(m.tile(task), m.columns.size);
+}
+
+}  // namespace rootfree_fused
+#endif
