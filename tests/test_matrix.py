@@ -350,3 +350,14 @@ def test_a_checkpoint_brings_the_settings_that_its_shapes_come_from(saved, loadi
     run(resumed, twins, 2, first=3)
     assert_identical(snapshot(resumed, twins), snapshot(optimizer, params))
     assert resumed.param_groups[0]["merge_axes"] is optimizer.param_groups[0]["merge_axes"]
+
+
+def test_a_long_step_of_a_large_factor_is_cut_to_factor_lr(device):
+    """K - I is m / ||m|| times factor_lr; a norm that adds a million squares in a row is 1e-5 off."""
+    (param,) = parameters((1024, 8), device=device)
+    settings = {"batch_size": 1e4, "factor_lr": 0.4, "factor_dtype": torch.float32}
+    optimizer = IFShampoo([param], **settings)
+    run(optimizer, [param], 1)
+    factor = optimizer.state[param]["factor_0"].double()
+    way = (factor - torch.eye(1024, device=device)).norm().item()
+    assert way == pytest.approx(0.4, rel=2e-6)
