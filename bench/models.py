@@ -126,14 +126,14 @@ FULL: dict[str, Callable[[], Model]] = {
 SCALED: dict[str, Callable[[], Model]] = {
     "ResNet-50, width 1/4, 32 images of 64 x 64": lambda: Model(list(resnet50(16, 64)), 32),
     "ViT-B/16, width 1/4, 3 of 12 layers, 16 images": lambda: Model(list(vit_b16(192, 3)), 16),
-    "GPT-2 small, width 1/4, 3 of 12 layers, 4096 words, 8 x 256 tokens": lambda: Model(
-        list(gpt2(192, 3, 256, 4096)), 8
+    "GPT-2 small, width 1/4, 3 of 12 layers, 1024 words, 8 x 256 tokens": lambda: Model(
+        list(gpt2(192, 3, 256, 1024)), 8
     ),
-    "GPT-2 medium, width 1/4, 6 of 24 layers, 4096 words, 8 x 256 tokens": lambda: Model(
-        list(gpt2(256, 6, 256, 4096)), 8
+    "GPT-2 medium, width 1/4, 6 of 24 layers, 1024 words, 8 x 256 tokens": lambda: Model(
+        list(gpt2(256, 6, 256, 1024)), 8
     ),
-    "Llama 1B, width 1/8, 4 of 16 layers, 4096 words, 8 x 256 tokens": lambda: Model(
-        list(llama_1b(256, 4, 256, 4096)), 8
+    "Llama 1B, width 1/8, 4 of 16 layers, 1024 words, 8 x 256 tokens": lambda: Model(
+        list(llama_1b(256, 4, 256, 1024)), 8
     ),
 }
 QUICK: dict[str, Callable[[], Model]] = {

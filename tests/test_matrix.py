@@ -353,7 +353,7 @@ def test_a_checkpoint_brings_the_settings_that_its_shapes_come_from(saved, loadi
 
 
 def test_a_long_step_of_a_large_factor_is_cut_to_factor_lr(device):
-    """K - I is m / ||m|| times factor_lr; a norm that adds a million squares in a row is 1e-5 off."""
+    """K - I is factor_lr m / ||m||; a norm that adds a million squares in a row is 1e-5 off."""
     (param,) = parameters((1024, 8), device=device)
     settings = {"batch_size": 1e4, "factor_lr": 0.4, "factor_dtype": torch.float32}
     optimizer = IFShampoo([param], **settings)
