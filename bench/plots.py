@@ -192,7 +192,7 @@ def peers(rows: list[Row], path: Path) -> None:
     axis.set_xlabel("time of a step that updates the factors, in units of IFShampoo's in bfloat16")
     axis.set_yticks(range(len(cases)), labels=cases)
     axis.set_ylim(len(cases) - 0.5, -0.5)
-    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=5)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
     save(figure, rows, path)
 
 
