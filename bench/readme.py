@@ -9,6 +9,7 @@ from collections.abc import Callable
 from .curves import loss, reached, step_time
 from .diag import PROBE_BYTES
 from .rows import NOISY, Row, markdown, noisy, provenance, select, timed, unique
+from .step_table import FORWARD
 
 Files = dict[str, list[Row]]
 
@@ -155,8 +156,35 @@ def text(files: Files) -> str:
     return f"{markdown(header, lines)}\n\n{_measured(rows)}"
 
 
+# Of the optimizers of `bench step`, those in README.
+NETWORK_PEERS = (
+    OURS,
+    "sirfshampoo, bfloat16",
+    "SOAP, float32",
+    "Shampoo by batched eigh",
+    "torch Muon",
+    "torch AdamW, fused",
+)
+
+
+def networks(files: Files) -> str:
+    """Milliseconds of a step that renews the preconditioner, by network."""
+    rows = files["step"]
+    lines = []
+    for case in unique(select(rows, provider=FORWARD), "case"):
+        found = [
+            select(rows, case=case, provider=name, metric="update step") for name in NETWORK_PEERS
+        ]
+        (share,) = select(rows, case=case, provider=OURS, metric="share at interval 10")
+        cells = [timed(row[0], band=False) if row else NOT_MEASURED for row in found]
+        lines.append([case, *cells, f"{share['value']:.0%}"])
+    last = f"{OURS}, every 10th step: of a forward-backward"
+    return f"{markdown(('ms a step', *NETWORK_PEERS, last), lines)}\n\n{_measured(rows)}"
+
+
 TABLES: dict[str, Callable[[Files], str]] = {
     "headline": headline,
     "diag": diag,
+    "networks": networks,
     "text": text,
 }
