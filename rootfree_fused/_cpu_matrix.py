@@ -165,7 +165,7 @@ def _update_factors(
         matrix.join(factor, residual) if residual.numel() else factor
         for factor, residual in zip(factors, residuals, strict=True)
     ]
-    mean_squares = [value.flatten(1).square().sum(1) / value.shape[1] for value in values]
+    mean_squares = [_square_sums(value) / value.shape[1] for value in values]
     transformed = _times(_times(grad, factors[0], 0), factors[1], 1)
     for axis, (factor, value, m) in enumerate(zip(factors, values, momenta, strict=True)):
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
@@ -179,7 +179,7 @@ def _update_factors(
         (target.diagonal(dim1=1, dim2=2) if factor.dim() == 3 else target).sub_(1)
         new = m.to(value.dtype).lerp_(target.div_(2), 1 - factor_momentum)
         m.copy_(new)
-        step = factor_lr / _norms(new).clamp_min(1)
+        step = factor_lr / _square_sums(new).sqrt().clamp_min(1)
         product = factor @ m if factor.dim() == 3 else factor * m
         values[axis] = value - step.view(each) * product
     for factor, residual, value in zip(factors, residuals, values, strict=True):
@@ -191,9 +191,14 @@ def _update_factors(
             factor.copy_(value)
 
 
-def _norms(stack: Tensor) -> Tensor:
-    """||m||_F of each. torch's norm adds float32 squares one by one: 1.5e-5 off at 1024 x 1024."""
-    return stack.flatten(1).square().sum(1).sqrt()
+def _square_sums(stack: Tensor) -> Tensor:
+    """||m||_F^2 of each.
+
+    torch's norm adds float32 squares one by one, 1.5e-5 off at 1024 x 1024; its sum of all at once
+    is split among the threads, whose number would show. Sums of rows are neither.
+    """
+    rows = stack.square().sum(-1)
+    return rows.sum(-1) if rows.dim() == 2 else rows
 
 
 def _times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
