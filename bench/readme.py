@@ -102,6 +102,8 @@ def headline(files: Files) -> str:
             lines.append([f"{ours}, against {title}", *of_machines])
     header = ("times as fast (least to most)", *map(_machine, machines.values()))
     runs = [files[stem] for stem in ("diag", "matrix", "matrix_amx")]
+    if "diag_amx" in files:
+        runs.append(files["diag_amx"])
     return f"{markdown(header, lines)}\n\n{_measured(*runs)}"
 
 
