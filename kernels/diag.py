@@ -298,8 +298,8 @@ def launch_rmsprop(
 
     lr is a number, or a 0-d float32 or float64 tensor, on the CPU or on the parameters' device;
     there a captured graph reads it at every replay. batch_size is a number, or a 0-d tensor on the
-    CPU. scaling: grad_scale, by which the gradients
-    were multiplied, and found_inf, which is 0 unless the step is to be skipped; as lr, or None.
+    CPU. scaling: grad_scale, by which the gradients were multiplied, and found_inf, which is 0
+    unless the step is to be skipped; as lr, or None.
     """
     _launch(
         plan,

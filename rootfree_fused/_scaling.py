@@ -22,6 +22,12 @@ def on_host(scaling: Scaling) -> Scaling:
     return {key: value.cpu() for key, value in scaling.items()}
 
 
+def is_skipped(scaling: Scaling) -> bool:
+    """Whether the scaler found infs; the host waits for the device that counted them."""
+    found_inf = scaling.get("found_inf")
+    return found_inf is not None and bool(found_inf.item())
+
+
 def steps_taken(scaling: Scaling, device: torch.device) -> int | Tensor:
     """How many steps a step is: 0 where the scaler found infs."""
     found_inf = scaling.get("found_inf")

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
 from ._capturing import check_schedules
-from ._scaling import Scaling
+from ._scaling import Scaling, is_skipped
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 from .diag import update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
@@ -79,7 +79,7 @@ class IFShampoo(RootFreeOptimizer):
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device.
         amp_scaling: as in :class:`RootFreeRMSprop`. With an update_interval above 1 the host reads
-            the step counts at every step, since only the device knows which were skipped.
+            whether there were infs at every step, since a skipped step leaves the schedule.
 
     State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the
     parameter's shape, float32, or float64 for float64 parameters), and per axis ``factor_N`` and
@@ -173,7 +173,9 @@ class IFShampoo(RootFreeOptimizer):
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         params, grads, states, steps, scaling = work
-        due = self._due(index, group, steps, skippable="found_inf" in scaling)
+        if group["update_interval"] > 1 and is_skipped(scaling):
+            return  # what is due next and which K K^T are stale stays as it was
+        due = self._due(index, group, steps)
         plan = self._plans.get(index)
         if plan is None or not plan.fits(states, due):
             layouts = [layout_of(p.shape, group) for p in params]
@@ -190,15 +192,13 @@ class IFShampoo(RootFreeOptimizer):
             members = [i for bucket in buckets for i in bucket.members]
             _update_matrices(group, scaling, buckets, update, *_pick(members, *lists))
 
-    def _due(self, index: int, group: Group, steps: Tensor, skippable: bool) -> list[bool]:
+    def _due(self, index: int, group: Group, steps: Tensor) -> list[bool]:
         """Which parameters update their factors at this step."""
         source, counts = self._counts.pop(index, (None, []))
         if group["update_interval"] == 1:
             return [True] * len(steps)
-        if source is steps and not skippable:  # nothing waits for the device
-            counts = [count + 1 for count in counts]
-        else:
-            counts = steps.int().tolist()
+        # Read once, then counted on the host: nothing waits for the device.
+        counts = [count + 1 for count in counts] if source is steps else steps.int().tolist()
         if group["capturable"] or not steps.is_cpu:
             self._counts[index] = steps, counts
         return _due_at(counts, group)
@@ -207,10 +207,11 @@ class IFShampoo(RootFreeOptimizer):
         kinds: list[Hashable] = []
         for index, group in enumerate(self.param_groups):
             plan = self._plans.get(index)
-            if plan is None or any(bucket.products_are_stale() for bucket in plan.buckets):
+            if plan is None:
                 return None
             if group["update_interval"] > 1:
-                if index not in self._counts:
+                stale = any(bucket.products_are_stale() for bucket in plan.buckets)
+                if stale or index not in self._counts:
                     return None
                 _, counts = self._counts[index]
                 kinds.append(tuple(_due_at([count + 1 for count in counts], group)))
@@ -246,8 +247,10 @@ def _update_matrices(
     states: list[State],
 ) -> None:
     refresh_products = any(bucket.products_are_stale() for bucket in buckets)
-    for bucket in buckets:
-        bucket.note_versions()
+    # A step that the device may skip makes no new K K^T there; without an interval each step does.
+    if "found_inf" not in scaling or group["update_interval"] > 1:
+        for bucket in buckets:
+            bucket.note_versions()
     torch.ops.rootfree_fused.ifshampoo_(
         params,
         grads,

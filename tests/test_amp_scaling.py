@@ -111,6 +111,26 @@ def test_factors_are_updated_every_other_step_that_is_taken(in_kernel, device):
     assert optimizer.state[params[0]]["step"] == 4
 
 
+@both_paths
+def test_infs_in_the_first_step_after_a_load_leave_no_stale_product(in_kernel, device):
+    """K K^T is made anew in the next step that is taken, which here updates no factors."""
+    params, twins = (parameters((6, 4), device=device) for _ in range(2))
+    pairs = []
+    for ps in (params, twins):
+        settings = {"update_interval": 3, "factor_dtype": torch.float32}
+        saved, loaded = (
+            IFShampoo(ps, batch_size=8, amp_scaling=in_kernel, **settings) for _ in range(2)
+        )
+        run(saved, ps, 2)
+        loaded.load_state_dict(saved.state_dict())
+        pairs.append((loaded, ps, GradScaler(device.type, init_scale=SCALE)))
+    (first, _, scaler), _ = pairs
+    scaled_step(scaler, first, params, seed=1, infs=True)
+    for optimizer, ps, own in pairs:
+        scaled_step(own, optimizer, ps, seed=2)
+    assert_identical(snapshot(first, params), snapshot(pairs[1][0], twins))
+
+
 def test_the_kernel_path_is_opt_in():
     (p,) = parameters((3,))
     assert not build("adamw", [p])._step_supports_amp_scaling
