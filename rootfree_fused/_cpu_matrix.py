@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _fallback
+from ._scaling import skips
 from .reference import matrix
 
 
@@ -40,7 +41,7 @@ def ifshampoo_(
     In bfloat16 the kernel counts 18 n^3 a step for an n x n matrix, its symmetric products being
     half as dear, and stacks count 24 n^3.
     """
-    if _fallback.skips(found_inf):
+    if skips(found_inf):
         return
     tensors = (params, _fallback.unscaled(grads, grad_scale), *tensors)
     for bucket, count in enumerate(axes):

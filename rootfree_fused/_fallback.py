@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._scaling import skips
 from .reference import diag, matrix
-
-
-def skips(found_inf: Tensor | None) -> bool:
-    """Whether a gradient scaler found infs; the host waits for the device that counted them."""
-    return found_inf is not None and bool(found_inf.item())
 
 
 def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:

@@ -22,9 +22,8 @@ def on_host(scaling: Scaling) -> Scaling:
     return {key: value.cpu() for key, value in scaling.items()}
 
 
-def is_skipped(scaling: Scaling) -> bool:
+def skips(found_inf: Tensor | None) -> bool:
     """Whether the scaler found infs; the host waits for the device that counted them."""
-    found_inf = scaling.get("found_inf")
     return found_inf is not None and bool(found_inf.item())
 
 

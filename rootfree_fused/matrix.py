@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
 from ._capturing import check_schedules
-from ._scaling import Scaling, is_skipped
+from ._scaling import Scaling, skips
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 from .diag import update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
@@ -173,7 +173,7 @@ class IFShampoo(RootFreeOptimizer):
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         params, grads, states, steps, scaling = work
-        if group["update_interval"] > 1 and is_skipped(scaling):
+        if group["update_interval"] > 1 and skips(scaling.get("found_inf")):
             return  # what is due next and which K K^T are stale stays as it was
         due = self._due(index, group, steps)
         plan = self._plans.get(index)
