@@ -23,31 +23,42 @@ struct Arena {
     used += ceil_div(count * sizeof(T), 64) * 64;
     return piece;
   }
-  Packed packed(int64_t rows, int64_t columns) {
-    return {take<uint32_t>(Packed::size(rows, columns)), ceil_div(rows, 2)};
+  Left left(int64_t rows, int64_t columns) {
+    return {{take<uint32_t>(Packed::size(columns, rows)), columns}};
   }
+  Right right(int64_t rows, int64_t columns) {
+    return {{take<uint32_t>(Packed::size(rows, columns)), rows}};
+  }
+  Gram gram(int64_t rows, int64_t columns) { return {left(rows, columns), right(columns, rows)}; }
 };
 
 // One axis of one matrix. With a cached product P = ... K K^T, else P = ... K^T then K.
 struct Axis {
   int64_t size, tiles;
-  bool cached;
+  bool on_rows, cached;
   BFloat16 *factor, *momentum, *product;
   int16_t* residual;
-  // Packed: the factor and its transpose before the update, and after it; K K^T takes the memory of
-  // the momentum and the new transpose that of the old factor, which are no longer needed then.
-  Packed old, old_transposed, packed_momentum, now, now_transposed, packed_product;
+  // K^T, K and the momentum. After the update `now` is K, in the memory of K^T, which is no longer
+  // needed then; without a cached product it is one operand of two, and K^T has the other (`keep`).
+  Gram transposed;
+  Left left;
+  Right packed_momentum;
+  Gram now;
+  // K K^T, a left operand on rows and a right one on columns, in the memory of the momentum.
+  Left left_product;
+  Right right_product;
   double *squares, *norms;  // partial sums: over strips of the factor, over tiles of the momentum
 
+  int64_t square_tiles() const { return tiles * tiles; }
   int64_t pairs_of_tiles() const { return tiles * (tiles + 1) / 2; }
 
   void take_scratch(Arena& arena) {
-    old = arena.packed(size, size);
-    old_transposed = arena.packed(size, size);
-    packed_momentum = arena.packed(size, size);
-    now = cached ? Packed{} : arena.packed(size, size);
-    now_transposed = old;
-    packed_product = packed_momentum;
+    transposed = arena.gram(size, size);
+    left = arena.left(size, size);
+    packed_momentum = arena.right(size, size);
+    now = {{transposed.x_transposed}, {transposed.x}};
+    left_product = {packed_momentum};
+    right_product = packed_momentum;
     squares = arena.take<double>(tiles);
     norms = arena.take<double>(pairs_of_tiles());
   }
@@ -81,27 +92,42 @@ ROOTFREE_INLINE void split(float& value, BFloat16& high, int16_t& residual) {
   value = std::bit_cast<float>(rounded);
 }
 
-ROOTFREE_BF16 inline void pack_factor(const Axis& axis, int64_t strip, bool update) {
-  const int64_t d = axis.size, row = strip * tile_size, rows = std::min(tile_size, d - row);
-  const BFloat16* factor = axis.factor + row * d;
-  if (update) {
-    pack(axis.old, row, 0, factor, d, rows, d);
-    pack_transposed(axis.old_transposed, 0, row, factor, d, rows, d);
-    const int16_t* residual = axis.residual + row * d;
-    alignas(64) float columns[tile_size] = {};
-    for (int64_t first = 0; first < rows * d; first += tile_size) {
-      const int64_t count = std::min(tile_size, rows * d - first);
-      for (int64_t i = 0; i < count; ++i) {
-        const float value = join(factor[first + i], residual[first + i]);
-        columns[i] += value * value;
-      }
-    }
-    axis.squares[strip] = 0;
-    for (float column : columns) axis.squares[strip] += column;
+// Packs K after its update: for K K^T, or for what takes the place of a product with it.
+template <class T>
+void keep(const Axis& axis, const Block<T>& factor) {
+  if (axis.cached) {
+    pack(axis.now, factor);
+  } else if (axis.on_rows) {
+    pack_transposed(axis.transposed.x, factor);
+    pack(axis.now.x, factor);
   } else {
-    pack_transposed(axis.now_transposed, 0, row, factor, d, rows, d);
-    if (!axis.cached) pack(axis.now, row, 0, factor, d, rows, d);
+    pack(axis.transposed.x_transposed, factor);
+    pack_transposed(axis.now.x_transposed, factor);
   }
+}
+
+// The rows of a strip of a matrix of the axis' size.
+inline Block<BFloat16> strip_of(const Axis& axis, const BFloat16* matrix, int64_t strip) {
+  const int64_t d = axis.size, row = strip * tile_size;
+  return {row, 0, std::min(tile_size, d - row), d, matrix + row * d, d};
+}
+
+ROOTFREE_BF16 inline void pack_factor(const Axis& axis, int64_t strip) {
+  const Block<BFloat16> factor = strip_of(axis, axis.factor, strip);
+  pack(axis.left, factor);
+  pack_transposed(axis.transposed, factor);
+  const int64_t numel = factor.rows * factor.columns;
+  const int16_t* residual = axis.residual + factor.row * factor.columns;
+  alignas(64) float columns[tile_size] = {};
+  for (int64_t first = 0; first < numel; first += tile_size) {
+    const int64_t count = std::min(tile_size, numel - first);
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = join(factor.values[first + i], residual[first + i]);
+      columns[i] += value * value;
+    }
+  }
+  axis.squares[strip] = 0;
+  for (float column : columns) axis.squares[strip] += column;
 }
 
 ROOTFREE_BF16 inline void write(const Tile& tile, BFloat16* to, int64_t stride) {
@@ -113,14 +139,14 @@ ROOTFREE_BF16 inline void write(const Tile& tile, BFloat16* to, int64_t stride) 
 }
 
 // Writes a tile of a symmetric matrix, and its mirror image.
-ROOTFREE_BF16 inline void write_symmetric(const Axis& axis, const Tile& tile, BFloat16* to,
-                                   const Packed& packed) {
+template <class Operand>
+void write_symmetric(const Axis& axis, const Tile& tile, BFloat16* to, const Operand& packed) {
   write(tile, to, axis.size);
-  pack(packed, tile);
+  pack(packed, tile.block());
   if (tile.row == tile.column) return;
   const Tile mirrored = transposed(tile);
   write(mirrored, to, axis.size);
-  pack(packed, mirrored);
+  pack(packed, mirrored.block());
 }
 
 // m <- m + (1 - factor_momentum) (H - m), H = (gram - I) / 2
@@ -147,7 +173,7 @@ ROOTFREE_BF16 inline void update_momentum(const Axis& axis, int64_t pair, Tile& 
 ROOTFREE_BF16 inline void update_factor(const Axis& axis, Tile& tile, double factor_lr) {
   const double norm = std::sqrt(sum(axis.norms, axis.pairs_of_tiles()));
   const float step = factor_lr / (norm < 1 ? 1 : norm);  // NaN where the norm is
-  multiply(tile, step, axis.old_transposed, axis.packed_momentum);
+  multiply(tile, step, axis.left, axis.packed_momentum);
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t offset = (tile.row + i) * axis.size + tile.column;
     BFloat16* high = axis.factor + offset;
@@ -159,8 +185,7 @@ ROOTFREE_BF16 inline void update_factor(const Axis& axis, Tile& tile, double fac
       split(values[j], high[j], residual[j]);
     }
   }
-  pack_transposed(axis.now_transposed, tile);
-  if (!axis.cached) pack(axis.now, tile);
+  keep(axis, tile.block());
 }
 
 }  // namespace rootfree_fused

@@ -1,6 +1,6 @@
 // IF-Shampoo on the matrices of one bucket, both axes dense in bfloat16; see
-// rootfree_fused/reference/matrix.py. Every product is X^T Y of packed operands by tiles, and what
-// follows a product happens while its tile is in the cache. A tile is one task and its sums have one
+// rootfree_fused/reference/matrix.py. Every product is one of packed operands by tiles, and what
+// follows it happens while its tile is in the cache. A tile is one task and its sums have one
 // order, so the number of threads does not change a bit.
 #include "arguments.h"
 #include "tasks.h"
@@ -54,9 +54,9 @@ ROOTFREE_BF16 void descend(const Descent<float>& rule, void* params, float* buff
 }
 
 template <class T>
-void pack_grad(const Packed& to, const void* grad, int64_t row, int64_t rows, int64_t columns) {
+void pack_grad(const Right& to, const void* grad, int64_t row, int64_t rows, int64_t columns) {
   const T* first = static_cast<const T*>(grad) + row * columns;
-  pack(to, row, 0, first, columns, rows, columns);
+  pack(to, Block<T>{row, 0, rows, columns, first, columns});
 }
 
 template <template <class> class Body>
@@ -77,36 +77,34 @@ struct PackGradFor {
 };
 
 void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
-  const int64_t tiles = row_tiles * column_tiles;
-  for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-    Tile tile = m.transposed_tile(task);
-    multiply(tile, 1, m.packed_grad, m.rows.old);
-    pack(m.half_transposed, tile);
-  });
-  for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
+  const Matrix& shape = *matrices;
+  for_each(matrices, count, shape.tiles(), cost_on_rows, [](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
-    multiply(tile, 1, m.half_transposed, m.columns.old);
-    pack(m.transformed, tile);
-    pack_transposed(m.transformed_transposed, tile);
+    multiply(tile, 1, m.rows.transposed.x, m.packed_grad);
+    pack(m.half, tile.block());
   });
-  for_each_axis(matrices, count, matrices->rows.pairs_of_tiles(), matrices->columns.pairs_of_tiles(),
+  for_each(matrices, count, shape.tiles(), cost_on_columns, [](Matrix& m, int64_t task) {
+    Tile tile = m.tile(task);
+    multiply(tile, 1, m.half, m.columns.transposed.x_transposed);
+    pack(m.transformed, tile.block());
+    pack_transposed(m.transformed_transposed, tile.block());
+  });
+  for_each_axis(matrices, count, shape.rows.pairs_of_tiles(), shape.columns.pairs_of_tiles(),
                 [](const Axis& axis, const Axis& other, int64_t task) {
                   return symmetric_cost(triangle_tile(axis, task), axis.size + other.size);
                 },
-                [&](const Axis& axis, const Axis& other, const Packed& transformed, int64_t task) {
+                [&](const Axis& axis, const Axis& other, const Gram& transformed, int64_t task) {
                   const double trace = sum(other.squares, other.tiles) / other.size;
                   Tile tile = triangle_tile(axis, task);
-                  multiply(tile, options.batch_size / other.size, transformed, transformed, false,
-                           true);
-                  multiply(tile, options.damping * trace, axis.old, axis.old, true, true);
+                  multiply(tile, options.batch_size / other.size, transformed);
+                  multiply(tile, options.damping * trace, axis.transposed, true);
                   update_momentum(axis, task, tile, options.factor_momentum);
                 });
-  for_each_axis(matrices, count, row_tiles * row_tiles, column_tiles * column_tiles,
+  for_each_axis(matrices, count, shape.rows.square_tiles(), shape.columns.square_tiles(),
                 [](const Axis& axis, const Axis&, int64_t task) {
                   return cost(square_tile(axis, task), axis.size);
                 },
-                [&](const Axis& axis, const Axis&, const Packed&, int64_t task) {
+                [&](const Axis& axis, const Axis&, const Gram&, int64_t task) {
                   Tile tile = square_tile(axis, task);
                   update_factor(axis, tile, options.factor_lr);
                 });
@@ -118,53 +116,56 @@ void update_products(Matrix* matrices, int64_t count) {
                 [](const Axis& axis, const Axis&, int64_t task) {
                   return symmetric_cost(triangle_tile(axis, task), axis.size);
                 },
-                [](const Axis& axis, const Axis&, const Packed&, int64_t task) {
+                [](const Axis& axis, const Axis&, const Gram&, int64_t task) {
                   Tile tile = triangle_tile(axis, task);
-                  multiply(tile, 1, axis.now_transposed, axis.now_transposed, false, true);
+                  multiply(tile, 1, axis.now);
                   if (tile.row == tile.column) mirror(tile);
-                  write_symmetric(axis, tile, axis.product, axis.packed_product);
+                  if (axis.on_rows) {
+                    write_symmetric(axis, tile, axis.product, axis.left_product);
+                  } else {
+                    write_symmetric(axis, tile, axis.product, axis.right_product);
+                  }
                 });
 }
 
 void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const int64_t tiles = matrices->rows.tiles * matrices->columns.tiles;
+  const int64_t tiles = matrices->tiles();
   const Descent<float> rule(options.descent);
   if (!matrices->rows.cached) {
     for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-      Tile tile = m.transposed_tile(task);
-      multiply(tile, 1, m.packed_grad, m.rows.now);
-      pack_transposed(m.transformed, tile);
+      Tile tile = m.tile(task);
+      multiply(tile, 1, m.rows.transposed.x, m.packed_grad);
+      pack(m.transformed_transposed.x_transposed, tile.block());
     });
   }
   for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-    Tile tile = m.transposed_tile(task);
+    Tile tile = m.tile(task);
     if (m.rows.cached) {
-      multiply(tile, 1, m.packed_grad, m.rows.packed_product);
+      multiply(tile, 1, m.rows.left_product, m.packed_grad);
     } else {
-      multiply(tile, 1, m.transformed, m.rows.now_transposed);
+      multiply(tile, 1, m.rows.now.x, m.transformed_transposed.x_transposed);
     }
-    pack(m.half_transposed, tile);
+    pack(m.half, tile.block());
   });
   if (!matrices->columns.cached) {
     for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
       Tile tile = m.tile(task);
-      multiply(tile, 1, m.half_transposed, m.columns.now);
-      pack_transposed(m.transformed_transposed, tile);
+      multiply(tile, 1, m.half, m.columns.transposed.x_transposed);
+      pack(m.transformed.x, tile.block());
     });
   }
   for_each(matrices, count, tiles, cost_on_columns, [&](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     if (m.columns.cached) {
-      multiply(tile, 1, m.half_transposed, m.columns.packed_product);
+      multiply(tile, 1, m.half, m.columns.right_product);
     } else {
-      multiply(tile, 1, m.transformed_transposed, m.columns.now_transposed);
+      multiply(tile, 1, m.transformed.x, m.columns.now.x_transposed);
     }
     m.descend(rule, m.param, m.buffer, tile, m.columns.size);
   });
 }
 
 void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const bool update = options.update_factors;
   const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
   const auto alike = [](auto&&...) { return int64_t(1); };
   for_each(matrices, count, row_tiles, alike, [](Matrix& m, int64_t strip) {
@@ -173,17 +174,19 @@ void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   });
   for_each_axis(matrices, count, row_tiles, column_tiles,
                 [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
-                [&](const Axis& axis, const Axis&, const Packed&, int64_t strip) {
-                  if (update || options.refresh_products || !axis.cached) {
-                    pack_factor(axis, strip, update);
+                [&](const Axis& axis, const Axis&, const Gram&, int64_t strip) {
+                  if (options.update_factors) {
+                    pack_factor(axis, strip);
+                  } else if (options.refresh_products || !axis.cached) {
+                    keep(axis, strip_of(axis, axis.factor, strip));
+                  } else if (axis.on_rows) {
+                    pack(axis.left_product, strip_of(axis, axis.product, strip));
                   } else {
-                    const int64_t row = strip * tile_size, d = axis.size;
-                    pack(axis.packed_product, row, 0, axis.product + row * d, d,
-                         std::min(tile_size, d - row), d);
+                    pack(axis.right_product, strip_of(axis, axis.product, strip));
                   }
                 });
-  if (update) update_factors(matrices, count, options);
-  if (update || options.refresh_products) update_products(matrices, count);
+  if (options.update_factors) update_factors(matrices, count, options);
+  if (options.update_factors || options.refresh_products) update_products(matrices, count);
   update_params(matrices, count, options);
 }
 
@@ -210,7 +213,7 @@ char* scratch(int64_t bytes) {
 void run_all(std::vector<Matrix>& matrices, const MatrixOptions& options) {
   if (matrices.empty()) return;
   const int64_t count = matrices.size(), threads = torch::stable::get_num_threads();
-  const int64_t tiles = matrices[0].rows.tiles * matrices[0].columns.tiles;
+  const int64_t tiles = matrices[0].tiles();
   const bool share_tiles = count % threads != 0 && count < 8 * threads;
   const int64_t together = share_tiles ? std::min(count, ceil_div(8 * threads, tiles)) : 1;
   const int64_t workers = share_tiles ? 1 : std::min(count, threads);
@@ -275,6 +278,7 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
       const int64_t first = i * d * d;
       axis = {d,
               ceil_div(d, tile_size),
+              k == 0,
               cached,
               factor + first,
               momentum + first,

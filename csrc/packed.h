@@ -1,7 +1,9 @@
-// How the operands of bfloat16 products lie in memory, and the tiles of 64 x 64 of the results.
+// How the operands of bfloat16 products A B lie in memory, and the tiles of 64 x 64 of the results.
 //
-// A packed matrix lies in panels of 16 columns. A panel has one vector for each pair of rows, whose
-// i-th 32-bit lane holds rows 2k and 2k+1 of its column i; beyond the edges lie zeros.
+// Pairs of neighbours along the depth (the columns of A, the rows of B) lie together in 32 bits, and
+// 16 by 16 pairs in a block: a Left has panels of 16 rows of A, block after block along the depth,
+// and in a block a row after the other. A Right has panels of 16 columns of B, and in a block a pair
+// of rows after the other. Blocks are whole; beyond the edges lie zeros.
 #pragma once
 
 #if defined(__x86_64__)
@@ -28,14 +30,32 @@ constexpr int64_t lanes = 16, tile_size = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t block_depth = 2 * lanes, block_size = lanes * lanes;
+
 struct Packed {
   uint32_t* data;
-  int64_t pairs;
+  int64_t depth;
 
-  static constexpr int64_t size(int64_t rows, int64_t columns) {
-    return ceil_div(rows, 2) * ceil_div(columns, lanes) * lanes;
+  static int64_t size(int64_t depth, int64_t across) {
+    return ceil_div(depth, block_depth) * ceil_div(across, lanes) * block_size;
   }
-  uint32_t* at(int64_t pair, int64_t panel) const { return data + (panel * pairs + pair) * lanes; }
+  int64_t panel_size() const { return ceil_div(depth, block_depth) * block_size; }
+  // The block at multiples of 32 and 16.
+  uint32_t* at(int64_t along, int64_t across) const {
+    return data + across / lanes * panel_size() + along / block_depth * block_size;
+  }
+};
+struct Left : Packed {
+  uint32_t* at(int64_t row, int64_t column) const { return Packed::at(column, row); }
+};
+struct Right : Packed {};
+
+// Numbers of a matrix from (row, column) on, in rows `stride` apart.
+template <class T>
+struct Block {
+  int64_t row, column, rows, columns;
+  const T* values;
+  int64_t stride;
 };
 
 // A tile of a product, at (row, column) of it. Whole vectors are written, so that what lies beyond
@@ -49,6 +69,7 @@ struct Tile {
         column(first_column),
         rows(std::min(tile_size, total_rows - row)),
         columns(std::min(tile_size, total_columns - column)) {}
+  Block<float> block() const { return {row, column, rows, columns, values[0], tile_size}; }
 };
 
 // Transposes 16 x 16 lanes of 32 bits.
@@ -110,72 +131,125 @@ ROOTFREE_BF16 inline void mirror(Tile& tile) {
   }
 }
 
-// The first `count` of 32 numbers in bfloat16, then zeros.
-ROOTFREE_BF16 ROOTFREE_INLINE __m512i load_bf16(const c10::BFloat16* x, int64_t count) {
-  return _mm512_maskz_loadu_epi16(_cvtu32_mask32(count >= 32 ? ~0u : (1u << count) - 1), x);
-}
 ROOTFREE_BF16 ROOTFREE_INLINE __mmask16 first_lanes(int64_t count) {
   return count >= lanes ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
-ROOTFREE_BF16 ROOTFREE_INLINE __m512i load_bf16(const float* x, int64_t count) {
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(first_lanes(count - lanes), x + lanes),
-                                      _mm512_maskz_loadu_ps(first_lanes(count), x));
+// The first `count` of 16 numbers, then zeros.
+ROOTFREE_BF16 ROOTFREE_INLINE __m512 load(const float* x, int64_t count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), x);
 }
-ROOTFREE_BF16 ROOTFREE_INLINE __m512i load_bf16(const c10::Half* x, int64_t count) {
-  const __m256i low = _mm256_maskz_loadu_epi16(first_lanes(count), x);
-  const __m256i high = _mm256_maskz_loadu_epi16(first_lanes(count - lanes), x + lanes);
-  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(high), _mm512_cvtph_ps(low));
+ROOTFREE_BF16 ROOTFREE_INLINE __m512 load(const c10::Half* x, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), x));
+}
+// In bfloat16: the first `count` numbers of two vectors of 16, one after the other.
+template <class T>
+ROOTFREE_BF16 ROOTFREE_INLINE __m512i load_bf16(const T* low, int64_t low_count, const T* high,
+                                                int64_t high_count) {
+  return (__m512i)_mm512_cvtne2ps_pbh(load(high, high_count), load(low, low_count));
+}
+ROOTFREE_BF16 ROOTFREE_INLINE __m512i load_bf16(const c10::BFloat16* low, int64_t low_count,
+                                                const c10::BFloat16* high, int64_t high_count) {
+  return _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(first_lanes(low_count), low)),
+      _mm256_maskz_loadu_epi16(first_lanes(high_count), high), 1);
 }
 
-// Packs `rows` x `columns` numbers of rows `stride` apart, as rows from `row` (even) and columns from
-// `column` (a multiple of 32) on.
-template <class T>
-ROOTFREE_BF16 void pack(const Packed& to, int64_t row, int64_t column, const T* from,
-                        int64_t stride, int64_t rows, int64_t columns) {
-  const __m512i interleave_low = _mm512_set_epi16(
-      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
-      3, 34, 2, 33, 1, 32, 0);
-  const __m512i interleave_high = _mm512_add_epi16(interleave_low, _mm512_set1_epi16(16));
-  for (int64_t j = 0; j < columns; j += 32) {
-    const int64_t count = columns - j;
-    for (int64_t i = 0; i < rows; i += 2) {
-      const T* source = from + i * stride + j;
-      const __m512i even = load_bf16(source, count);
-      const __m512i odd = load_bf16(source + stride, i + 1 < rows ? count : 0);
-      uint32_t* out = to.at((row + i) / 2, (column + j) / lanes);
-      _mm512_store_si512(out, _mm512_permutex2var_epi16(even, interleave_low, odd));
-      if (count <= lanes) continue;
-      _mm512_store_si512(out + to.pairs * lanes,
-                         _mm512_permutex2var_epi16(even, interleave_high, odd));
-    }
-  }
-}
-
-// Packs the transpose of `rows` x `columns` numbers, as columns from `column` and rows from `row` on,
-// both multiples of 32.
-template <class T>
-ROOTFREE_BF16 void pack_transposed(const Packed& to, int64_t row, int64_t column, const T* from,
-                                   int64_t stride, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i += lanes) {
-    for (int64_t j = 0; j < columns; j += 32) {
-      __m512i r[16];
+ROOTFREE_BF16 inline void store(const __m512i (&r)[16], uint32_t* to) {
 #pragma GCC unroll 16
-      for (int k = 0; k < 16; ++k) {
-        r[k] = load_bf16(from + (i + k) * stride + j, i + k < rows ? columns - j : 0);
-      }
-      transpose(r);
-      uint32_t* out = to.at((row + j) / 2, (column + i) / lanes);
-      const int64_t pairs = std::min<int64_t>(lanes, ceil_div(columns - j, 2));
-      for (int64_t k = 0; k < pairs; ++k) _mm512_store_si512(out + k * lanes, r[k]);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * lanes, r[i]);
+}
+
+// A block of a Left, or of a Right transposed: 16 rows of 32 numbers, as they lie.
+template <class T>
+ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Block<T>& from, int64_t i, int64_t j,
+                                             __m512i (&r)[16]) {
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) {
+    const T* row = from.values + (i + k) * from.stride + j;
+    const int64_t count = i + k < from.rows ? from.columns - j : 0;
+    r[k] = load_bf16(row, count, row + lanes, count - lanes);
+  }
+}
+
+// A block of a Right, or of a Left transposed: 16 pairs of rows of 16 numbers.
+template <class T>
+ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Block<T>& from, int64_t i, int64_t j,
+                                              __m512i (&r)[16]) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                              24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
+                                              1, 16, 0);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) {
+    const int64_t row = i + 2 * k, count = from.columns - j;
+    const T* even = from.values + row * from.stride + j;
+    const __m512i pair = load_bf16(even, row < from.rows ? count : 0, even + from.stride,
+                                   row + 1 < from.rows ? count : 0);
+    r[k] = _mm512_permutexvar_epi16(interleave, pair);
+  }
+}
+
+template <class T>
+ROOTFREE_BF16 void pack(const Left& to, const Block<T>& from) {
+  for (int64_t i = 0; i < from.rows; i += lanes) {
+    for (int64_t j = 0; j < from.columns; j += block_depth) {
+      __m512i r[16];
+      load_rows(from, i, j, r);
+      store(r, to.at(from.row + i, from.column + j));
     }
   }
 }
 
-ROOTFREE_BF16 inline void pack(const Packed& to, const Tile& tile) {
-  pack(to, tile.row, tile.column, tile.values[0], tile_size, tile.rows, tile.columns);
+template <class T>
+ROOTFREE_BF16 void pack_transposed(const Right& to, const Block<T>& from) {
+  for (int64_t i = 0; i < from.rows; i += lanes) {
+    for (int64_t j = 0; j < from.columns; j += block_depth) {
+      __m512i r[16];
+      load_rows(from, i, j, r);
+      transpose(r);
+      store(r, to.at(from.column + j, from.row + i));
+    }
+  }
 }
-ROOTFREE_BF16 inline void pack_transposed(const Packed& to, const Tile& tile) {
-  pack_transposed(to, tile.column, tile.row, tile.values[0], tile_size, tile.rows, tile.columns);
+
+template <class T>
+ROOTFREE_BF16 void pack(const Right& to, const Block<T>& from) {
+  for (int64_t i = 0; i < from.rows; i += block_depth) {
+    for (int64_t j = 0; j < from.columns; j += lanes) {
+      __m512i r[16];
+      load_pairs(from, i, j, r);
+      store(r, to.at(from.row + i, from.column + j));
+    }
+  }
+}
+
+template <class T>
+ROOTFREE_BF16 void pack_transposed(const Left& to, const Block<T>& from) {
+  for (int64_t i = 0; i < from.rows; i += block_depth) {
+    for (int64_t j = 0; j < from.columns; j += lanes) {
+      __m512i r[16];
+      load_pairs(from, i, j, r);
+      transpose(r);
+      store(r, to.at(from.column + j, from.row + i));
+    }
+  }
+}
+
+// What X X^T is made of.
+struct Gram {
+  Left x;
+  Right x_transposed;
+};
+
+template <class T>
+void pack(const Gram& to, const Block<T>& x) {
+  pack(to.x, x);
+  pack_transposed(to.x_transposed, x);
+}
+// X being the transpose of a block.
+template <class T>
+void pack_transposed(const Gram& to, const Block<T>& x_transposed) {
+  pack_transposed(to.x, x_transposed);
+  pack(to.x_transposed, x_transposed);
 }
 
 }  // namespace rootfree_fused

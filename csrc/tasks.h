@@ -10,7 +10,7 @@
 namespace rootfree_fused {
 
 using Descend = void (*)(const Descent<float>&, void*, float*, const Tile&, int64_t);
-using PackGrad = void (*)(const Packed&, const void*, int64_t, int64_t, int64_t);
+using PackGrad = void (*)(const Right&, const void*, int64_t, int64_t, int64_t);
 
 // A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
 struct Matrix {
@@ -20,24 +20,23 @@ struct Matrix {
   const void* grad;
   Descend descend;
   PackGrad pack_grad;
-  // Packed: G, (C^T G)^T, M = C^T G K and its transpose. Later the products on the way to P take the
-  // memory of the three that have their shape.
-  Packed packed_grad, half_transposed, transformed, transformed_transposed;
+  Right packed_grad;
+  Left half;  // C^T G, later half of the way to P
+  // M = C^T G K and its transpose, for M M^T and M^T M; later what uncached products multiply next.
+  Gram transformed, transformed_transposed;
 
   void take_scratch(Arena& arena) {
     rows.take_scratch(arena);
     columns.take_scratch(arena);
-    packed_grad = arena.packed(rows.size, columns.size);
-    half_transposed = arena.packed(columns.size, rows.size);
-    transformed = arena.packed(rows.size, columns.size);
-    transformed_transposed = arena.packed(columns.size, rows.size);
+    packed_grad = arena.right(rows.size, columns.size);
+    half = arena.left(rows.size, columns.size);
+    transformed = arena.gram(rows.size, columns.size);
+    transformed_transposed = arena.gram(columns.size, rows.size);
   }
+  int64_t tiles() const { return rows.tiles * columns.tiles; }
   Tile tile(int64_t task) const {
     return {task / columns.tiles * tile_size, task % columns.tiles * tile_size, rows.size,
             columns.size};
-  }
-  Tile transposed_tile(int64_t task) const {
-    return {task / rows.tiles * tile_size, task % rows.tiles * tile_size, columns.size, rows.size};
   }
 };
 
@@ -52,12 +51,10 @@ inline Tile triangle_tile(const Axis& axis, int64_t task) {
   return {row * tile_size, task * tile_size, axis.size, axis.size};
 }
 
-// What a tile costs, in products of 16 x 16 sums and what is as dear: the left operand's lanes are
-// transposed, and what follows a product passes over the tile.
+// What a tile costs, in products of 16 x 16 sums: what follows a product passes over the tile.
 inline int64_t cost(const Tile& tile, int64_t depth) {
-  constexpr int64_t transposing = 1, passing = 64;
-  const int64_t rows = ceil_div(tile.rows, lanes), columns = ceil_div(tile.columns, lanes);
-  return rows * depth * (columns + transposing) + rows * columns * passing;
+  constexpr int64_t passing = 64;
+  return ceil_div(tile.rows, lanes) * ceil_div(tile.columns, lanes) * (depth + passing);
 }
 
 // On the diagonal of a symmetric product the blocks above it are left out.
@@ -100,16 +97,16 @@ void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_
       },
       [&](Matrix& m, int64_t task) {
         if (task < on_rows) {
-          body(m.rows, m.columns, m.transformed_transposed, task);
+          body(m.rows, m.columns, m.transformed, task);
         } else {
-          body(m.columns, m.rows, m.transformed, task - on_rows);
+          body(m.columns, m.rows, m.transformed_transposed, task - on_rows);
         }
       });
 }
 
-// Products along the rows' axis make transposed tiles, those along the columns' axis tiles.
+// Products along an axis.
 inline int64_t cost_on_rows(const Matrix& m, int64_t task) {
-  return cost(m.transposed_tile(task), m.rows.size);
+  return cost(m.tile(task), m.rows.size);
 }
 inline int64_t cost_on_columns(const Matrix& m, int64_t task) {
   return cost(m.tile(task), m.columns.size);
