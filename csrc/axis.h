@@ -32,6 +32,8 @@ struct Arena {
   Gram gram(int64_t rows, int64_t columns) { return {left(rows, columns), right(columns, rows)}; }
 };
 
+constexpr int64_t strip_size = block_depth;  // rows that are packed at once
+
 // One axis of one matrix. With a cached product P = ... K K^T, else P = ... K^T then K.
 struct Axis {
   int64_t size, tiles;
@@ -49,6 +51,7 @@ struct Axis {
   Right right_product;
   double *squares, *norms;  // partial sums: over strips of the factor, over tiles of the momentum
 
+  int64_t strips() const { return ceil_div(size, strip_size); }
   int64_t square_tiles() const { return tiles * tiles; }
   int64_t pairs_of_tiles() const { return tiles * (tiles + 1) / 2; }
 
@@ -59,7 +62,7 @@ struct Axis {
     now = {{transposed.x_transposed}, {transposed.x}};
     left_product = {packed_momentum};
     right_product = packed_momentum;
-    squares = arena.take<double>(tiles);
+    squares = arena.take<double>(strips());
     norms = arena.take<double>(pairs_of_tiles());
   }
 };
@@ -108,8 +111,8 @@ void keep(const Axis& axis, const Block<T>& factor) {
 
 // The rows of a strip of a matrix of the axis' size.
 inline Block<BFloat16> strip_of(const Axis& axis, const BFloat16* matrix, int64_t strip) {
-  const int64_t d = axis.size, row = strip * tile_size;
-  return {row, 0, std::min(tile_size, d - row), d, matrix + row * d, d};
+  const int64_t d = axis.size, row = strip * strip_size;
+  return {row, 0, std::min(strip_size, d - row), d, matrix + row * d, d};
 }
 
 ROOTFREE_BF16 inline void pack_factor(const Axis& axis, int64_t strip) {

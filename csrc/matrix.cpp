@@ -94,7 +94,7 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
                   return symmetric_cost(triangle_tile(axis, task), axis.size + other.size);
                 },
                 [&](const Axis& axis, const Axis& other, const Gram& transformed, int64_t task) {
-                  const double trace = sum(other.squares, other.tiles) / other.size;
+                  const double trace = sum(other.squares, other.strips()) / other.size;
                   Tile tile = triangle_tile(axis, task);
                   multiply(tile, options.batch_size / other.size, transformed);
                   multiply(tile, options.damping * trace, axis.transposed, true);
@@ -166,13 +166,12 @@ void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options
 }
 
 void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const int64_t row_tiles = matrices->rows.tiles, column_tiles = matrices->columns.tiles;
   const auto alike = [](auto&&...) { return int64_t(1); };
-  for_each(matrices, count, row_tiles, alike, [](Matrix& m, int64_t strip) {
-    const int64_t row = strip * tile_size;
-    m.pack_grad(m.packed_grad, m.grad, row, std::min(tile_size, m.rows.size - row), m.columns.size);
+  for_each(matrices, count, matrices->rows.strips(), alike, [](Matrix& m, int64_t strip) {
+    const int64_t row = strip * strip_size, rows = std::min(strip_size, m.rows.size - row);
+    m.pack_grad(m.packed_grad, m.grad, row, rows, m.columns.size);
   });
-  for_each_axis(matrices, count, row_tiles, column_tiles,
+  for_each_axis(matrices, count, matrices->rows.strips(), matrices->columns.strips(),
                 [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
                 [&](const Axis& axis, const Axis&, const Gram&, int64_t strip) {
                   if (options.update_factors) {

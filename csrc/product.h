@@ -26,7 +26,9 @@ ROOTFREE_BF16 inline void multiply_block(const uint32_t* a, const uint32_t* b, i
     for (auto& sum : row) sum = _mm512_setzero_ps();
   }
   for (; pairs > 0; pairs -= lanes, a += block_size) {
-    for (int64_t k = 0; k < std::min(lanes, pairs); ++k, b += lanes) {
+    const int64_t here = std::min(lanes, pairs);
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < here; ++k, b += lanes) {
       __m512bh right[vectors];
       for (int v = 0; v < vectors; ++v) {
         right[v] = (__m512bh)_mm512_load_si512(b + v * panel_size);

@@ -95,7 +95,7 @@ class RootFreeOptimizer(Optimizer):
         """Note on the host that a graph took a step."""
 
     def _prepare(self, index: int, work: Work) -> Launch | None:
-        """What `_update` would do at every step on these tensors, if something can do it faster."""
+        """How to do at every step on these tensors what `_update` does, or None."""
         return None
 
     # Groups and declared state ----------------------------------------------------------------
@@ -190,12 +190,14 @@ class RootFreeOptimizer(Optimizer):
         if params[0].is_cpu:
             scaling = on_host(scaling)
         work = Work(params, grads, states, self._count_step(index, states, scaling), scaling)
-        prepared = self._prepare_step(index, group, work) if can_compare() else None
-        if prepared is None:
+        # Counts on several devices are gathered anew at every step.
+        can_repeat = can_compare() and len(self._stacked_steps[index][1]) == 1
+        launch = self._prepare(index, work) if can_repeat else None
+        if launch is None:
             self._update(index, work)
         else:
-            prepared.launch.run(prepared.launch.plan, group, scaling)
-            self._prepared.keep(index, prepared)
+            launch.run(launch.plan, group, scaling)
+            self._keep(index, group, work, launch)
         ops.mark_changed(params)
 
     def _check_capture(self) -> None:
@@ -243,15 +245,11 @@ class RootFreeOptimizer(Optimizer):
             return stacks[0]
         return torch.stack([state["step"].to(stacks[0].device) for state in states])
 
-    def _prepare_step(self, index: int, group: Group, work: Work) -> Prepared | None:
-        stacks = self._stacked_steps[index][1]
-        # Counts on several devices are gathered anew at every step.
-        launch = self._prepare(index, work) if len(stacks) == 1 else None
-        if launch is None:
-            return None
+    def _keep(self, index: int, group: Group, work: Work, launch: Launch) -> None:
         states = [self.state[p] for p in group["params"]]
-        found = fingerprint(group["params"], states)
-        return Prepared(*found, states, work.params, stacks[0], launch) if found else None
+        if found := fingerprint(group["params"], states):
+            prepared = Prepared(*found, states, work.params, work.steps, launch)
+            self._prepared.keep(index, prepared)
 
     # Saving and loading -----------------------------------------------------------------------
 

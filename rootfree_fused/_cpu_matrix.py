@@ -47,12 +47,12 @@ def ifshampoo_(
     for bucket, count in enumerate(axes):
         *lists, lr = _fallback.take_bucket(bucket, *tensors, axes=axes)
         stacks = _Stacks(*lists)
-        if count != 2:
-            _one_by_one(stacks, lr, count, scalars)
-        elif _suit_the_kernel(stacks):
+        if suit_the_kernel(stacks.params, stacks.residuals):
             _in_the_kernel(stacks, lr, scalars)
-        else:
+        elif count == 2:
             _stacked(stacks, lr, **scalars)
+        else:
+            _one_by_one(stacks, lr, count, scalars)
 
 
 def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]) -> None:
@@ -70,10 +70,12 @@ def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]
     )
 
 
-def _suit_the_kernel(stacks: _Stacks) -> bool:
+def suit_the_kernel(params: list[Tensor], residuals: list[Tensor]) -> bool:
+    """Whether the C++ kernel serves a bucket of these parameters; `residuals` has one an axis."""
     return (
-        all(residual.numel() for residual in stacks.residuals)
-        and all(p.dtype != torch.float64 for p in stacks.params)
+        len(residuals) == 2
+        and all(residual.numel() for residual in residuals)
+        and all(p.dtype != torch.float64 for p in params)
         and hasattr(torch.ops.rootfree_fused, "_bf16_kernel_runs")  # the extension is built
         and torch.ops.rootfree_fused._bf16_kernel_runs()
     )

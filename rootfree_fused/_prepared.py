@@ -2,7 +2,7 @@
 
 C++ compares the tensors of a step with those of the last one (csrc/host.cpp, where it was built for
 this torch). While they are what they were, the launch that was prepared for them is right: settings
-are read anew, and gradients may lie elsewhere.
+are read anew, and gradients may be others of the same layouts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._scaling import Scaling, steps_taken
+from ._scaling import Scaling, on_host, steps_taken
 from ._state import State
 
 
@@ -37,12 +37,20 @@ def extension() -> Any:
 class Launch(NamedTuple):
     """An update of known tensors: a plan, how to run it with a group's settings, how to change it.
 
-    `move` makes of a plan that of other gradients, from their addresses (int64, one a gradient).
+    `move` makes of a plan that of other gradients, from their addresses (int64, one a gradient);
+    None where `run` asks for the gradients itself.
     """
 
     plan: Any
     run: Callable[[Any, dict[str, Any], Scaling], None]
-    move: Callable[[Any, Tensor], Any]
+    move: Callable[[Any, Tensor], Any] | None
+
+
+def on_gradients(
+    params: list[Tensor], run: Callable[[list[Any], dict[str, Any], Scaling], None]
+) -> Launch:
+    """A launch that takes the gradients as tensors."""
+    return Launch(params, lambda params, *rest: run([p.grad for p in params], *rest), None)
 
 
 class Prepared(NamedTuple):
@@ -57,13 +65,15 @@ class Prepared(NamedTuple):
 
     def run(self, group: dict[str, Any], scaling: Scaling) -> None:
         """A step."""
+        if scaling and self.params[0].is_cpu:
+            scaling = on_host(scaling)
         self.steps.add_(steps_taken(scaling, self.steps.device))
         self.launch.run(self.launch.plan, group, scaling)
         extension().mark_changed(self.params)
 
     def with_grads(self, grads: bytes) -> Prepared:
         """For gradients at these addresses."""
-        if grads == self.grads:
+        if self.launch.move is None or grads == self.grads:
             return self
         addresses = torch.frombuffer(bytearray(grads), dtype=torch.int64)
         plan = self.launch.move(self.launch.plan, addresses)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
-from ._prepared import Launch
+from ._prepared import Launch, on_gradients
 from ._scaling import Scaling
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 
@@ -44,21 +44,54 @@ def _launch_lr(group: Group) -> float | Tensor:
     return ops.as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr
 
 
+def rmsprop_state(states: list[State], group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    """s and the momentum buffers of these parameters."""
+    buffers = momentum_buffers(states, group["momentum"])
+    return [state["square_avg"] for state in states], buffers
+
+
 def update_rmsprop_(
     group: Group,
     scaling: Scaling,
     params: list[Tensor],
     grads: list[Tensor],
-    states: list[State],
+    square_avgs: list[Tensor],
+    buffers: list[Tensor],
 ) -> None:
     """Root-free RMSProp with a group's settings; IFShampoo uses it for vectors."""
     torch.ops.rootfree_fused.rmsprop_(
         params,
         grads,
-        [state["square_avg"] for state in states],
-        momentum_buffers(states, group["momentum"]),
+        square_avgs,
+        buffers,
         ops.as_scalar_tensor(group["lr"]),
         **_rmsprop_settings(group),
+        batch_size=ops.as_scalar_tensor(group["batch_size"]),
+        **scaling,
+    )
+
+
+def _adamw_state(states: list[State]) -> tuple[list[Tensor], list[Tensor]]:
+    return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+
+
+def _update_adamw_(
+    group: Group,
+    scaling: Scaling,
+    params: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: Tensor,
+) -> None:
+    torch.ops.rootfree_fused.adamw_(
+        params,
+        grads,
+        averages,
+        squares,
+        steps if group["bias_correction"] else None,
+        ops.as_scalar_tensor(group["lr"]),
+        **_adamw_settings(group),
         batch_size=ops.as_scalar_tensor(group["batch_size"]),
         **scaling,
     )
@@ -152,22 +185,24 @@ class RootFreeRMSprop(RootFreeOptimizer):
 
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
-        update_rmsprop_(group, work.scaling, work.params, work.grads, work.states)
+        lists = rmsprop_state(work.states, group)
+        update_rmsprop_(group, work.scaling, work.params, work.grads, *lists)
 
-    def _prepare(self, index: int, work: Work) -> Launch | None:
-        lists = [work.params, work.grads, [state["square_avg"] for state in work.states]]
-        if buffers := momentum_buffers(work.states, self.param_groups[index]["momentum"]):
-            lists.append(buffers)
-        kernels = ops.launcher(work.params)
-        plan = kernels and kernels.prepare(lists)
-        if plan is None:
-            return None
+    def _prepare(self, index: int, work: Work) -> Launch:
+        params = work.params  # and not the work, which would keep the gradients
+        square_avgs, buffers = rmsprop_state(work.states, self.param_groups[index])
+        kernels = ops.launcher(params)
+        lists = [params, work.grads, square_avgs, buffers]
+        plan = kernels and kernels.prepare(lists if buffers else lists[:3])
 
-        def run(plan: Any, group: Group, scaling: Scaling) -> None:
+        def launch(plan: Any, group: Group, scaling: Scaling) -> None:
             settings = {**_rmsprop_settings(group), "batch_size": group["batch_size"]}
             kernels.launch_rmsprop(plan, _launch_lr(group), **settings, **scaling)
 
-        return Launch(plan, run, kernels.move_grads)
+        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+            update_rmsprop_(group, scaling, params, grads, square_avgs, buffers)
+
+        return Launch(plan, launch, kernels.move_grads) if plan else on_gradients(params, update)
 
 
 class RootFreeAdamW(RootFreeOptimizer):
@@ -247,29 +282,21 @@ class RootFreeAdamW(RootFreeOptimizer):
 
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
-        torch.ops.rootfree_fused.adamw_(
-            work.params,
-            work.grads,
-            [state["exp_avg"] for state in work.states],
-            [state["exp_avg_sq"] for state in work.states],
-            work.steps if group["bias_correction"] else None,
-            ops.as_scalar_tensor(group["lr"]),
-            **_adamw_settings(group),
-            batch_size=ops.as_scalar_tensor(group["batch_size"]),
-            **work.scaling,
-        )
+        lists = _adamw_state(work.states)
+        _update_adamw_(group, work.scaling, work.params, work.grads, *lists, work.steps)
 
-    def _prepare(self, index: int, work: Work) -> Launch | None:
-        kernels = ops.launcher(work.params)
-        averages = ([state[key] for state in work.states] for key in ("exp_avg_sq", "exp_avg"))
-        plan = kernels and kernels.prepare([work.params, work.grads, *averages])
-        if plan is None:
-            return None
-        steps = work.steps  # and not the work, which would keep the gradients
+    def _prepare(self, index: int, work: Work) -> Launch:
+        params, steps = work.params, work.steps  # and not the work, which would keep the gradients
+        averages, squares = _adamw_state(work.states)
+        kernels = ops.launcher(params)
+        plan = kernels and kernels.prepare([params, work.grads, squares, averages])
 
-        def run(plan: Any, group: Group, scaling: Scaling) -> None:
+        def launch(plan: Any, group: Group, scaling: Scaling) -> None:
             counts = steps if group["bias_correction"] else None
             settings = {**_adamw_settings(group), "batch_size": group["batch_size"]}
             kernels.launch_adamw(plan, counts, _launch_lr(group), **settings, **scaling)
 
-        return Launch(plan, run, kernels.move_grads)
+        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+            _update_adamw_(group, scaling, params, grads, averages, squares, steps)
+
+        return Launch(plan, launch, kernels.move_grads) if plan else on_gradients(params, update)

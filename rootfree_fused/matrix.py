@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,19 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
 from ._capturing import check_schedules
+from ._cpu_matrix import suit_the_kernel
+from ._prepared import Launch, on_gradients
 from ._scaling import Scaling, skips
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
-from .diag import update_rmsprop_
+from .diag import rmsprop_state, update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
 from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
+# Of each parameter, whether it updates its factors at a step.
+Due = tuple[bool, ...]
+# An operator's call on known tensors, for their gradients, a group's settings and a scaler's.
+Call = Callable[[list[Tensor], Group, Scaling], None]
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -171,32 +178,59 @@ class IFShampoo(RootFreeOptimizer):
 
     @_disable_dynamo
     def _update(self, index: int, work: Work) -> None:
+        self._step(index, work, {})
+
+    def _prepare(self, index: int, work: Work) -> Launch:
+        params, states, steps = work.params, work.states, work.steps  # and not the gradients
+        calls: dict[Due, list[Call]] = {}
+        optimizer = weakref.ref(self)  # which will own the launch
+
+        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+            owner = optimizer()
+            assert owner is not None
+            owner._step(index, Work(params, grads, states, steps, scaling), calls)
+
+        return on_gradients(params, update)
+
+    def _step(self, index: int, work: Work, calls: dict[Due, list[Call]]) -> None:
+        """Update a group; `calls` are those known for these tensors, by what is due."""
         group = self.param_groups[index]
-        params, grads, states, steps, scaling = work
-        if group["update_interval"] > 1 and skips(scaling.get("found_inf")):
+        if group["update_interval"] > 1 and skips(work.scaling.get("found_inf")):
             return  # what is due next and which K K^T are stale stays as it was
-        due = self._due(index, group, steps)
+        due = self._due(index, group, work.steps)
+        if due not in calls:
+            calls[due] = self._calls(index, group, due, work)
+        for call in calls[due]:
+            call(work.grads, group, work.scaling)
+
+    def _calls(self, index: int, group: Group, due: Due, work: Work) -> list[Call]:
         plan = self._plans.get(index)
-        if plan is None or not plan.fits(states, due):
-            layouts = [layout_of(p.shape, group) for p in params]
-            plan = build_plan(layouts, due, states, group["update_interval"])
+        if plan is None or not plan.fits(work.states, due):
+            layouts = [layout_of(p.shape, group) for p in work.params]
+            plan = build_plan(layouts, due, work.states, group["update_interval"])
             self._plans[index] = plan
-
-        lists = params, grads, states
+        calls: list[Call] = []
         if plan.vectors:
-            update_rmsprop_(group, scaling, *_pick(plan.vectors, *lists))
-        calls: dict[tuple[bool, str], list[Bucket]] = defaultdict(list)
+            params, states = _pick(plan.vectors, work.params, work.states)
+            calls.append(_Vectors(plan.vectors, params, *rmsprop_state(states, group)))
+        # One call for all buckets of a device that are due alike; on the CPU they run one by one.
+        together: dict[Hashable, list[Bucket]] = defaultdict(list)
         for bucket in plan.buckets:
-            calls[due[bucket.members[0]], bucket.factors[0].device.type].append(bucket)
-        for (update, _), buckets in calls.items():
+            device = bucket.factors[0].device.type
+            key = id(bucket) if device == "cpu" else device
+            together[due[bucket.members[0]], key].append(bucket)
+        for (update, _), buckets in together.items():
             members = [i for bucket in buckets for i in bucket.members]
-            _update_matrices(group, scaling, buckets, update, *_pick(members, *lists))
+            params, grads, states = _pick(members, work.params, work.grads, work.states)
+            buffers = momentum_buffers(states, group["momentum"])
+            calls.append(_Matrices(members, buckets, bool(update), params, buffers, grads))
+        return calls
 
-    def _due(self, index: int, group: Group, steps: Tensor) -> list[bool]:
+    def _due(self, index: int, group: Group, steps: Tensor) -> Due:
         """Which parameters update their factors at this step."""
         source, counts = self._counts.pop(index, (None, []))
         if group["update_interval"] == 1:
-            return [True] * len(steps)
+            return (True,) * len(steps)
         # Read once, then counted on the host: nothing waits for the device.
         counts = [count + 1 for count in counts] if source is steps else steps.int().tolist()
         if group["capturable"] or not steps.is_cpu:
@@ -214,7 +248,7 @@ class IFShampoo(RootFreeOptimizer):
                 if stale or index not in self._counts:
                     return None
                 _, counts = self._counts[index]
-                kinds.append(tuple(_due_at([count + 1 for count in counts], group)))
+                kinds.append(_due_at([count + 1 for count in counts], group))
         return tuple(kinds)
 
     def _count_replay(self) -> None:
@@ -226,50 +260,82 @@ class IFShampoo(RootFreeOptimizer):
         check_schedules(self.param_groups, by_kind=self._captured_by_kind)
 
 
-def _due_at(counts: list[int], group: Group) -> list[bool]:
+def _due_at(counts: list[int], group: Group) -> Due:
     """Which of the parameters update their factors at these steps, counted from 1."""
     interval, schedule = group["update_interval"], group["update_schedule"]
     due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
-    return [due[count] for count in counts]
+    return tuple(due[count] for count in counts)
 
 
 def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
     return [[items[i] for i in places] for items in lists]
 
 
-def _update_matrices(
-    group: Group,
-    scaling: Scaling,
-    buckets: list[Bucket],
-    update_factors: bool,
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-) -> None:
-    refresh_products = any(bucket.products_are_stale() for bucket in buckets)
-    # A step that the device may skip makes no new K K^T there; without an interval each step does.
-    if "found_inf" not in scaling or group["update_interval"] > 1:
-        for bucket in buckets:
-            bucket.note_versions()
-    torch.ops.rootfree_fused.ifshampoo_(
-        params,
-        grads,
-        [factor for bucket in buckets for factor in bucket.factors],
-        [residual for bucket in buckets for residual in bucket.residuals],
-        [momentum for bucket in buckets for momentum in bucket.momenta],
-        [product for bucket in buckets for product in bucket.products],
-        momentum_buffers(states, group["momentum"]),
-        ops.as_scalar_tensor(group["lr"]),
-        axes=[len(bucket.factors) for bucket in buckets],
-        update_factors=update_factors,
-        refresh_products=refresh_products,
-        factor_lr=group["factor_lr"],
-        factor_momentum=group["factor_momentum"],
-        damping=group["damping"],
-        batch_size=float(group["batch_size"]),
-        momentum=group["momentum"],
-        weight_decay=group["weight_decay"],
-        decoupled=group["weight_decay_mode"] == "decoupled",
-        maximize=group["maximize"],
-        **scaling,
-    )
+class _Vectors:
+    """The call of the operator for the parameters at these places, which have no factors."""
+
+    def __init__(self, places: list[int], *lists: list[Tensor]) -> None:
+        self._places = places
+        self._params, self._square_avgs, self._buffers = lists
+
+    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+        own = [grads[i] for i in self._places]
+        state = self._square_avgs, self._buffers
+        update_rmsprop_(group, scaling, self._params, own, *state)
+
+
+class _Matrices:
+    """The call of the operator for the parameters at these places, those of some buckets."""
+
+    def __init__(
+        self,
+        places: list[int],
+        buckets: list[Bucket],
+        update_factors: bool,
+        params: list[Tensor],
+        buffers: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        self._places, self._buckets, self._update_factors = places, buckets, update_factors
+        self._params, self._buffers = params, buffers
+        self._stacks = [
+            [tensor for bucket in buckets for tensor in getattr(bucket, name)]
+            for name in ("factors", "residuals", "momenta", "products")
+        ]
+        self._axes = [len(bucket.factors) for bucket in buckets]
+        # Not through the operator, which would look again for what is known here.
+        self._in_kernel = (
+            all(t.is_cpu and t.is_contiguous() for t in (*params, *grads, *buffers))
+            and len(buckets) == 1
+            and suit_the_kernel(params, buckets[0].residuals)
+        )
+
+    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+        refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
+        # A step that the device may skip makes no new K K^T there; without an interval each does.
+        if "found_inf" not in scaling or group["update_interval"] > 1:
+            for bucket in self._buckets:
+                bucket.note_versions()
+        tensors = (
+            self._params,
+            [grads[i] for i in self._places],
+            *self._stacks,
+            self._buffers,
+            ops.as_scalar_tensor(group["lr"]),
+        )
+        scalars = {
+            "update_factors": self._update_factors,
+            "refresh_products": refresh_products,
+            "factor_lr": group["factor_lr"],
+            "factor_momentum": group["factor_momentum"],
+            "damping": group["damping"],
+            "batch_size": float(group["batch_size"]),
+            "momentum": group["momentum"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": group["weight_decay_mode"] == "decoupled",
+            "maximize": group["maximize"],
+        }
+        if self._in_kernel and not scaling:
+            torch.ops.rootfree_fused._ifshampoo_bf16_(*tensors, **scalars)
+        else:
+            torch.ops.rootfree_fused.ifshampoo_(*tensors, axes=self._axes, **scalars, **scaling)
