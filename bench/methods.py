@@ -34,6 +34,7 @@ class Method:
     search: dict[str, tuple[Any, ...]]
     tuned: Settings
     fixed: Settings
+    params: Callable[[nn.Module], Any] = nn.Module.parameters
 
     def grid(self) -> list[Settings]:
         """Every setting of the search."""
@@ -42,12 +43,24 @@ class Method:
 
     def optimizer(self, model: nn.Module, settings: Settings) -> Optimizer:
         """The optimizer on a model's parameters."""
-        return self.build(model.parameters(), **settings, **self.fixed)
+        return self.build(self.params(model), **settings, **self.fixed)
 
 
 def soap(params: Iterable[Tensor], **settings: Any) -> Optimizer:
     """SOAP of pytorch-optimizer."""
     return optional("pytorch_optimizer").SOAP(params, **settings)
+
+
+def muon(params: list[Settings], **settings: Any) -> Optimizer:
+    """Muon of pytorch-optimizer, which has AdamW for what is no hidden matrix."""
+    return optional("pytorch_optimizer").Muon(params, **settings)
+
+
+def hidden_apart(model: nn.Module) -> list[Settings]:
+    """The hidden matrices of the text's network for Muon, all else for AdamW."""
+    hidden = [p for p in model.get_submodule("blocks").parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in hidden)]
+    return [{"params": hidden, "use_muon": True}, {"params": others, "use_muon": False}]
 
 
 DIGITS = {
@@ -122,6 +135,16 @@ TEXT = {
         },
         tuned={"lr": 1e-2, "betas": (0.8, 0.95)},
         fixed={},
+    ),
+    "Muon": Method(
+        muon,
+        search={
+            "lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+            "adamw_lr": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+        },
+        tuned={"lr": 2e-2, "adamw_lr": 4e-3},
+        fixed={},
+        params=hidden_apart,
     ),
 }
 

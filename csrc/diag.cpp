@@ -29,7 +29,7 @@ struct Task {
   Body<Options> body;
   PerOperand<char*> data;  // STATE1 is null where there is no momentum buffer
   int64_t numel, first_block;
-  std::vector<Axis> axes;  // from outer to inner; empty where all operands are dense in one order
+  std::vector<StridedAxis> axes;  // from outer to inner; empty where all operands are dense in one order
   PerOperand<int64_t> element_size;  // where there are axes
 };
 
@@ -152,7 +152,7 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
         task.element_size[k] = missing ? 0 : aoti_torch_dtype_element_size(dtypes[k]);
       }
       task.axes = shared_axes(dim, sizes, strides);
-      for (const Axis& axis : task.axes) {
+      for (const StridedAxis& axis : task.axes) {
         STD_TORCH_CHECK(axis.strides[PARAM] && axis.strides[STATE0] && axis.strides[STATE1],
                         "params[", i, "] or its state is expanded: elements share their memory");
       }

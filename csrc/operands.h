@@ -15,26 +15,26 @@ enum Operand { PARAM, GRAD, STATE0, STATE1, OPERANDS };
 template <class T>
 using PerOperand = std::array<T, OPERANDS>;
 
-struct Axis {
+struct StridedAxis {
   int64_t size;
   PerOperand<int64_t> strides;
 };
 
 // The axes from outer to inner in the memory order of the parameter, neighbours merged where every
 // operand allows it. Empty where every operand is dense in that order.
-inline std::vector<Axis> shared_axes(int64_t dim, const int64_t* sizes,
+inline std::vector<StridedAxis> shared_axes(int64_t dim, const int64_t* sizes,
                                      const PerOperand<const int64_t*>& strides) {
-  std::vector<Axis> axes;
+  std::vector<StridedAxis> axes;
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] == 1) continue;
     axes.push_back({sizes[d], {strides[PARAM][d], strides[GRAD][d], strides[STATE0][d],
                                strides[STATE1][d]}});
   }
-  std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) {
+  std::stable_sort(axes.begin(), axes.end(), [](const StridedAxis& a, const StridedAxis& b) {
     return a.strides[PARAM] > b.strides[PARAM];
   });
-  std::vector<Axis> merged;
-  for (const Axis& axis : axes) {
+  std::vector<StridedAxis> merged;
+  for (const StridedAxis& axis : axes) {
     bool adjacent = !merged.empty();
     for (int k = 0; adjacent && k < OPERANDS; ++k) {
       adjacent = merged.back().strides[k] == axis.size * axis.strides[k];
@@ -53,7 +53,7 @@ enum class Copy { GATHER, SCATTER };
 
 // Copies elements [begin, end) of a strided operand to a dense buffer, or back.
 template <Copy copy, int64_t element_size>
-void copy_elements(char* strided, char* buffer, const std::vector<Axis>& axes, int operand,
+void copy_elements(char* strided, char* buffer, const std::vector<StridedAxis>& axes, int operand,
                    int64_t begin, int64_t end) {
   const int64_t inner = axes.back().size, stride = axes.back().strides[operand];
   while (begin < end) {
@@ -76,7 +76,7 @@ void copy_elements(char* strided, char* buffer, const std::vector<Axis>& axes, i
 }
 
 template <Copy copy>
-void copy_elements(int64_t element_size, char* strided, char* buffer, const std::vector<Axis>& axes,
+void copy_elements(int64_t element_size, char* strided, char* buffer, const std::vector<StridedAxis>& axes,
                    int operand, int64_t begin, int64_t end) {
   const auto copy_sized = element_size == 2   ? copy_elements<copy, 2>
                           : element_size == 4 ? copy_elements<copy, 4>

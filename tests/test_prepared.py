@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
 import torch
-from _optimizers import DIAGONAL, assert_identical, build, parameters, set_grads, snapshot
+from _optimizers import (
+    DIAGONAL,
+    SETTINGS,
+    assert_identical,
+    build,
+    parameters,
+    set_grads,
+    snapshot,
+)
 
 from rootfree_fused import _base, _dispatch, _prepared, ops
 
@@ -157,26 +166,32 @@ def test_autograd_sees_the_change():
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """Launch directly on CPU tensors; the list says for each group's step if it was prepared."""
+def found(monkeypatch):
+    """Says for each group's step whether it was prepared."""
+    seen = []
+    find = _prepared.PreparedSteps.find
+
+    def note(self, index, params):
+        prepared = find(self, index, params)
+        seen.append(prepared is not None)
+        return prepared
+
+    monkeypatch.setattr(_base.PreparedSteps, "find", note)
+    return seen
+
+
+@pytest.fixture
+def launches(monkeypatch, found):
+    """Launch directly on CPU tensors; the list is `found`."""
     pytest.importorskip("triton")
     from _offline import interpreted
 
     from rootfree_fused.kernels import diag
 
-    seen = []
-    found = _prepared.PreparedSteps.find
-
-    def find(self, index, params):
-        prepared = found(self, index, params)
-        seen.append(prepared is not None)
-        return prepared
-
     monkeypatch.setattr(_dispatch, "_served", lambda param: param.dtype != torch.float64)
-    monkeypatch.setattr(_base.PreparedSteps, "find", find)
     with interpreted(diag):
         assert ops.launcher(parameters((3,))) is diag
-        yield seen
+        yield found
 
 
 def plain_twin(name, params, monkeypatch, **overrides):
@@ -277,3 +292,71 @@ def test_without_the_extension_nothing_is_prepared(launches, monkeypatch):
         set_grads(params, t)
         optimizer.step()
     assert launches == [False] * 3
+
+
+# The optimizers on the CPU, as they are ---------------------------------------------------------
+
+
+def set_some_grads(params, t):
+    """Gradients in place, but new ones at step 4, one less at 6, and of other strides from 8 on."""
+    grads = [p.grad for p in params]
+    set_grads(params, 100 + t)
+    for i, (p, old) in enumerate(zip(params, grads, strict=True)):
+        if t >= 8 and p.dim() == 2:
+            p.grad = p.grad.t().contiguous().t()
+        elif old is not None and t != 4 and not (i == 0 and t == 6):
+            p.grad = old.copy_(p.grad)
+    if t == 6:
+        params[0].grad = None
+
+
+def change_something(optimizer, params, t):
+    group, state = optimizer.param_groups[0], optimizer.state[params[0]]
+    if t == 2:
+        group["lr"] *= 0.5
+    if t == 3 and "momentum" in group:
+        group["momentum"] = 0.4
+    if t == 5:
+        state[next(key for key in state if key != "step")].mul_(0.75)
+    if t == 10:
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_known_tensors_take_the_same_steps_to_the_bit(name, dtype, found):
+    shapes = [(7, 5), (70, 33), (11,), (), (7, 5), (3, 4, 2)]
+    params, others = (parameters(*shapes, dtype=dtype) for _ in range(2))
+    optimizer, twin = build(name, params), build(name, others)
+    twin._prepare = lambda *_: None
+    for t in range(14):
+        for mine, stepped in ((params, optimizer), (others, twin)):
+            set_some_grads(mine, t)
+            change_something(stepped, mine, t)
+            stepped.step()
+        assert_identical(snapshot(optimizer, params), snapshot(twin, others))
+    moved = {0, 6, 7, 8}
+    if name in ("rmsprop", "ifshampoo-interval"):
+        moved.add(3)  # momentum gets its buffers
+    assert {t for t, was in enumerate(found[::2]) if not was} == moved
+    assert not any(found[1::2])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_steps_that_are_known_keep_no_gradient_and_no_optimizer_alive(name, found):
+    params = parameters((7, 5), (4,))
+    optimizer = build(name, params)
+    for t in range(3):
+        set_grads(params, t)
+        optimizer.step()
+    assert found == [False, True, True]
+    grads = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    assert [grad() for grad in grads] == [None, None]
+    owner = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert owner() is None
+    finally:
+        gc.enable()
