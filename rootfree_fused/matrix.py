@@ -18,7 +18,7 @@ from ._capturing import check_schedules
 from ._cpu_matrix import suit_the_kernel
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling, skips
-from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+from ._state import Initial, full_like, momentum_buffers, unused_momentum
 from .diag import rmsprop_state, update_rmsprop_
 from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
 from .reference import is_update_step
@@ -214,7 +214,7 @@ class IFShampoo(RootFreeOptimizer):
             params, states = _pick(plan.vectors, work.params, work.states)
             calls.append(_Vectors(plan.vectors, params, *rmsprop_state(states, group)))
         # One call for all buckets of a device that are due alike; on the CPU they run one by one.
-        together: dict[Hashable, list[Bucket]] = defaultdict(list)
+        together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
         for bucket in plan.buckets:
             device = bucket.factors[0].device.type
             key = id(bucket) if device == "cpu" else device
@@ -223,7 +223,7 @@ class IFShampoo(RootFreeOptimizer):
             members = [i for bucket in buckets for i in bucket.members]
             params, grads, states = _pick(members, work.params, work.grads, work.states)
             buffers = momentum_buffers(states, group["momentum"])
-            calls.append(_Matrices(members, buckets, bool(update), params, buffers, grads))
+            calls.append(_Matrices(members, buckets, update, params, buffers, grads))
         return calls
 
     def _due(self, index: int, group: Group, steps: Tensor) -> Due:
