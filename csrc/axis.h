@@ -152,21 +152,20 @@ void write_symmetric(const Axis& axis, const Tile& tile, BFloat16* to, const Ope
   pack(packed, mirrored.block());
 }
 
-// m <- m + (1 - factor_momentum) (H - m), H = (gram - I) / 2
-ROOTFREE_BF16 inline void update_momentum(const Axis& axis, int64_t pair, Tile& gram, double decay) {
+// m <- m + (1 - factor_momentum) (H - m), H = (scale gram - I) / 2
+ROOTFREE_BF16 inline void update_momentum(const Axis& axis, int64_t pair, Tile& gram, double scale,
+                                          double decay) {
   const bool diagonal = gram.row == gram.column;
-  if (diagonal) {
-    mirror(gram);
-    for (int64_t i = 0; i < gram.rows; ++i) gram.values[i][i] -= 1;
-  }
-  const float weight = 1 - decay, half_weight = (1 - decay) / 2;
+  if (diagonal) mirror(gram);
+  const float weight = 1 - decay, half_weight = (1 - decay) / 2, of_gram = half_weight * scale;
   for (int64_t i = 0; i < gram.rows; ++i) {
     const BFloat16* old = axis.momentum + (gram.row + i) * axis.size + gram.column;
     float* values = gram.values[i];
     for (int64_t j = 0; j < gram.columns; ++j) {
       const float m = old[j];
-      values[j] = m - weight * m + half_weight * values[j];
+      values[j] = m - weight * m + of_gram * values[j];
     }
+    if (diagonal) values[i] -= half_weight;
   }
   axis.norms[pair] = (diagonal ? 1 : 2) * sum_of_squares(gram);
   write_symmetric(axis, gram, axis.momentum, axis.packed_momentum);
@@ -176,7 +175,7 @@ ROOTFREE_BF16 inline void update_momentum(const Axis& axis, int64_t pair, Tile& 
 ROOTFREE_BF16 inline void update_factor(const Axis& axis, Tile& tile, double factor_lr) {
   const double norm = std::sqrt(sum(axis.norms, axis.pairs_of_tiles()));
   const float step = factor_lr / (norm < 1 ? 1 : norm);  // NaN where the norm is
-  multiply(tile, step, axis.left, axis.packed_momentum);
+  multiply(tile, axis.left, axis.packed_momentum);
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t offset = (tile.row + i) * axis.size + tile.column;
     BFloat16* high = axis.factor + offset;
@@ -184,7 +183,7 @@ ROOTFREE_BF16 inline void update_factor(const Axis& axis, Tile& tile, double fac
     float* values = tile.values[i];
     ROOTFREE_INDEPENDENT_ITERATIONS
     for (int64_t j = 0; j < tile.columns; ++j) {
-      values[j] = join(high[j], residual[j]) - values[j];
+      values[j] = join(high[j], residual[j]) - step * values[j];
       split(values[j], high[j], residual[j]);
     }
   }

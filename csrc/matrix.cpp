@@ -80,12 +80,12 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
   const Matrix& shape = *matrices;
   for_each(matrices, count, shape.tiles(), cost_on_rows, [](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
-    multiply(tile, 1, m.rows.transposed.x, m.packed_grad);
+    multiply(tile, m.rows.transposed.x, m.packed_grad);
     pack(m.half, tile.block());
   });
   for_each(matrices, count, shape.tiles(), cost_on_columns, [](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
-    multiply(tile, 1, m.half, m.columns.transposed.x_transposed);
+    multiply(tile, m.half, m.columns.transposed.x_transposed);
     pack(m.transformed, tile.block());
     pack_transposed(m.transformed_transposed, tile.block());
   });
@@ -95,10 +95,12 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
                 },
                 [&](const Axis& axis, const Axis& other, const Gram& transformed, int64_t task) {
                   const double trace = sum(other.squares, other.strips()) / other.size;
+                  const double scale = options.batch_size / other.size;
                   Tile tile = triangle_tile(axis, task);
-                  multiply(tile, options.batch_size / other.size, transformed);
-                  multiply(tile, options.damping * trace, axis.transposed, true);
-                  update_momentum(axis, task, tile, options.factor_momentum);
+                  multiply(tile, axis.transposed);
+                  multiply(tile, options.damping * trace / scale);
+                  multiply(tile, transformed, true);
+                  update_momentum(axis, task, tile, scale, options.factor_momentum);
                 });
   for_each_axis(matrices, count, shape.rows.square_tiles(), shape.columns.square_tiles(),
                 [](const Axis& axis, const Axis&, int64_t task) {
@@ -118,7 +120,7 @@ void update_products(Matrix* matrices, int64_t count) {
                 },
                 [](const Axis& axis, const Axis&, const Gram&, int64_t task) {
                   Tile tile = triangle_tile(axis, task);
-                  multiply(tile, 1, axis.now);
+                  multiply(tile, axis.now);
                   if (tile.row == tile.column) mirror(tile);
                   if (axis.on_rows) {
                     write_symmetric(axis, tile, axis.product, axis.left_product);
@@ -134,32 +136,32 @@ void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options
   if (!matrices->rows.cached) {
     for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
       Tile tile = m.tile(task);
-      multiply(tile, 1, m.rows.transposed.x, m.packed_grad);
+      multiply(tile, m.rows.transposed.x, m.packed_grad);
       pack(m.transformed_transposed.x_transposed, tile.block());
     });
   }
   for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     if (m.rows.cached) {
-      multiply(tile, 1, m.rows.left_product, m.packed_grad);
+      multiply(tile, m.rows.left_product, m.packed_grad);
     } else {
-      multiply(tile, 1, m.rows.now.x, m.transformed_transposed.x_transposed);
+      multiply(tile, m.rows.now.x, m.transformed_transposed.x_transposed);
     }
     pack(m.half, tile.block());
   });
   if (!matrices->columns.cached) {
     for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
       Tile tile = m.tile(task);
-      multiply(tile, 1, m.half, m.columns.transposed.x_transposed);
+      multiply(tile, m.half, m.columns.transposed.x_transposed);
       pack(m.transformed.x, tile.block());
     });
   }
   for_each(matrices, count, tiles, cost_on_columns, [&](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     if (m.columns.cached) {
-      multiply(tile, 1, m.half, m.columns.right_product);
+      multiply(tile, m.half, m.columns.right_product);
     } else {
-      multiply(tile, 1, m.transformed.x, m.columns.now.x_transposed);
+      multiply(tile, m.transformed.x, m.columns.now.x_transposed);
     }
     m.descend(rule, m.param, m.buffer, tile, m.columns.size);
   });

@@ -123,6 +123,12 @@ ROOTFREE_BF16 inline Tile transposed(const Tile& tile) {
   return result;
 }
 
+ROOTFREE_BF16 inline void multiply(Tile& tile, float scale) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    for (float& value : tile.values[i]) value *= scale;
+  }
+}
+
 // Completes a tile on the diagonal, of which `multiply` skips the blocks above the diagonal. Blocks
 // on it are whole, and symmetric to the bit: x y = y x, and the sums have one order.
 ROOTFREE_BF16 inline void mirror(Tile& tile) {

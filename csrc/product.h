@@ -13,17 +13,19 @@
 
 namespace rootfree_fused {
 
-constexpr int64_t depth_at_once = 512;  // two panels of either side fill 64 KiB
+constexpr int64_t depth_at_once = 256;  // two panels of either side fill 32 KiB
 
 // vdpbf16ps multiplies pairs: B is read by whole vectors and A lane by lane.
-// C (8 x 16 vectors) = scale A B, or C + scale A B.
+// C (8 x 16 vectors) = A B, or C + A B.
 template <int vectors>
 ROOTFREE_BF16 inline void multiply_block(const uint32_t* a, const uint32_t* b, int64_t panel_size,
-                                         int64_t pairs, float* c, float scale, bool add) {
+                                         int64_t pairs, float* c, bool add) {
   __m512 sums[8][vectors];
 #pragma GCC unroll 8
-  for (auto& row : sums) {
-    for (auto& sum : row) sum = _mm512_setzero_ps();
+  for (int i = 0; i < 8; ++i) {
+    for (int v = 0; v < vectors; ++v) {
+      sums[i][v] = add ? _mm512_load_ps(c + i * tile_size + v * lanes) : _mm512_setzero_ps();
+    }
   }
   for (; pairs > 0; pairs -= lanes, a += block_size) {
     const int64_t here = std::min(lanes, pairs);
@@ -40,19 +42,14 @@ ROOTFREE_BF16 inline void multiply_block(const uint32_t* a, const uint32_t* b, i
       }
     }
   }
-  const __m512 factor = _mm512_set1_ps(scale);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    for (int v = 0; v < vectors; ++v) {
-      float* out = c + i * tile_size + v * lanes;
-      const __m512 scaled = _mm512_mul_ps(sums[i][v], factor);
-      _mm512_store_ps(out, add ? _mm512_add_ps(_mm512_load_ps(out), scaled) : scaled);
-    }
+    for (int v = 0; v < vectors; ++v) _mm512_store_ps(c + i * tile_size + v * lanes, sums[i][v]);
   }
 }
 
-ROOTFREE_BF16 inline void multiply_vectors(Tile& tile, float scale, const Left& a, const Right& b,
-                                           bool add, bool symmetric) {
+ROOTFREE_BF16 inline void multiply_vectors(Tile& tile, const Left& a, const Right& b, bool add,
+                                           bool symmetric) {
   const int64_t panels = ceil_div(tile.columns, lanes), blocks = 2 * ceil_div(tile.rows, lanes);
   const bool lower = symmetric && tile.row == tile.column;
   for (int64_t first = 0; first < a.depth; first += depth_at_once, add = true) {
@@ -63,7 +60,7 @@ ROOTFREE_BF16 inline void multiply_vectors(Tile& tile, float scale, const Left& 
         const uint32_t* left = a.at(tile.row + i / 2 * lanes, first) + i % 2 * 8 * lanes;
         float* out = &tile.values[i * 8][j * lanes];
         const auto body = j + 1 < panels ? multiply_block<2> : multiply_block<1>;
-        body(left, right, b.panel_size(), pairs, out, scale, add);
+        body(left, right, b.panel_size(), pairs, out, add);
       }
     }
   }
@@ -94,16 +91,23 @@ class AmxRegisters {
   bool configured_;
 };
 
-// C (16 rows x 16 columns) = scale A B or C + scale A B for `rows` panels of A and `columns` of B, of
-// `count` blocks each.
+// C (16 rows x 16 columns) = A B or C + A B for `rows` panels of A and `columns` of B, of `count`
+// blocks each.
 template <int rows, int columns>
 ROOTFREE_AMX inline void multiply_blocks(const uint32_t* a, int64_t a_panel, const uint32_t* b,
-                                         int64_t b_panel, int64_t count, float* c, float scale,
-                                         bool add) {
-  _tile_zero(0);
-  if constexpr (columns > 1) _tile_zero(1);
-  if constexpr (rows > 1) _tile_zero(2);
-  if constexpr (rows > 1 && columns > 1) _tile_zero(3);
+                                         int64_t b_panel, int64_t count, float* c, bool add) {
+  constexpr int64_t c_row = tile_size * sizeof(float), below = lanes * tile_size;
+  if (add) {
+    _tile_loadd(0, c, c_row);
+    if constexpr (columns > 1) _tile_loadd(1, c + lanes, c_row);
+    if constexpr (rows > 1) _tile_loadd(2, c + below, c_row);
+    if constexpr (rows > 1 && columns > 1) _tile_loadd(3, c + below + lanes, c_row);
+  } else {
+    _tile_zero(0);
+    if constexpr (columns > 1) _tile_zero(1);
+    if constexpr (rows > 1) _tile_zero(2);
+    if constexpr (rows > 1 && columns > 1) _tile_zero(3);
+  }
   for (; count > 0; --count, a += block_size, b += block_size) {
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
@@ -118,24 +122,14 @@ ROOTFREE_AMX inline void multiply_blocks(const uint32_t* a, int64_t a_panel, con
       if constexpr (columns > 1) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  alignas(64) float sums[rows * lanes][columns * lanes];
-  constexpr int64_t row_bytes = columns * 64;
-  _tile_stored(0, sums, row_bytes);
-  if constexpr (columns > 1) _tile_stored(1, sums[0] + lanes, row_bytes);
-  if constexpr (rows > 1) _tile_stored(2, sums[lanes], row_bytes);
-  if constexpr (rows > 1 && columns > 1) _tile_stored(3, sums[lanes] + lanes, row_bytes);
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int64_t i = 0; i < rows * lanes; ++i) {
-    for (int64_t v = 0; v < columns; ++v) {
-      float* out = c + i * tile_size + v * lanes;
-      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(sums[i] + v * lanes), factor);
-      _mm512_store_ps(out, add ? _mm512_add_ps(_mm512_load_ps(out), scaled) : scaled);
-    }
-  }
+  _tile_stored(0, c, c_row);
+  if constexpr (columns > 1) _tile_stored(1, c + lanes, c_row);
+  if constexpr (rows > 1) _tile_stored(2, c + below, c_row);
+  if constexpr (rows > 1 && columns > 1) _tile_stored(3, c + below + lanes, c_row);
 }
 
-ROOTFREE_AMX inline void multiply_amx(Tile& tile, float scale, const Left& a, const Right& b,
-                                      bool add, bool symmetric) {
+ROOTFREE_AMX inline void multiply_amx(Tile& tile, const Left& a, const Right& b, bool add,
+                                      bool symmetric) {
   const int64_t columns = ceil_div(tile.columns, lanes), rows = ceil_div(tile.rows, lanes);
   const bool lower = symmetric && tile.row == tile.column;
   std::atomic_signal_fence(std::memory_order_seq_cst);  // tile loads do not say that they read
@@ -148,23 +142,23 @@ ROOTFREE_AMX inline void multiply_amx(Tile& tile, float scale, const Left& a, co
                                        : (wide ? multiply_blocks<1, 2> : multiply_blocks<1, 1>);
         body(a.at(tile.row + i * lanes, first), a.panel_size(),
              b.at(first, tile.column + j * lanes), b.panel_size(), count,
-             &tile.values[i * lanes][j * lanes], scale, add);
+             &tile.values[i * lanes][j * lanes], add);
       }
     }
   }
 }
 
-// tile = scale A B, or tile + scale A B; of a tile on the diagonal of a symmetric product only what
-// `mirror` needs.
-inline void multiply(Tile& tile, float scale, const Left& a, const Right& b, bool add = false,
+// tile = A B, or tile + A B; of a tile on the diagonal of a symmetric product only what `mirror`
+// needs.
+inline void multiply(Tile& tile, const Left& a, const Right& b, bool add = false,
                      bool symmetric = false) {
   const auto body = isa_in_use() == AMX ? multiply_amx : multiply_vectors;
-  body(tile, scale, a, b, add, symmetric);
+  body(tile, a, b, add, symmetric);
 }
 
-// tile = scale X X^T, or tile + scale X X^T, as above.
-inline void multiply(Tile& tile, float scale, const Gram& x, bool add = false) {
-  multiply(tile, scale, x.x, x.x_transposed, add, true);
+// tile = X X^T, or tile + X X^T, as above.
+inline void multiply(Tile& tile, const Gram& x, bool add = false) {
+  multiply(tile, x.x, x.x_transposed, add, true);
 }
 
 }  // namespace rootfree_fused
