@@ -158,7 +158,7 @@ TEXT = {
             "lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
             "adamw_lr": (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
         },
-        tuned={"lr": 2e-2, "adamw_lr": 1.6e-2},
+        tuned={"lr": 4e-2, "adamw_lr": 3.2e-2},
         fixed={},
         params=hidden_apart,
     ),
