@@ -51,16 +51,6 @@ def soap(params: Iterable[Tensor], **settings: Any) -> Optimizer:
     return optional("pytorch_optimizer").SOAP(params, **settings)
 
 
-def ifshampoo_from(params: Iterable[Tensor], start: float, **settings: Any) -> Optimizer:
-    """IFShampoo whose factors start at `start` times the identity."""
-    optimizer = IFShampoo(params, **settings)
-    for state in optimizer.state.values():
-        for axis in range(2):
-            if f"factor_{axis}" in state:
-                state[f"factor_{axis}"].mul_(start)
-    return optimizer
-
-
 def muon(params: list[Settings], **settings: Any) -> Optimizer:
     """Muon of pytorch-optimizer, which has AdamW for what is no hidden matrix."""
     return optional("pytorch_optimizer").Muon(params, **settings)
@@ -117,12 +107,6 @@ TEXT = {
         IFShampoo,
         search={"lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
         tuned={"lr": 2e-2, "factor_lr": 0.4},
-        fixed={"batch_size": Text.batch_size},
-    ),
-    "IFShampoo, larger start": Method(
-        ifshampoo_from,
-        search={"lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2), "start": (1.0, 2.0, 3.0, 4.0, 6.0)},
-        tuned={"lr": 2e-2, "start": 4.0},
         fixed={"batch_size": Text.batch_size},
     ),
     "RootFreeAdamW": Method(
