@@ -170,28 +170,32 @@ def _update_factors(
     ]
     mean_squares = [_square_sums(value) / value.shape[1] for value in values]
     transformed = _times(_times(grad, factors[0], 0), factors[1], 1)
+    decay, weight = factor_momentum, (1 - factor_momentum) / 2  # of the old m and of 2 H
     for axis, (factor, value, m) in enumerate(zip(factors, values, momenta, strict=True)):
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
         unfolded = transformed.mT if axis else transformed
-        if factor.dim() == 3:
-            gram, square = unfolded @ unfolded.mT, factor.mT @ factor
+        new = m.to(value.dtype)
+        scale = weight * batch_size / unfolded.shape[2]
+        if factor.dim() == 2:
+            new.mul_(decay).add_(unfolded.to(value.dtype).square().sum(2), alpha=scale)
+            square = factor.square()
+        elif new.dtype == unfolded.dtype:
+            new.baddbmm_(unfolded, unfolded.mT, beta=decay, alpha=scale)
+            square = factor.mT @ factor
         else:
-            gram, square = unfolded.to(value.dtype).square().sum(2), factor.square()
-        target = gram.to(value.dtype).mul_(batch_size / unfolded.shape[2])
-        target += damping * mean_squares[1 - axis].view(each) * square
-        (target.diagonal(dim1=1, dim2=2) if factor.dim() == 3 else target).sub_(1)
-        new = m.to(value.dtype).lerp_(target.div_(2), 1 - factor_momentum)
+            new.mul_(decay).add_(unfolded @ unfolded.mT, alpha=scale)
+            square = (factor.mT @ factor).to(value.dtype)
+        new.addcmul_(square, damping * mean_squares[1 - axis].view(each), value=weight)
+        (new.diagonal(dim1=1, dim2=2) if factor.dim() == 3 else new).sub_(weight)
         m.copy_(new)
         step = factor_lr / _square_sums(new).sqrt().clamp_min(1)
         product = factor @ m if factor.dim() == 3 else factor * m
-        values[axis] = value - step.view(each) * product
+        value.addcmul_(product.to(value.dtype), step.view(each), value=-1)
     for factor, residual, value in zip(factors, residuals, values, strict=True):
         if residual.numel():
             high, low = matrix.split(value)
             factor.copy_(high)
             residual.copy_(low)
-        else:
-            factor.copy_(value)
 
 
 def _square_sums(stack: Tensor) -> Tensor:
