@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "isa.h"
 
@@ -194,50 +195,34 @@ ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Block<T>& from, int64_t i, i
   }
 }
 
-template <class T>
-ROOTFREE_BF16 void pack(const Left& to, const Block<T>& from) {
-  for (int64_t i = 0; i < from.rows; i += lanes) {
-    for (int64_t j = 0; j < from.columns; j += block_depth) {
+// Blocks of rows are those of a Left, blocks of pairs those of a Right, and of the other operand of
+// the transposed matrix.
+template <bool of_pairs, class Operand, class T>
+ROOTFREE_BF16 void pack_blocks(const Operand& to, const Block<T>& from) {
+  constexpr bool transposed = of_pairs != std::is_same_v<Operand, Right>;
+  constexpr int64_t rows = of_pairs ? block_depth : lanes, columns = of_pairs ? lanes : block_depth;
+  for (int64_t i = 0; i < from.rows; i += rows) {
+    for (int64_t j = 0; j < from.columns; j += columns) {
       __m512i r[16];
-      load_rows(from, i, j, r);
-      store(r, to.at(from.row + i, from.column + j));
+      if constexpr (of_pairs) {
+        load_pairs(from, i, j, r);
+      } else {
+        load_rows(from, i, j, r);
+      }
+      const int64_t row = from.row + i, column = from.column + j;
+      if constexpr (transposed) transpose(r);
+      store(r, transposed ? to.at(column, row) : to.at(row, column));
     }
   }
 }
 
-template <class T>
-ROOTFREE_BF16 void pack_transposed(const Right& to, const Block<T>& from) {
-  for (int64_t i = 0; i < from.rows; i += lanes) {
-    for (int64_t j = 0; j < from.columns; j += block_depth) {
-      __m512i r[16];
-      load_rows(from, i, j, r);
-      transpose(r);
-      store(r, to.at(from.column + j, from.row + i));
-    }
-  }
+template <class Operand, class T>
+void pack(const Operand& to, const Block<T>& from) {
+  pack_blocks<std::is_same_v<Operand, Right>>(to, from);
 }
-
-template <class T>
-ROOTFREE_BF16 void pack(const Right& to, const Block<T>& from) {
-  for (int64_t i = 0; i < from.rows; i += block_depth) {
-    for (int64_t j = 0; j < from.columns; j += lanes) {
-      __m512i r[16];
-      load_pairs(from, i, j, r);
-      store(r, to.at(from.row + i, from.column + j));
-    }
-  }
-}
-
-template <class T>
-ROOTFREE_BF16 void pack_transposed(const Left& to, const Block<T>& from) {
-  for (int64_t i = 0; i < from.rows; i += block_depth) {
-    for (int64_t j = 0; j < from.columns; j += lanes) {
-      __m512i r[16];
-      load_pairs(from, i, j, r);
-      transpose(r);
-      store(r, to.at(from.column + j, from.row + i));
-    }
-  }
+template <class Operand, class T>
+void pack_transposed(const Operand& to, const Block<T>& from) {
+  pack_blocks<std::is_same_v<Operand, Left>>(to, from);
 }
 
 // What X X^T is made of.
