@@ -50,6 +50,12 @@ def launcher(params: list[Tensor]) -> Any:
     return None if isinstance(kernels, ImportError) else kernels
 
 
+def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
+    """The C++ kernel of IF-Shampoo, or None unless it serves these parameters."""
+    suit = params[0].is_cpu and _cpu_matrix.suit_the_kernel(params, residuals)
+    return torch.ops.rootfree_fused._ifshampoo_bf16_ if suit else None
+
+
 def _served(param: Tensor) -> bool:
     return param.is_cuda and param.dtype is not torch.float64
 

@@ -15,7 +15,6 @@ from torch.optim.optimizer import ParamsT
 from . import ops
 from ._base import Group, RootFreeOptimizer, Work
 from ._capturing import check_schedules
-from ._cpu_matrix import suit_the_kernel
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling, skips
 from ._state import Initial, full_like, momentum_buffers, unused_momentum
@@ -303,12 +302,8 @@ class _Matrices:
             for name in ("factors", "residuals", "momenta", "products")
         ]
         self._axes = [len(bucket.factors) for bucket in buckets]
-        # Not through the operator, which would look again for what is known here.
-        self._in_kernel = (
-            all(t.is_cpu and t.is_contiguous() for t in (*params, *grads, *buffers))
-            and len(buckets) == 1
-            and suit_the_kernel(params, buckets[0].residuals)
-        )
+        alone = len(buckets) == 1 and all(t.is_contiguous() for t in (*params, *grads, *buffers))
+        self._kernel = ops.matrix_kernel(params, buckets[0].residuals) if alone else None
 
     def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
         refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
@@ -335,7 +330,7 @@ class _Matrices:
             "decoupled": group["weight_decay_mode"] == "decoupled",
             "maximize": group["maximize"],
         }
-        if self._in_kernel and not scaling:
-            torch.ops.rootfree_fused._ifshampoo_bf16_(*tensors, **scalars)
+        if self._kernel and not scaling:
+            self._kernel(*tensors, **scalars)
         else:
             torch.ops.rootfree_fused.ifshampoo_(*tensors, axes=self._axes, **scalars, **scaling)

@@ -216,6 +216,14 @@ def launcher(params: list[Tensor]) -> Any:
     return _dispatch.launcher(params)
 
 
+def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
+    """What a step may call for a bucket instead of `ifshampoo_`, which would look for it, or None.
+
+    It takes contiguous tensors, no `axes` and no scaler's tensors. residuals: one an axis.
+    """
+    return _dispatch.matrix_kernel(params, residuals)
+
+
 def as_scalar_tensor(value: float | Tensor) -> Tensor:
     """A number as the 0-d float32 or float64 tensor that the operators take."""
     if isinstance(value, Tensor):

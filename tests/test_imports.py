@@ -14,7 +14,10 @@ ALLOWED = {
     "__init__": {"batch_size", "capture", "diag", "matrix"},
     "batch_size": set(),
     "capture": {"_base"},
-    "matrix": {"_base", "_capturing", "_scaling", "_state", "diag", "factors", "ops", "reference"},
+    "matrix": {
+        *("_base", "_capturing", "_prepared", "_scaling", "_state"),
+        *("diag", "factors", "ops", "reference"),
+    },
     "factors": {"_state"},
     "diag": {"_base", "_prepared", "_scaling", "_state", "ops"},
     "_capturing": set(),
