@@ -139,14 +139,11 @@ def matrix_calls(
     return calls
 
 
-def _ifshampoo(
-    factor_dtype: torch.dtype, dtypes: Dtypes, momentum: bool, buckets: Sequence[Bucket]
-) -> None:
+def matrix_tensors(
+    buckets: Sequence[Bucket], factor_dtype: torch.dtype
+) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """Factor state of buckets as `matrix.ifshampoo_` takes it, no buffers, and the settings."""
     empty = torch.empty(0)
-    shapes = [shape for shape, _, count in buckets for _ in range(count)]
-    params, grads, buffers = (
-        [torch.zeros(shape, dtype=dtype) for shape in shapes] for dtype in (*dtypes, F32)
-    )
     factors: list[Tensor] = []
     residuals: list[Tensor] = []
     products: list[Tensor] = []
@@ -158,21 +155,23 @@ def _ifshampoo(
             residuals.append(torch.zeros(shape, dtype=torch.int16) if is_split else empty)
             products.append(torch.zeros_like(factors[-1]) if is_dense else empty)
     momenta = [torch.zeros_like(factor) for factor in factors]
-    left = matrix.ifshampoo_(
-        params,
-        grads,
-        factors,
-        residuals,
-        momenta,
-        products,
-        buffers if momentum else [],
-        torch.tensor(0.1),
-        axes=[2] * len(buckets),
-        update_factors=True,
-        refresh_products=False,
-        momentum=0.9 if momentum else 0.0,
-        **_IFSHAMPOO,
+    settings = {**_IFSHAMPOO, "axes": [2] * len(buckets), "momentum": 0.0}
+    settings |= {"update_factors": True, "refresh_products": False}
+    return [factors, residuals, momenta, products, []], settings
+
+
+def _ifshampoo(
+    factor_dtype: torch.dtype, dtypes: Dtypes, momentum: bool, buckets: Sequence[Bucket]
+) -> None:
+    shapes = [shape for shape, _, count in buckets for _ in range(count)]
+    params, grads, buffers = (
+        [torch.zeros(shape, dtype=dtype) for shape in shapes] for dtype in (*dtypes, F32)
     )
+    (*state, _), settings = matrix_tensors(buckets, factor_dtype)
+    if momentum:
+        settings["momentum"] = 0.9
+    lr = torch.tensor(0.1)
+    left = matrix.ifshampoo_(params, grads, *state, buffers if momentum else [], lr, **settings)
     assert left == []
 
 

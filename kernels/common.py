@@ -7,7 +7,8 @@ here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,17 +21,30 @@ _MAX_PLANS = 128
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+# What launches under capture have used: a CUDA graph reads it at every replay. Kept for ever,
+# unless the graph's owner keeps it (`captured_tables`).
+_captured: list[Tensor] = []
+
+
+@contextmanager
+def captured_tables() -> Iterator[list[Tensor]]:
+    """A list of what launches use that are captured within; whoever has the graph keeps it."""
+    global _captured
+    outer, _captured = _captured, []
+    try:
+        yield _captured
+    finally:
+        _captured = outer
+
+
 class DeviceTable:
     """A small host tensor and its copy on one device.
 
     The copy is ordered with the work of the stream that was current when it was made, so another
-    stream gets one of its own. A CUDA graph reads its tables at every replay: what a capture uses
-    is kept for ever. A copy that a capture finds is complete, because torch.cuda.graph synchronizes
-    first; one that it has to make becomes a node of the graph, from pageable memory, because a
-    capture may not allocate pinned memory.
+    stream gets one of its own. A copy that a capture finds is complete, because torch.cuda.graph
+    synchronizes first; one that it has to make becomes a node of the graph, which reads the pinned
+    memory at every replay (under capture torch refuses a copy from any other).
     """
-
-    _captured: list[tuple[Tensor, Tensor]] = []  # noqa: RUF012 (shared by all tables)
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
         self.host = host
@@ -45,14 +59,17 @@ class DeviceTable:
         if torch.cuda.is_current_stream_capturing():
             copy = self._copy
             if copy is None:
-                copy = self.host.to(self._device, non_blocking=True)
-            self._captured.append((self.host, copy))
+                pinned = self.host.pin_memory()
+                copy = pinned.to(self._device, non_blocking=True)
+                _captured.append(pinned)
+            _captured.append(copy)
             return copy
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        if self._copy is None or self._stream != stream:
-            self._copy = self.host.pin_memory().to(self._device, non_blocking=True)
-            self._stream = stream
-        return self._copy
+        copy = self._copy
+        if copy is None or self._stream != stream:
+            copy = self.host.pin_memory().to(self._device, non_blocking=True)
+            self._copy, self._stream = copy, stream
+        return copy
 
 
 class Launch(NamedTuple):

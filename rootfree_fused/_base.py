@@ -161,7 +161,7 @@ class RootFreeOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if is_capturing():
+        if is_capturing(self.param_groups):
             self._check_capture()
         if not torch.compiler.is_compiling():
             for index, group in enumerate(self.param_groups):

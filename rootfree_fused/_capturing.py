@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 
-def is_capturing() -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and torch.cuda.is_initialized()
-        and torch.cuda.is_current_stream_capturing()
-    )
+def is_capturing(groups: list[dict[str, Any]]) -> bool:
+    """Whether the current stream of the parameters' device is being captured."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    indices = (p.get_device() for group in groups for p in group["params"] if p.is_cuda)
+    with torch.cuda.device(next(indices, -1)):  # which changes nothing for -1
+        return torch.cuda.is_current_stream_capturing()
 
 
 def check_capturable(groups: list[dict[str, Any]]) -> None:

@@ -6,8 +6,9 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,6 +55,13 @@ def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
     """The C++ kernel of IF-Shampoo, or None unless it serves these parameters."""
     suit = params[0].is_cpu and _cpu_matrix.suit_the_kernel(params, residuals)
     return torch.ops.rootfree_fused._ifshampoo_bf16_ if suit else None
+
+
+def captured_tables() -> AbstractContextManager[list[Tensor]]:
+    """The Triton launchers' own, or an empty list where they are missing."""
+    kernels = _kernels("common")
+    missing = isinstance(kernels, ImportError)
+    return nullcontext([]) if missing else cast(Any, kernels).captured_tables()
 
 
 def _served(param: Tensor) -> bool:

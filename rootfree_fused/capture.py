@@ -9,17 +9,19 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from . import ops
 from ._base import RootFreeOptimizer
 
 T = TypeVar("T")
 
 
 class _Recording(NamedTuple):
-    """A captured step, what it returns, and the gradients that its replays write."""
+    """A captured step, what it returns, the gradients that its replays write, what they read."""
 
     replay: Callable[[], None]
     output: Any
     grads: list[Tensor | None]
+    tables: list[Tensor]
 
 
 def _settings(optimizer: RootFreeOptimizer) -> list[dict[str, Any]]:
@@ -77,7 +79,7 @@ class CapturedStep(Generic[T]):
 
     Raises:
         TypeError: the optimizer is none of this package.
-        ValueError: not capturable, or a warmup below 1.
+        ValueError: not capturable, parameters on several devices, or a warmup below 1.
         RuntimeError: from a call, if a setting changed that the graphs hold, or from the capture
             itself: a parameter without gradient, a step that waits for the device.
     """
@@ -95,6 +97,13 @@ class CapturedStep(Generic[T]):
         if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1:
             raise ValueError(f"warmup is {warmup!r}; pass a whole number >= 1")
         self._train_step, self._optimizer, self._warmup = train_step, optimizer, warmup
+        devices = {param.device for param in self._params()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"parameters are on {', '.join(sorted(map(str, devices)))}, but a CUDA graph is of "
+                "one device; capture an optimizer a device"
+            )
+        (self._device,) = devices
         self._runs: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording] = {}
         self._last: _Recording | None = None
@@ -127,13 +136,14 @@ class CapturedStep(Generic[T]):
     def _capture(self) -> _Recording:
         self._optimizer._captured_by_kind = True
         try:
-            replay, output = self._record()
+            with ops.captured_tables() as tables:
+                replay, output = self._record()
         except BaseException:
             self._optimizer._forget()  # it may have counted a step that is not taken
             raise
         finally:
             self._optimizer._captured_by_kind = False
-        return _Recording(replay, output, [param.grad for param in self._params()])
+        return _Recording(replay, output, [param.grad for param in self._params()], tables)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -157,17 +167,20 @@ class CapturedStep(Generic[T]):
 
     def _run(self) -> T:
         """As it is, on the stream of the captures: autograd remembers on which it accumulated."""
-        self._stream = self._stream or torch.cuda.Stream()
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             output = self._train_step()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return output
 
     def _record(self) -> tuple[Callable[[], None], T]:
         """A graph of the next step. All share their memory, since none runs beside another."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+        ):
             output = self._train_step()
         self._pool = self._pool or graph.pool()
         return graph.replay, output

@@ -8,6 +8,7 @@ specification (reference/) on every other device and wherever one of the two is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -222,6 +223,11 @@ def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
     It takes contiguous tensors, no `axes` and no scaler's tensors. residuals: one an axis.
     """
     return _dispatch.matrix_kernel(params, residuals)
+
+
+def captured_tables() -> AbstractContextManager[list[Tensor]]:
+    """A list, within, of what kernels read that are captured: the graph's owner keeps it."""
+    return _dispatch.captured_tables()
 
 
 def as_scalar_tensor(value: float | Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def test_bad_input():
 
 
 def set_capturing(monkeypatch):
-    monkeypatch.setattr(rootfree_fused._base, "is_capturing", lambda: True)
+    monkeypatch.setattr(rootfree_fused._base, "is_capturing", lambda _: True)
 
 
 def refused(monkeypatch, optimizer, params, words):
