@@ -1,18 +1,22 @@
-"""Everything that needs a GPU, in one command: the tests, then the benchmarks of the targets.
+"""Everything that needs a GPU, in one command: the benchmarks of the targets, then the tests.
 
-Each part is a process of its own, so that one that fails leaves the others their GPU; rows are
-written as they are measured, and parts stop when the minutes are over. Without a GPU the same
-command rehearses itself on small sizes, and says so.
+Each part is a process of its own with a limit of its own, so that one that fails or hangs leaves
+the others their GPU and their time; rows are written as they are measured, and what a part printed
+lies in a log beside them. The report names troubles first and ends with the targets. Without a GPU
+the same command rehearses itself on small sizes, and says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,9 +25,19 @@ from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
 from .rows import ROOT, Row, Rows, markdown, number, provenance, read_rows, select, timed
 
-# The tests may take this share of the time.
-TESTS_SHARE = 0.5
-SECONDS_A_CASE = 30.0
+# Seconds of each part on an H100 or H200, compilation included, the tests last: the most that it
+# may take, and how much of that is for timing.
+LIMITS = {
+    "limits": (30, 2.0),
+    "whole steps": (90, 10.0),
+    "products": (60, 8.0),
+    "large diagonal": (60, 8.0),
+    "many tensors": (50, 8.0),
+    "tests": (240, 0.0),
+}
+# On demand, by --case.
+ALONE = (150, 30.0)
+SHOWN_TROUBLES = 20
 OURS = ("IFShampoo", "RootFree", "2,000 tensors", "300 tensors", "one tensor")
 
 
@@ -51,9 +65,10 @@ def _targets() -> list[Target]:
     return [
         *large,
         Target("114 of 1024: a step", "114 of 1024", ours, "time", 6.0, True, "ms"),
+        Target("the same, graph", "114 of 1024", f"{ours}, graph", "time", 6.0, True, "ms"),
         Target("of the mm rate", "114 of 1024", ours, "rate fraction", 0.6),
         Target("eigh Shampoo", "114 of 1024", "Shampoo by batched eigh", "slowdown", 50.0),
-        Target("the eager loop", "114 of 1024", "eager loop, bfloat16", "slowdown", 5.0),
+        Target("sirfshampoo", "114 of 1024", "sirfshampoo, bfloat16", "slowdown", 5.0),
         *(
             Target(f"K K^T, {case}, x bmm", case, "products", "speed", goal)
             for case, goal in goals.items()
@@ -79,36 +94,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measurement_arguments(parser)
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     parser.add_argument("--case", choices=CASES, help="measure this one alone, in this process")
+    parser.add_argument("--dry-run", action="store_true", help="print the limits, and their sum")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run every part; 1 if a test or a case failed, or a step was WRONG."""
     device = pick_device(args.device)
+    if args.dry_run:
+        for name, (most, _) in LIMITS.items():
+            print(f"{most:4} s  {name}")
+        print(f"{sum(most for most, _ in LIMITS.values()):4} s  at most")
+        return 0
     path = args.out / "gpu.jsonl"
     if args.case:
         rows = Rows(path, "gpu", device, append=True)
-        CASES[args.case](rows, device, 1.0 if args.quick or small(device) else SECONDS_A_CASE)
+        seconds = LIMITS.get(args.case, ALONE)[1]
+        CASES[args.case](rows, device, 1.0 if args.quick or small(device) else seconds)
         return 0
 
     deadline = time.monotonic() + 60 * args.minutes
     rows = Rows(path, "gpu", device, arguments=args)
     if small(device):
         print("no CUDA device: small sizes on the CPU, no GPU test, no product by a kernel")
-    for name in rows.remaining(("tests", *CASES)):
+    for name in rows.remaining(LIMITS):
+        seconds = min(LIMITS[name][0], deadline - time.monotonic())
         if name == "tests":
-            run_tests(rows, device, TESTS_SHARE * 60 * args.minutes)
+            run_tests(rows, device, seconds)
             continue
         command = [sys.executable, "-m", "bench", "gpu", "--case", name, "--device", device.type]
         command += ["--out", str(args.out.resolve()), *(["--quick"] if args.quick else [])]
-        run_part(rows, name, command, deadline - time.monotonic())
+        run_part(rows, name, command, seconds)
     rows.finish()
     written = read_rows(path)
     report = path.with_suffix(".md")
     report.write_text(table(written))
-    print(report.read_text())
     print(f"rows   {path}\ntable  {report}")
+    print(report.read_text())
     failed = any(row["metric"] == "failed" and row["value"] != 0 for row in written)
     return int(failed or bool(wrong_of_ours(written)))
+
+
+def log_of(rows: Rows, name: str) -> Path:
+    """Where a part's output goes, line by line."""
+    return rows.path.with_name(f"gpu-{name.replace(' ', '-')}.log")
 
 
 def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
@@ -116,18 +144,31 @@ def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
     if seconds < 10:
         rows.add(name, "process", "skipped", None, "", why="no time left")
         return ""
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+    log = log_of(rows, name)
+    with log.open("w") as output:
+        part = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    except subprocess.TimeoutExpired as stopped:
-        output = (stopped.stdout or b"").decode(errors="replace")
-        rows.add(name, "process", "failed", 1, "", why="stopped: no time left")
-        return output
-    if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        rows.add(name, "process", "failed", 1, "", why=" ".join(last)[:300])
-    return done.stdout
+        try:
+            code = part.wait(timeout=seconds)
+            why = f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            code, why = None, f"stopped after {seconds:.0f} s"
+        stop_session(part)
+    printed = log.read_text(errors="replace")
+    if code != 0:
+        last = " ".join(printed.strip().splitlines()[-1:])
+        rows.add(name, "process", "failed", 1, "", why=f"{why}: {last}"[:300])
+    return printed
+
+
+def stop_session(part: subprocess.Popen[bytes]) -> None:
+    """End a process and its children, which would use the GPU beside the next part."""
+    try:
+        os.killpg(part.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it ended, and left none
+        return
+    part.wait()
 
 
 def run_tests(rows: Rows, device: torch.device, seconds: float) -> None:
@@ -135,29 +176,27 @@ def run_tests(rows: Rows, device: torch.device, seconds: float) -> None:
     if small(device):
         rows.add("tests", "pytest", "skipped", None, "", why="no CUDA device")
         return
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rf", "--tb=short"]
     command += ["--continue-on-collection-errors"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", "120"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", "8"]
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
     output = run_part(rows, "tests", command, seconds)
     for outcome in ("passed", "failed", "skipped", "error"):
-        found = re.search(rf"(\d+) {outcome}", output)
+        found = re.search(rf"(\d+) {outcome}", output.rpartition("\n=")[2])
         rows.add("tests", "pytest", outcome, int(found[1]) if found else 0, "tests")
     for line in re.findall(r"^FAILED (.*)", output, re.MULTILINE):
         rows.add("tests", "pytest", "failed test", None, "", test=line[:300])
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: the targets with what was measured, then whatever failed or was left out."""
+    """Markdown: whatever failed or was left out, then the targets with what was measured."""
     limits = select(rows, case="limits")
     tests = [row for row in select(rows, case="tests") if row["unit"] == "tests"]
     parts = ["# GPU: measured against the targets", provenance(rows)]
     if not on_gpu(rows):
         parts.append("**A rehearsal on the CPU with small sizes: none of these is a result.**")
-    for name, found in (("Tests", tests), ("Limits", limits)):
-        numbers = [f"{row['metric']} {row['value']:.4g} {row['unit']}" for row in found]
-        parts.append(f"{name}: {', '.join(numbers) or 'none'}")
-    parts.append(markdown(("what", "measured", "target", ""), [_line(t, rows) for t in TARGETS]))
     troubles = [
         f"- {row['case']}, {row['metric']}: {row['detail'].get('why') or row['detail'].get('test')}"
         for row in rows
@@ -168,7 +207,15 @@ def table(rows: list[Row]) -> str:
         f"{row['unit']}"
         for row in wrong(rows)
     ]
-    return "\n\n".join(parts + (["\n".join(troubles)] if troubles else [])) + "\n"
+    if more := len(troubles) - SHOWN_TROUBLES:
+        troubles[SHOWN_TROUBLES:] = [f"- and {more} more: see the rows"] if more > 0 else []
+    if troubles:
+        parts.append("\n".join(troubles))
+    for name, found in (("Tests", tests), ("Limits", limits)):
+        numbers = [f"{row['metric']} {row['value']:.4g} {row['unit']}" for row in found]
+        parts.append(f"{name}: {', '.join(numbers) or 'none'}")
+    parts.append(markdown(("what", "measured", "target", ""), [_line(t, rows) for t in TARGETS]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _line(target: Target, rows: list[Row]) -> list[str]:

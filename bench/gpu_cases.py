@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from rootfree_fused import RootFreeRMSprop, reference
+from rootfree_fused import RootFreeRMSprop
 
 from . import diag, models, step
 from . import products as bench_products
@@ -25,6 +25,8 @@ from .rows import Rows
 Case = Callable[[Rows, torch.device, float], None]
 BF16 = torch.bfloat16
 OURS = "IFShampoo, bfloat16"
+GRAPH = f"{OURS}, graph"
+WHOLE_STEPS = (OURS, "IFShampoo, float32", "sirfshampoo, bfloat16", "torch Muon", EIGH)
 CAPTURABLE = Provider(
     functools.partial(RootFreeRMSprop, momentum=0.9, capturable=True, **RMSPROP),
     PROVIDERS["RootFreeRMSprop, momentum 0.9"].eager,
@@ -144,12 +146,20 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     values = random_tensors(shapes, scale=0.02, dtype=torch.float32, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
     runs = {}
-    # Of the eigendecompositions two: in float64 they take seconds.
-    for name, judged in ((OURS, count), (EIGH, 2)):
+    for name in WHOLE_STEPS:
+        if why := PEERS[name].why_absent():
+            rows.add("114 of 1024", name, "absent", None, "", why=why)
+            continue
+        # Of the others two: eigendecompositions in float64 take seconds.
+        judged = count if name == OURS else 2
         step = checked_step(rows, "114 of 1024", name, PEERS[name], values, grads, judged)
         if step:
             runs[name] = step
-    runs["eager loop, bfloat16"] = functools.partial(eager_steps, grads)
+    if not small(device):
+        capturable = functools.partial(ifshampoo, dtype=BF16, capturable=True)
+        peer = dataclasses.replace(PEERS[OURS], build=capturable)
+        step = checked_step(rows, "114 of 1024", GRAPH, peer, values, grads, 2)
+        runs |= {GRAPH: captured(step)} if step else {}
     side = 256 if small(device) else 8192
     a, b = random_tensors([(side, side)] * 2, scale=1.0, dtype=BF16, device=device, seed=0)
     runs["mm"] = lambda: a @ b
@@ -185,24 +195,6 @@ def checked_step(
     verdict = judge(peer, values[:judged], grads[:judged], params[:judged], interval=1)
     rows.add(case, name, "error", verdict.value, verdict.unit, right=verdict.right)
     return optimizer.step if verdict.right else None
-
-
-def eager_steps(grads: list[Tensor]) -> None:
-    """The matrix products of sirfshampoo's step, a matrix at a time, in bfloat16."""
-    factors = [torch.eye(len(grads[0]), device=grads[0].device, dtype=BF16)] * 2
-    for grad in grads:
-        momenta = [torch.zeros_like(f) for f in factors]
-        g = grad.to(BF16)
-        reference.update_factors_(
-            g,
-            [f.clone() for f in factors],
-            momenta,
-            factor_lr=0.1,
-            factor_momentum=0.5,
-            damping=1e-4,
-            batch_size=8,
-        )
-        reference.precondition(g, factors)
 
 
 def triton_or_cuda(rows: Rows, device: torch.device, seconds: float) -> None:

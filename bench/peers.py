@@ -74,7 +74,9 @@ def _copy64(tensor: Tensor) -> Tensor:
 # Ours -----------------------------------------------------------------------------------------
 
 
-def ifshampoo(params: list[Parameter], interval: int, *, dtype: torch.dtype) -> Optimizer:
+def ifshampoo(
+    params: list[Parameter], interval: int, *, dtype: torch.dtype, capturable: bool = False
+) -> Optimizer:
     return IFShampoo(
         params,
         lr=LR,
@@ -85,6 +87,7 @@ def ifshampoo(params: list[Parameter], interval: int, *, dtype: torch.dtype) -> 
         factor_momentum=FACTOR_MOMENTUM,
         factor_dtype=dtype,
         update_interval=interval,
+        capturable=capturable,
     )
 
 

@@ -61,7 +61,12 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash, -dirty where tracked files other than results differ; 'unknown' outside git."""
+    """Short hash, -dirty where tracked files other than results differ; 'unknown' outside git.
+
+    A copy without git is told by BENCH_COMMIT.
+    """
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     try:
         hash_ = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")

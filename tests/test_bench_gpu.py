@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from bench import eigh, gpu, gpu_cases, rows
 from bench.__main__ import main
 
 # What the CPU cannot rehearse.
-GPU_ALONE = ("K K^T", "K m", "300, graph")
+GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph")
 
 
 @needs_extras
@@ -40,7 +42,8 @@ def collected(tmp_path):
     ("script", "seconds", "why"),
     [
         ("import sys; print('x'); sys.exit('RuntimeError: out of luck')", 60.0, "out of luck"),
-        ("import time; time.sleep(60)", 10.0, "stopped: no time left"),
+        ("import time; time.sleep(60)", 10.0, "stopped after 10 s"),
+        ("import os; os.kill(os.getpid(), 11)", 60.0, "exit status -11"),
     ],
 )
 def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
@@ -52,6 +55,37 @@ def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
     assert why in gpu.table([row])
 
 
+def test_a_part_that_hangs_takes_its_children_with_it(tmp_path):
+    child = "import time; time.sleep(300)"
+    script = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}])"
+    script += "; print(c.pid, flush=True); c.wait()"
+    printed = gpu.run_part(collected(tmp_path), "limits", [sys.executable, "-c", script], 10.0)
+    status = Path(f"/proc/{int(printed)}/status")
+    for _ in range(50):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the child lives on")
+
+
+def test_targets_come_last_whatever_fails_before(tmp_path):
+    """Whoever sees the end of a long output alone sees them."""
+    found = collected(tmp_path)
+    for i in range(500):
+        found.add("tests", "pytest", "failed test", None, "", test=f"tests/test_a.py::test_{i}")
+    shown = gpu.table(rows.read_rows(found.path))
+    assert "test_19" in shown
+    assert "test_20" not in shown
+    assert "and 480 more" in shown
+    assert all(target.what in shown[-4000:] for target in gpu.TARGETS)
+
+
+def test_the_limits_leave_time_to_start(capsys):
+    assert main(["gpu", "--dry-run"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert int(last.split()[0]) == sum(most for most, _ in gpu.LIMITS.values()) <= 540
+
+
 def test_a_part_without_time_is_not_started(tmp_path):
     found = collected(tmp_path)
     assert gpu.run_part(found, "limits", ["/no/such/program"], 9.0) == ""
@@ -60,7 +94,9 @@ def test_a_part_without_time_is_not_started(tmp_path):
 
 
 def test_a_failing_test_is_counted_and_named(tmp_path, monkeypatch):
-    output = "FAILED tests/test_a.py::test_b[cuda] - assert\n2 failed, 31 passed, 4 skipped in 9s"
+    output = "tests/test_a.py::test_b[cuda] FAILED\n12 failed is no summary\n=== short\n"
+    output += "FAILED tests/test_a.py::test_b[cuda] - assert\n"
+    output += "=== 2 failed, 31 passed, 4 skipped in 9s ==="
     monkeypatch.setattr(gpu, "run_part", lambda *_: output)
     monkeypatch.setattr(gpu, "small", lambda _: False)
     found = collected(tmp_path)

@@ -86,7 +86,15 @@ def test_the_specification_imports_only_torch():
 def test_kernels_import_only_torch_and_triton():
     files = sorted((ROOT / "kernels").glob("*.py"))
     assert files
-    library = {"__future__", "collections", "contextlib", "contextvars", "functools", "math", "typing"}
+    library = {
+        "__future__",
+        "collections",
+        "contextlib",
+        "contextvars",
+        "functools",
+        "math",
+        "typing",
+    }
     allowed = library | {"torch", "triton"}
     for path in files:
         for target in imports(path, f"{PACKAGE}.kernels"):
