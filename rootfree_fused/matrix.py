@@ -307,10 +307,6 @@ class _Matrices:
 
     def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
         refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
-        # A step that the device may skip makes no new K K^T there; without an interval each does.
-        if "found_inf" not in scaling or group["update_interval"] > 1:
-            for bucket in self._buckets:
-                bucket.note_versions()
         tensors = (
             self._params,
             [grads[i] for i in self._places],
@@ -334,3 +330,8 @@ class _Matrices:
             self._kernel(*tensors, **scalars)
         else:
             torch.ops.rootfree_fused.ifshampoo_(*tensors, axes=self._axes, **scalars, **scaling)
+        # Now, since the specification counts as a write. A step that the device may skip makes no
+        # new K K^T there; without an interval each does.
+        if "found_inf" not in scaling or group["update_interval"] > 1:
+            for bucket in self._buckets:
+                bucket.note_versions()
