@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,14 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/diag.cpp", "csrc/matrix.cpp", "csrc/registration.cpp"]
 HOST_SOURCES = ["csrc/host.cpp"]
-CUDA_SOURCES = ["csrc/diag_cuda.cpp", "csrc/diag.cu"]
 # torch's stable ABI from 2.11 and Python's from 3.10 on: one build serves all newer.
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
-# Machine code for A100, H100 and B200; newer chips compile the PTX of the last.
-CUDA_TARGETS = {80: "sm_80", 90: "sm_90", 100: "[sm_100,compute_100]"}
 
 
 class OptionalBuildExt(build_ext):
     """The package works without its extension: one that does not compile is a warning."""
 
     def build_extension(self, ext: Extension) -> None:
-        if ext.sources == CUDA_SOURCES:
-            self.build_with_nvcc(ext)
-            return
         try:
             super().build_extension(ext)
         except Exception as error:
@@ -37,22 +29,6 @@ class OptionalBuildExt(build_ext):
                 warn_without_extension(str(error), cure, "a step on a GPU takes its host longer")
             else:
                 warn_without_extension(str(error), cure)
-
-    def build_with_nvcc(self, ext: Extension) -> None:
-        nvcc = shutil.which("nvcc")
-        if nvcc is None:
-            raise RuntimeError(
-                "ROOTFREE_FUSED_CUDA is 1 but there is no nvcc: install the CUDA toolkit (12.8 or "
-                "newer) and put its bin folder on PATH, or unset ROOTFREE_FUSED_CUDA"
-            )
-        output = Path(self.get_ext_fullpath(ext.name))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-shared", "-Xcompiler=-fPIC", *ext.extra_compile_args, *ext.sources]
-        command += [f"-D{name}={value}" for name, value in ext.define_macros]
-        command += [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
-        command += [f"-L{path}" for path in ext.library_dirs]
-        command += [f"-l{name}" for name in ext.libraries]
-        subprocess.run([*command, "-o", output], check=True)
 
 
 def warn_without_extension(
@@ -82,12 +58,7 @@ def extensions() -> list[Extension]:
         "include_dirs": include_paths(),
         "library_dirs": library_paths(),
     }
-    asked_for_cuda = os.environ.get("ROOTFREE_FUSED_CUDA") == "1"
-    return [
-        cpu_extension(found),
-        host_extension(found, torch.__version__),
-        *([cuda_extension(found)] if asked_for_cuda else []),
-    ]
+    return [cpu_extension(found), host_extension(found, torch.__version__)]
 
 
 def cpu_extension(found: dict[str, Any]) -> Extension:
@@ -122,25 +93,6 @@ def host_extension(found: dict[str, Any], torch_version: str) -> Extension:
         extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
         language="c++",
         optional=True,
-        **found,
-    )
-
-
-def cuda_extension(found: dict[str, Any]) -> Extension:
-    """The CUDA C++ kernels; a torch without CUDA builds them but cannot load them."""
-    has_cuda = any(Path(path, "libtorch_cuda.so").exists() for path in found["library_dirs"])
-    return Extension(
-        "rootfree_fused._C_cuda",
-        CUDA_SOURCES,
-        py_limited_api=True,
-        libraries=["torch_cpu", *(["torch_cuda"] if has_cuda else [])],
-        define_macros=[*MACROS, ("USE_CUDA", "1")],
-        extra_compile_args=[
-            "-std=c++20",
-            "-O3",
-            "-Xcompiler=-fvisibility=hidden",
-            *(f"-gencode=arch=compute_{n},code={code}" for n, code in CUDA_TARGETS.items()),
-        ],
         **found,
     )
 

@@ -68,22 +68,13 @@ def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], tor
         "ResNet-50, float32": (resnet50, float32),
         f"{many:,} tensors of 1,000, float32": ([(1000,)] * many, float32),
         f"{many:,} tensors of 100, float32": ([(100,)] * many, float32),
-        **cases_of_kernels(large, many * 2),
+        "4 large tensors, float32": ([(large // 4,)] * 4, float32),
+        **{
+            f"{count:,} mixed tensors, float32": (list(mixed_shapes(count, large // 250)), float32)
+            for count in (many * 3 // 10, many * 2)
+        },
         **cases_of_sizes(largest),
     }
-
-
-def cases_of_kernels(large: int, most: int = 2000) -> dict[str, tuple[list[Shape], torch.dtype]]:
-    """Where kernels differ: few large tensors of `large` elements, and many mixed ones."""
-    few = {"4 large tensors, float32": ([(large // 4,)] * 4, torch.float32)}
-    many = {
-        f"{count:,} mixed tensors, float32": (
-            list(mixed_shapes(count, large // 250)),
-            torch.float32,
-        )
-        for count in (300 * most // 2000, most)
-    }
-    return few | many
 
 
 def cases_of_sizes(largest: int) -> dict[str, tuple[list[Shape], torch.dtype]]:

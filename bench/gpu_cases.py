@@ -197,13 +197,6 @@ def checked_step(
     return optimizer.step if verdict.right else None
 
 
-def triton_or_cuda(rows: Rows, device: torch.device, seconds: float) -> None:
-    """The diagonal kernels beside each other, eager and replayed, on few and many tensors."""
-    large = 100_000 if small(device) else 250_000_000
-    for case, (shapes, dtype) in diag.cases_of_kernels(large).items():
-        diag.measure(case, shapes, dtype, rows, device, seconds / 3)
-
-
 def kernels(rows: Rows, device: torch.device, seconds: float) -> None:
     """The products of the targets by torch.bmm and torch.compile too, and eigh beside them."""
     bench_products.limits(rows, device, seconds / 8, 128 if small(device) else 8192)
@@ -237,7 +230,6 @@ CASES: dict[str, Case] = {
     "whole steps": whole_steps,
     "products": products,
     "many tensors": many_tensors,
-    "Triton or CUDA C++": triton_or_cuda,
     "kernels": kernels,
     "networks": networks,
 }

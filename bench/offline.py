@@ -24,8 +24,6 @@ from .control_flow import ControlFlow
 from .occupancy import resident_programs
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_SASS_HEADING = r"^\.text\.(\S+):$"
-_USAGE_HEADING = r"^ *Function (\S+):$"
 Call = tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
@@ -74,12 +72,11 @@ class Program:
     shared_bytes: int
     num_warps: int
     tensor_columns: int = 0
-    function: str = ""  # where the cubin has several
 
     @cached_property
     def instructions(self) -> list[str]:
         """SASS without addresses and encodings; a label is a line that ends in a colon."""
-        text = self._own_part(disassemble(self.cubin, "nvdisasm", "-c"), _SASS_HEADING)
+        text = disassemble(self.cubin, "nvdisasm", "-c")
         lines = [re.sub(r"/\*.*?\*/", "", line).strip() for line in text.splitlines()]
         return [line for line in lines if line.endswith(";") or re.fullmatch(r"\.L_\w+:", line)]
 
@@ -89,14 +86,8 @@ class Program:
 
     @cached_property
     def _resources(self) -> dict[str, int]:
-        text = self._own_part(disassemble(self.cubin, "cuobjdump", "-res-usage"), _USAGE_HEADING)
+        text = disassemble(self.cubin, "cuobjdump", "-res-usage")
         return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
-
-    def _own_part(self, text: str, heading: str) -> str:
-        if not self.function:
-            return text
-        parts = re.split(heading, text, flags=re.MULTILINE)
-        return parts[parts.index(self.function) + 1]
 
     @property
     def registers(self) -> int:
@@ -127,11 +118,6 @@ class Program:
             if line.startswith("EXIT"):
                 paths.append([])
         return [path for path in paths if any("STG" in line for line in path)]
-
-
-def functions(cubin: bytes) -> list[str]:
-    """The mangled names of the kernels in a cubin."""
-    return re.findall(_SASS_HEADING, disassemble(cubin, "nvdisasm", "-c"), re.MULTILINE)
 
 
 @cache

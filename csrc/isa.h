@@ -9,11 +9,7 @@
 
 #include <atomic>
 
-#if defined(__CUDACC__)
-#define ROOTFREE_INLINE __host__ __device__ inline __attribute__((always_inline))
-#else
 #define ROOTFREE_INLINE inline __attribute__((always_inline))
-#endif
 
 // Before a loop in which no iteration reads what another one writes.
 #if defined(__clang__)

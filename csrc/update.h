@@ -38,12 +38,6 @@ struct Rmsprop {
         grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
         coupled_decay(o.decoupled ? 0 : o.weight_decay),
         decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
-
-  // From lr 1 to a lr that only the device knows.
-  ROOTFREE_INLINE void scale_lr(T factor) {
-    lr *= factor;
-    decoupled_decay *= factor;
-  }
 };
 
 // s   <- s + (1 - alpha) (B g^2 - s)
@@ -89,16 +83,6 @@ struct Adamw {
         weight_decay(o.lr * o.weight_decay),
         batch_size(o.batch_size),
         grad_factor((o.maximize ? -1 : 1) / o.grad_scale) {}
-
-  // From lr 1 to a lr, and from no bias correction to one, that only the device knows.
-  ROOTFREE_INLINE void scale_lr(T factor) {
-    step_size *= factor;
-    weight_decay *= factor;
-  }
-  ROOTFREE_INLINE void correct_bias(T correction1, T correction2) {
-    step_size *= correction2 / correction1;
-    damping *= correction2;
-  }
 };
 
 // p <- p - lr weight_decay p

@@ -69,8 +69,6 @@ class Lists:
     specification in float64 `truth`.
     """
 
-    kernels = diag  # whose rmsprop_ and adamw_ are tested
-
     def __init__(self, case, shapes, device, dtypes, layouts=("contiguous",) * 4):
         self.scalars, extra = CASES[case]
         self.is_adamw = case.startswith("adamw")
@@ -113,10 +111,10 @@ class Lists:
         params, square_avgs, others = self.actual
         if self.is_adamw:
             averages = others, square_avgs, self.steps
-            self.kernels.adamw_(params, grads, *averages, lr, **self.scalars, **scaling)
+            diag.adamw_(params, grads, *averages, lr, **self.scalars, **scaling)
         else:
             states = square_avgs, others
-            self.kernels.rmsprop_(params, grads, *states, lr, **self.scalars, **scaling)
+            diag.rmsprop_(params, grads, *states, lr, **self.scalars, **scaling)
 
     def specify(self, lists, grads, lr):
         params, square_avgs, others = lists

@@ -6,7 +6,7 @@ import pytest
 import torch
 from _bench import CPU, needs_extras, row
 
-from bench import common, diag, rows
+from bench import common, cuda, diag, rows
 from bench.__main__ import main
 from bench.providers import PROVIDERS
 
@@ -58,6 +58,14 @@ def test_as_many_providers_are_timed_as_memory_has_room_for(dtype, bytes_of_all,
         available = 1000 * (bytes_of_all + each * (count + 0.5)) / 0.9
         monkeypatch.setattr(diag, "available_memory", lambda _, free=available: free)
         assert list(diag.fitting(PROVIDERS, 1000, dtype, CPU)) == names[:count]
+
+
+@pytest.mark.gpu
+def test_replayed_steps_are_right():
+    params = [torch.randn(n, device="cuda") / 10 for n in (300, 2, 1024)]
+    for provider in cuda.cuda_providers().values():
+        optimizer = diag.built(provider, params, params)
+        assert diag.check(provider, optimizer, params, params) <= diag.ALLOWED_ERROR
 
 
 @needs_extras
