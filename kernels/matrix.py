@@ -18,9 +18,10 @@ row or column scale of its neighbour's GEMM, which is then the only one.
 
 Shapes: params (d_C, d_K) up to axes of size 1; factors dense (d, d) or diagonal (d,). Dtypes:
 params and grads float32, bfloat16 or float16; a GEMM's operands and the intermediates G, T, M, V
-bfloat16, or float32 for float32 factors (three TF32 products, never one); accumulation, norms, scalars and everything
-that has no GEMM float32. A bfloat16 factor is stored with a residual (reference.split) and keeps
-24 bits; GEMMs read the bfloat16 half. FLOPs of an n x n weight: 18 n^3 an update, 4 n^3 else.
+bfloat16, or float32 for float32 factors (three TF32 products, never one); accumulation, norms,
+scalars and everything that has no GEMM float32. A bfloat16 factor is stored with a residual
+(reference.split) and keeps 24 bits; GEMMs read the bfloat16 half. FLOPs of an n x n weight: 18 n^3
+an update, 4 n^3 else.
 
 Matrices in the scratch have rows padded with zeros to a multiple of 8 elements; state whose rows
 are no such multiples is copied there for GEMMs to read. T, M and V are rounded to the GEMM dtype,
@@ -56,8 +57,8 @@ LARGE_DESCRIPTORS = LARGE._replace(descriptors=True)
 # Fewer large tiles than multiprocessors leave some idle; small matrices leave tiles half empty.
 SMALL = Tiling(block=64, block_k=64, num_warps=4, num_stages=4, precision=None)
 ENOUGH_LARGE_TILES = 132  # the multiprocessors of an H100
-# Three TF32 products a product keep float32's bits. On an H200, 114 of 1024 x 1024: 59 ms a step, by
-# scalar units 105 ms in 64 x 64 x 16 tiles and 79 ms in 128 x 128 x 16.
+# Three TF32 products a product keep float32's bits. On an H200, 114 of 1024 x 1024: 59 ms a step,
+# by scalar units 105 ms in 64 x 64 x 16 tiles and 79 ms in 128 x 128 x 16.
 FLOAT32 = Tiling(block=64, block_k=32, num_warps=4, num_stages=3, precision="tf32x3")
 GATHER_WARPS = 8
 
