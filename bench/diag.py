@@ -36,10 +36,9 @@ from .common import (
     time_host,
 )
 from .cuda import cuda_providers
-from .providers import CHECK_STEPS, PROVIDERS, Provider
+from .providers import ALLOWED_ERROR, CHECK_STEPS, PROVIDERS, Provider
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
 
-ALLOWED_ERROR = 2.0
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
 CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
 CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
@@ -171,7 +170,7 @@ def measure(
     for name, provider in room.items():
         optimizer = built(provider, params, grads)
         ratio = check(provider, optimizer, params, grads)
-        right = ratio <= ALLOWED_ERROR
+        right = ratio <= provider.allowed
         rows.add(case, name, "error", ratio, "x eager error", right=right)
         if right:
             optimizers[name] = optimizer

@@ -184,8 +184,41 @@ def networks(files: Files) -> str:
     return f"{markdown(('ms a step', *NETWORK_PEERS, last), lines)}\n\n{_measured(rows)}"
 
 
+MATRICES = "114 of 1024"
+LARGE = ("one large tensor, float32", "one large tensor, bfloat16")
+
+
+def gpu(files: Files) -> str:
+    """Steps of the matrices of an eighth of a 953M model, and of one large tensor."""
+    rows = files["gpu"]
+    matrices = [
+        [row["provider"], timed(row, band=False), f"{_value(rows, row, 'slowdown'):.3g}"]
+        for row in select(rows, case=MATRICES, metric="time")
+        if row["provider"] != "mm"
+    ]
+    header = (f"{MATRICES} x 1024, every factor renewed", "ms a step", f"x {OURS}")
+    large = []
+    for case in LARGE:
+        names = unique(select(rows, case=case), "provider")
+        for name in (name for name in names if name not in PROBE_BYTES):
+            cell = _cell(rows, name, case)
+            (time,) = select(rows, case=case, provider=name, metric="time") or (None,)
+            share = f"{_value(rows, time, 'bandwidth fraction'):.1%}" if time else ""
+            large.append([f"{name}, {case.rpartition(' ')[2]}", cell, share])
+    other = ("one tensor of 10^9", "ms a step", "of the bandwidth of a copy")
+    return f"{markdown(header, matrices)}\n\n{markdown(other, large)}\n\n{_measured(rows)}"
+
+
+def _value(rows: list[Row], of: Row, metric: str) -> float:
+    """Another metric of a row's case and provider."""
+    (found,) = select(rows, case=of["case"], provider=of["provider"], metric=metric)
+    value: float = found["value"]
+    return value
+
+
 TABLES: dict[str, Callable[[Files], str]] = {
     "headline": headline,
+    "gpu": gpu,
     "diag": diag,
     "networks": networks,
     "text": text,
