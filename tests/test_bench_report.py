@@ -57,7 +57,7 @@ def test_a_mark_without_rows_or_of_an_unknown_name_is_refused(files):
     page = "<!-- bench:diag -->\n<!-- /bench -->"
     with pytest.raises(SystemExit, match=r"bench:diag needs the rows 'diag'.jsonl"):
         readme.rewritten(page, {})
-    with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, diag"):
+    with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, gpu, diag"):
         readme.rewritten(page.replace("diag", "dig"), files)
 
 
