@@ -109,6 +109,20 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def gradients_suit(params: Sequence[Tensor]) -> bool:
+    """Whether every gradient has a dtype that the kernels read: the parameter's, or float32."""
+    return all(p.grad is not None and p.grad.dtype in (p.dtype, torch.float32) for p in params)
+
+
+def usable_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients; those that do not suit in the dtype of the state, exact for narrower ones."""
+    grads = [p.grad for p in params if p.grad is not None]
+    return [
+        g if g.dtype in (p.dtype, torch.float32) else g.to(state_dtype(p))
+        for p, g in zip(params, grads, strict=True)
+    ]
+
+
 def check_tensors(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
 ) -> None:

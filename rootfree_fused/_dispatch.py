@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _cpu_matrix, _fallback
 
@@ -25,7 +26,7 @@ def register(library: torch.library.Library) -> None:
         on_cuda = _matrices_on_cuda if name == "ifshampoo_" else _on_cuda(name)
         library.impl(name, _slowly(name), "CompositeExplicitAutograd")
         library.impl(name, on_cuda, "CUDA")
-        torch.library.register_fake(f"rootfree_fused::{name}", lambda *_, **__: None, lib=library)
+        torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
     library.impl("ifshampoo_", _matrices_on_cpu, "CPU")
     _extension()
 
@@ -151,6 +152,19 @@ def _select(values: Any, part: list[bool]) -> Any:
     return (
         [value for value, chosen in zip(values, part, strict=True) if chosen] if values else values
     )
+
+
+def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
+    """What torch.compile records, and what runs where all parameters are on meta.
+
+    The dispatcher takes it for every call with a tensor on meta, which must not stop the others.
+    """
+    for i, param in enumerate(params):
+        if not (param.is_meta or isinstance(param, FakeTensor)):
+            raise ValueError(
+                f"params[{i}] is on {param.device} but a tensor of the call is on meta, where it "
+                f"has no values; move it with .to({str(param.device)!r})"
+            )
 
 
 def _matrices_on_cpu(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:

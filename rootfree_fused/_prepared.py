@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._scaling import Scaling, on_host, steps_taken
+from ._checks import gradients_suit, usable_gradients
+from ._scaling import Scaling
+from ._stacks import Counts
 from ._state import State
 
 
@@ -49,8 +51,10 @@ class Launch(NamedTuple):
 def on_gradients(
     params: list[Tensor], run: Callable[[list[Any], dict[str, Any], Scaling], None]
 ) -> Launch:
-    """A launch that takes the gradients as tensors."""
-    return Launch(params, lambda params, *rest: run([p.grad for p in params], *rest), None)
+    """A launch that takes the gradients as tensors, of the dtypes that they have now."""
+    if gradients_suit(params):
+        return Launch(params, lambda params, *rest: run([p.grad for p in params], *rest), None)
+    return Launch(params, lambda params, *rest: run(usable_gradients(params), *rest), None)
 
 
 class Prepared(NamedTuple):
@@ -60,14 +64,11 @@ class Prepared(NamedTuple):
     grads: bytes
     states: list[State]  # of every parameter of the group
     params: list[Tensor]  # those that have a gradient
-    steps: Tensor
+    counts: Counts
     launch: Launch
 
     def run(self, group: dict[str, Any], scaling: Scaling) -> None:
-        """A step."""
-        if scaling and self.params[0].is_cpu:
-            scaling = on_host(scaling)
-        self.steps.add_(steps_taken(scaling, self.steps.device))
+        """A step, after `counts` has counted it."""
         self.launch.run(self.launch.plan, group, scaling)
         extension().mark_changed(self.params)
 
@@ -81,10 +82,16 @@ class Prepared(NamedTuple):
 
 
 class PreparedSteps:
-    """What the last step prepared, by the place of the group."""
+    """What the last steps prepared, by the place of the group.
+
+    Of each group several, the one that ran last first: which parameters have a gradient may change
+    from step to step, with experts and with layers that are left out.
+    """
+
+    _KEPT = 8
 
     def __init__(self) -> None:
-        self._steps: dict[int, Prepared] = {}
+        self._steps: dict[int, list[Prepared]] = {}
         self._states: list[State] = []
 
     def forget_unless_owned(self, state: dict[Tensor, State]) -> None:
@@ -93,17 +100,27 @@ class PreparedSteps:
             self._steps.clear()
             self._states = list(state.values())
 
+    def forget(self, index: int) -> None:
+        """Drop what is known of a group, whose settings ask for another look."""
+        self._steps.pop(index, None)
+
     def find(self, index: int, params: list[Tensor]) -> Prepared | None:
         """The step that is right for these parameters, their gradients and state, if there is."""
-        known = self._steps.get(index) if can_compare() else None
-        grads = known and extension().unchanged(params, known.states, known.what)
-        if known is None or grads is None:
-            return None
-        self._steps[index] = known.with_grads(grads)
-        return self._steps[index]
+        known = self._steps.get(index, []) if can_compare() else []
+        for place, step in enumerate(known):
+            grads = extension().unchanged(params, step.states, step.what)
+            if grads is not None:
+                if place:
+                    del known[place]
+                    known.insert(0, step)
+                known[0] = step.with_grads(grads)
+                return known[0]
+        return None
 
     def keep(self, index: int, prepared: Prepared) -> None:
-        self._steps[index] = prepared
+        known = self._steps.setdefault(index, [])
+        known.insert(0, prepared)
+        del known[self._KEPT :]
 
 
 def can_compare() -> bool:

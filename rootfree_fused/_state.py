@@ -1,36 +1,116 @@
-"""State tensors: how step counts are stacked, and how state is saved and loaded without a loss."""
+"""Declared state: how each tensor starts, when it is allocated, how it is saved without a loss."""
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._checks import DTYPES, state_dtype
+from .reference.matrix import join, split
 
 State = dict[str, Tensor]
-# Builds a state tensor's first value on a device; on "meta" it is a declaration that costs nothing.
-Initial = Callable[[torch.device], Tensor]
+# State that a change of settings may ask for after the first step.
+ADDED_LATER = frozenset({"momentum_buffer"})
+_OWN = {"step", "square_avg", "exp_avg", "exp_avg_sq", "momentum_buffer"}
 
 
-def initial_step(device: torch.device) -> Tensor:
-    """The `step` count of every parameter: 0-d float32."""
-    return torch.zeros((), dtype=torch.float32, device=device)
+def is_own(key: Any) -> bool:
+    """Whether a key of `state[param]` is of an optimizer here, and not of a wrapper around it."""
+    return isinstance(key, str) and (key in _OWN or key.startswith("factor_"))
+
+
+@dataclass(frozen=True, eq=False)
+class Initial:
+    """A state tensor that is declared: its shape and dtype, and `value` (times the identity).
+
+    A call builds it on a device; with `count`, so many of them as one tensor of one axis more.
+    like: the parameter whose strides it has; such a tensor is never stacked.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    value: float = 0.0
+    identity: bool = False
+    like: Tensor | None = None
+
+    def __call__(self, device: torch.device, count: int | None = None) -> Tensor:
+        if self.like is not None:
+            return torch.full_like(
+                self.like, self.value, dtype=self.dtype, device=device, requires_grad=False
+            )
+        shape = self.shape if count is None else (count, *self.shape)
+        if not self.identity:
+            return torch.full(shape, self.value, dtype=self.dtype, device=device)
+        built = torch.zeros(shape, dtype=self.dtype, device=device)
+        built.diagonal(dim1=-2, dim2=-1).fill_(self.value)
+        return built
+
+
+# The `step` count of every parameter.
+initial_step = Initial((), torch.float32)
 
 
 def full_like(param: Tensor, value: float) -> Initial:
     """State of a parameter's shape and strides, in its `state_dtype`."""
-    return functools.partial(_build_full_like, param, value)
+    return Initial(tuple(param.shape), state_dtype(param), value, like=param)
 
 
-def _build_full_like(param: Tensor, value: float, device: torch.device) -> Tensor:
-    return torch.full_like(
-        param, value, dtype=state_dtype(param), device=device, requires_grad=False
-    )
+class DeclaredState(defaultdict[Any, Any]):
+    """`optimizer.state`: its declared tensors are allocated when it is first read.
+
+    `allocate` is called once, before the first read of what is in it or of whether anything is.
+    """
+
+    def __init__(self, states: Mapping[Any, Any], allocate: Callable[[], None]) -> None:
+        super().__init__(dict, states)
+        self._allocate: Callable[[], None] | None = allocate
+
+    def fill(self) -> None:
+        allocate, self._allocate = self._allocate, None
+        if allocate is not None:
+            allocate()
+
+    def declare(self, allocate: Callable[[], None]) -> None:
+        """There is more to allocate."""
+        self._allocate = allocate
+
+    def __missing__(self, key: Any) -> Any:
+        self.fill()
+        return self[key] if dict.__contains__(self, key) else super().__missing__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.fill()
+        return super().__contains__(key)
+
+    def __len__(self) -> int:
+        self.fill()
+        return super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.fill()
+        return super().__iter__()
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        self.fill()
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        self.fill()
+        return super().keys()
+
+    def values(self) -> Any:
+        self.fill()
+        return super().values()
+
+    def items(self) -> Any:
+        self.fill()
+        return super().items()
 
 
 def unused_momentum(group: Mapping[str, Any]) -> frozenset[str]:
@@ -47,22 +127,6 @@ def momentum_buffers(states: Sequence[State], momentum: float) -> list[Tensor]:
             "0, run one step that is not compiled"
         )
     return buffers
-
-
-def stack(states: Sequence[State], key: str) -> Tensor:
-    """Make the states' tensors under `key` views of one tensor, and return that."""
-    stacked = torch.stack([state[key] for state in states])
-    for state, view in zip(states, stacked.unbind(), strict=True):
-        state[key] = view
-    return stacked
-
-
-def stack_steps(states: Sequence[State]) -> list[Tensor]:
-    """Stack the step counts on each device; return the stacks."""
-    by_device: dict[torch.device, list[State]] = defaultdict(list)
-    for state in states:
-        by_device[state["step"].device].append(state)
-    return [stack(members, "step") for members in by_device.values()]
 
 
 def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
@@ -82,27 +146,52 @@ def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
     }
 
 
-def by_place(states: Mapping[Any, State], places: Mapping[Any, int]) -> dict[int, State]:
-    """The states by their parameters' places in the groups.
+def copied(value: Any) -> Any:
+    """A copy of what `optimizer.state` holds, with each factor and its residual as one tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if not isinstance(value, dict):
+        return deepcopy(value)
+    residuals = {key: f"{key}_residual" for key in value if f"{key}_residual" in value}
+    return {
+        key: join(part, value[residuals[key]]) if key in residuals else copied(part)
+        for key, part in value.items()
+        if key not in residuals.values()
+    }
 
-    Raises:
-        ValueError: state of what no group has; an empty entry, which a mere look at
-            `optimizer.state[other]` leaves, is none.
+
+def separated(saved: Mapping[str, Any], spec: Mapping[str, Initial]) -> dict[str, Any]:
+    """What `copied` made, with the factors in two parts where the optimizer keeps them so."""
+    parts = dict(saved)
+    for key, value in saved.items():
+        residual = f"{key}_residual"
+        if residual in spec and residual not in saved:
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                parts[key], parts[residual] = split(value)
+            elif not isinstance(value, Tensor) or value.dtype != torch.bfloat16:
+                parts[residual] = value  # refused, as the factor is
+    return parts
+
+
+def by_place(states: Mapping[Any, Any], places: Mapping[Any, int]) -> dict[Any, Any]:
+    """The states by their parameters' places in the groups, and what is no parameter's.
+
+    State of a parameter that is in no group, and the empty entry that a mere look at
+    `optimizer.state[other]` leaves, are left out.
     """
-    kept = {param: state for param, state in states.items() if state}
-    if strangers := kept.keys() - places.keys():
-        names = [tuple(s.shape) if isinstance(s, Tensor) else s for s in strangers]
-        raise ValueError(
-            f"optimizer.state has entries that no group has, of shapes or keys {names}: a "
-            "checkpoint cannot name them; delete optimizer.state[param] when param leaves its group"
-        )
-    return {places[param]: state for param, state in kept.items()}
+    kept = {places[p]: state for p, state in states.items() if state and p in places}
+    others = {key: value for key, value in states.items() if not isinstance(key, Tensor)}
+    return {**dict(sorted(kept.items())), **others}
 
 
 def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with dtypes by name: torch.distributed gathers tensors, numbers and strings alone."""
     return {
-        key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        key: str(value).removeprefix("torch.")
+        if isinstance(value, torch.dtype)
+        else copied(value)
+        if isinstance(value, Tensor)
+        else value
         for key, value in group.items()
     }
 
@@ -129,7 +218,9 @@ def check_state_dict(state_dict: Mapping[str, Any]) -> None:
 
 def check_named(saved: Mapping[Any, Any], keys: Sequence[Any]) -> None:
     """Raise a ValueError for state of a parameter that is not among the keys of the groups."""
-    if unknown := saved.keys() - set(keys):
+    wrappers = not any(isinstance(key, str) for key in keys)  # may have entries by name
+    unknown = {key for key in saved.keys() - set(keys) if not (wrappers and isinstance(key, str))}
+    if unknown:
         raise ValueError(
             f"state_dict has state for parameters {sorted(unknown, key=str)} that none of its "
             "groups names; load it into the optimizer that saved it and save it again"
@@ -148,7 +239,7 @@ def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any
 def _checked(where: str, initial: Initial, value: Any) -> Tensor:
     declared = initial(torch.device("meta"))
     if initial is initial_step and isinstance(value, (int, float)):
-        value = torch.tensor(float(value))
+        value = torch.tensor(float(value), device="cpu")
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is a {type(value).__name__}; it must be a tensor")
     if value.shape != declared.shape:

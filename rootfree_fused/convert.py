@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._base import Group, RootFreeOptimizer
+from ._base import RootFreeOptimizer
+from ._groups import Group
 from ._state import State, check_state_dict, saved_group
 from .diag import RootFreeAdamW
 from .factors import layout_of

@@ -9,10 +9,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from ._base import Group, RootFreeOptimizer, Work
+from ._base import RootFreeOptimizer
+from ._checks import gradients_suit
+from ._groups import Group
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+from ._stepping import Work
 
 
 def _rmsprop_settings(group: Group) -> dict[str, Any]:
@@ -191,7 +194,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
     def _prepare(self, index: int, work: Work) -> Launch:
         params = work.params  # and not the work, which would keep the gradients
         square_avgs, buffers = rmsprop_state(work.states, self.param_groups[index])
-        kernels = ops.launcher(params)
+        kernels: Any = ops.launcher(params) if gradients_suit(params) else None
         lists = [params, work.grads, square_avgs, buffers]
         plan = kernels and kernels.prepare(lists if buffers else lists[:3])
 
@@ -288,7 +291,7 @@ class RootFreeAdamW(RootFreeOptimizer):
     def _prepare(self, index: int, work: Work) -> Launch:
         params, steps = work.params, work.steps  # and not the work, which would keep the gradients
         averages, squares = _adamw_state(work.states)
-        kernels = ops.launcher(params)
+        kernels: Any = ops.launcher(params) if gradients_suit(params) else None
         plan = kernels and kernels.prepare([params, work.grads, squares, averages])
 
         def launch(plan: Any, group: Group, scaling: Scaling) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._state import Initial, State, stack
+from ._stacks import as_stack, follows, runs
+from ._state import Initial, State
 
 
 @dataclass(frozen=True)
@@ -97,49 +98,44 @@ def factor_state(layout: Layout, dtype: torch.dtype) -> dict[str, Initial]:
     for axis, (size, dense) in enumerate(zip(layout.sizes, layout.dense, strict=True)):
         shape = (size, size) if dense else (size,)
         kept = dtype if dense else wide
-        spec[f"factor_{axis}"] = functools.partial(_identity, shape, kept)
-        spec[f"factor_momentum_{axis}"] = functools.partial(_zeros, shape, kept)
+        spec[f"factor_{axis}"] = Initial(shape, kept, 1.0, identity=dense)
+        spec[f"factor_momentum_{axis}"] = Initial(shape, kept)
         if dense and dtype == torch.bfloat16:
-            spec[f"factor_{axis}_residual"] = functools.partial(_zeros, shape, torch.int16)
+            spec[f"factor_{axis}_residual"] = Initial(shape, torch.int16)
     return spec
-
-
-def _identity(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=dtype, device=device)
-    return torch.eye(shape[0], dtype=dtype, device=device)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @dataclass
 class Bucket:
-    """Parameters of one layout, with their factor state stacked along a first axis.
+    """Parameters of one layout that are stepped as one, with their factor state stacked.
 
     Each list has one tensor an axis: `factors` and `momenta` of shape (members, d, d), or
     (members, d) for a diagonal factor; `residuals` (`reference.split`) and `products` K K^T of
-    shape (members, d, d), or empty where there is none.
+    shape (members, d, d), or empty where there is none. members: places in the lists of a step.
     """
 
-    layout: Layout
     members: list[int]
-    keys: list[str]
-    views: list[Tensor]
     factors: list[Tensor]
     residuals: list[Tensor]
     momenta: list[Tensor]
     products: list[Tensor]
     versions: list[int] | None = None
 
-    def is_intact(self, states: Sequence[State]) -> bool:
-        """Whether the members' state tensors still are the views that were stacked."""
-        found = [states[i].get(key) for key in self.keys for i in self.members]
-        return all(map(operator.is_, found, self.views))
+    def part(self, first: int, members: list[int]) -> Bucket:
+        """The `members` that lie from place `first` on."""
+        if len(members) == len(self.members):
+            return dataclasses.replace(self, members=members, versions=None)
 
-    def is_due_as_one(self, due: Sequence[bool]) -> bool:
-        return len({due[i] for i in self.members}) == 1
+        def cut(tensors: list[Tensor]) -> list[Tensor]:
+            return [t[first : first + len(members)] if t.numel() else t for t in tensors]
+
+        return Bucket(
+            members,
+            cut(self.factors),
+            cut(self.residuals),
+            cut(self.momenta),
+            cut(self.products),
+        )
 
     def products_are_stale(self) -> bool:
         """Whether the factors were written by anything but the operator since `note_versions`.
@@ -159,54 +155,79 @@ class Plan:
     vectors: list[int]
     buckets: list[Bucket]
 
-    def fits(self, states: Sequence[State], due: Sequence[bool]) -> bool:
-        """Whether this is the plan of these states, with every bucket due as one or not at all."""
-        planned = len(self.vectors) + sum(len(bucket.members) for bucket in self.buckets)
-        return (
-            planned == len(states)
-            and all("square_avg" in states[i] for i in self.vectors)
-            and (len(set(due)) == 1 or all(bucket.is_due_as_one(due) for bucket in self.buckets))
-            and all(bucket.is_intact(states) for bucket in self.buckets)
+
+class Stacks:
+    """The factor state of a group's parameters, as stacks that its buckets are parts of.
+
+    All steps of the group share them, whichever gradients there are, and with them K K^T, which a
+    step of one bucket must not leave behind in another.
+    """
+
+    def __init__(self, states: Sequence[State], interval: int) -> None:
+        self._views: list[tuple[State, str, Tensor]] = []
+        self._places: dict[int, tuple[Bucket, int]] = {}
+        alike: dict[Any, list[State]] = defaultdict(list)
+        for state in states:
+            kind = [(k, v.shape, v.dtype, v.device) for k, v in state.items() if _is_factor(k)]
+            if kind:
+                alike[tuple(kind)].append(state)
+        for kind, members in alike.items():
+            keys = [key for key, *_ in kind]
+            for run in runs(members, functools.partial(_follow, keys)):
+                bucket = _stacked(run, interval)
+                for place, state in enumerate(run):
+                    self._places[id(state)] = bucket, place
+                    self._views += [(state, key, state[key]) for key in keys]
+
+    def hold(self, states: Sequence[State]) -> bool:
+        """Whether they are still the stacks of these states' tensors."""
+        return all(id(state) in self._places for state in states if "factor_0" in state) and all(
+            state.get(key) is view for state, key, view in self._views
         )
 
-
-def build_plan(
-    layouts: Sequence[Layout | None],
-    due: Sequence[bool],
-    states: Sequence[State],
-    interval: int,
-) -> Plan:
-    """Stack the factor state of parameters of one layout and device that are due together."""
-    members: dict[tuple[Layout, torch.device, bool], list[int]] = defaultdict(list)
-    vectors = []
-    for i, layout in enumerate(layouts):
-        if layout is None:
-            vectors.append(i)
-        else:
-            members[layout, states[i]["factor_0"].device, due[i]].append(i)
-    buckets = [
-        _build_bucket(layout, places, [states[i] for i in places], interval)
-        for (layout, _, _), places in members.items()
-    ]
-    return Plan(vectors, buckets)
+    def plan(self, states: Sequence[State], due: Sequence[bool]) -> Plan:
+        """Buckets of these states: neighbours in a stack that are due together."""
+        vectors = [i for i, state in enumerate(states) if "factor_0" not in state]
+        found: dict[tuple[int, bool], list[tuple[int, int]]] = defaultdict(list)
+        stacks: dict[int, Bucket] = {}
+        for i, state in enumerate(states):
+            if "factor_0" in state:
+                stack, place = self._places[id(state)]
+                stacks[id(stack)] = stack
+                found[id(stack), due[i]].append((place, i))
+        buckets = []
+        for (stack_id, _), members in found.items():
+            for run in runs(sorted(members), lambda a, b: b[0] == a[0] + 1):
+                buckets.append(stacks[stack_id].part(run[0][0], [i for _, i in run]))
+        return Plan(vectors, buckets)
 
 
-def _build_bucket(layout: Layout, places: list[int], states: list[State], interval: int) -> Bucket:
-    axes = range(len(layout.sizes))
-    factors = [stack(states, f"factor_{n}") for n in axes]
-    empty = [factor.new_empty(0) for factor in factors]
-    split = [f"factor_{n}_residual" in states[0] for n in axes]
-    keys = [
-        *(f"factor_{n}" for n in axes),
-        *(f"factor_momentum_{n}" for n in axes),
-        *(f"factor_{n}_residual" for n in axes if split[n]),
-    ]
-    residuals = [stack(states, f"factor_{n}_residual") if split[n] else empty[n] for n in axes]
-    momenta = [stack(states, f"factor_momentum_{n}") for n in axes]
-    device = factors[0].device
+def _is_factor(key: str) -> bool:
+    return key.startswith("factor_")
+
+
+def _follow(keys: Sequence[str], last: State, state: State) -> bool:
+    return all(follows(last[key], state[key]) for key in keys)
+
+
+def _stacked(states: Sequence[State], interval: int) -> Bucket:
+    axes = range(sum(f"factor_momentum_{axis}" in states[0] for axis in range(len(states[0]))))
+
+    def stacks(key: str) -> list[Tensor]:
+        names = [key.format(axis) for axis in axes]
+        return [
+            as_stack([state[name] for state in states]) if name in states[0] else empty[axis]
+            for axis, name in enumerate(names)
+        ]
+
+    empty = [states[0][f"factor_{axis}"].new_empty(0) for axis in axes]
+    factors = stacks("factor_{}")
+    layout = Layout(tuple(f.shape[1] for f in factors), tuple(f.dim() == 3 for f in factors))
     products = [
-        torch.empty_like(factors[n]) if caches_product(layout, n, interval, device) else empty[n]
-        for n in axes
+        torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
+        if caches_product(layout, axis, interval, factor.device)
+        else empty[axis]
+        for axis, factor in enumerate(factors)
     ]
-    views = [state[key] for key in keys for state in states]
-    return Bucket(layout, places, keys, views, factors, residuals, momenta, products)
+    residuals, momenta = stacks("factor_{}_residual"), stacks("factor_momentum_{}")
+    return Bucket(list(range(len(states))), factors, residuals, momenta, products)

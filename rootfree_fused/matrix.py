@@ -13,13 +13,16 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from ._base import Group, RootFreeOptimizer, Work
+from ._base import RootFreeOptimizer
 from ._capturing import check_schedules
+from ._groups import Group
+from ._planning import check_state, check_whole, name_of
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling, skips
-from ._state import Initial, full_like, momentum_buffers, unused_momentum
+from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+from ._stepping import Work
 from .diag import rmsprop_state, update_rmsprop_
-from .factors import Bucket, Plan, build_plan, default_dtype, factor_state, layout_of
+from .factors import Bucket, Plan, Stacks, default_dtype, factor_state, layout_of
 from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
@@ -102,6 +105,7 @@ class IFShampoo(RootFreeOptimizer):
     Fig. 3, and its released code.
     """
 
+    _shaping = ("factor_dtype", "structures", "max_dense_dim", "merge_axes", "vector_method")
     _fixed = ("factor_dtype",)
 
     def __init__(
@@ -152,8 +156,9 @@ class IFShampoo(RootFreeOptimizer):
         super().__init__(params, defaults)
 
     def _complete(self, group: Group) -> None:
-        if group["factor_dtype"] is None and group["params"]:
-            group["factor_dtype"] = default_dtype(group["params"][0])
+        params = [param for param in group["params"] if not param.is_meta]
+        if group["factor_dtype"] is None and params:
+            group["factor_dtype"] = default_dtype(params[0])
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         layout = layout_of(param.shape, group)
@@ -174,40 +179,65 @@ class IFShampoo(RootFreeOptimizer):
     def _reset_caches(self) -> None:
         super()._reset_caches()
         self._plans: dict[int, Plan] = {}
+        self._stacks: dict[int, Stacks] = {}
+
+    def _check_taken(self, index: int, place: int, group: Group) -> None:
+        super()._check_taken(index, place, group)
+        check_whole(name_of(index, place, group), group["params"][place])
 
     @_disable_dynamo
     def _update(self, index: int, work: Work) -> None:
-        self._step(index, work, {})
+        group = self.param_groups[index]
+        for param, state in zip(work.params, work.states, strict=True):
+            check_state("a parameter", param, state, self._spec(param, group))
+        self._step(index, work, _Known())
 
     def _prepare(self, index: int, work: Work) -> Launch:
         params, states, steps = work.params, work.states, work.steps  # and not the gradients
-        calls: dict[Due, list[Call]] = {}
+        known = _Known()
+        group = self.param_groups[index]
+        if not _waits(group, work.scaling):
+            self._calls(index, self._due_next(index, group, steps), work, known)
         optimizer = weakref.ref(self)  # which will own the launch
 
         def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
             owner = optimizer()
             assert owner is not None
-            owner._step(index, Work(params, grads, states, steps, scaling), calls)
+            owner._step(index, Work(params, grads, states, steps, scaling), known)
 
         return on_gradients(params, update)
 
-    def _step(self, index: int, work: Work, calls: dict[Due, list[Call]]) -> None:
-        """Update a group; `calls` are those known for these tensors, by what is due."""
+    def _step(self, index: int, work: Work, known: _Known) -> None:
+        """Update a group; `known` are the calls on these tensors."""
         group = self.param_groups[index]
-        if group["update_interval"] > 1 and skips(work.scaling.get("found_inf")):
+        if _waits(group, work.scaling):
             return  # what is due next and which K K^T are stale stays as it was
         due = self._due(index, group, work.steps)
-        if due not in calls:
-            calls[due] = self._calls(index, group, due, work)
-        for call in calls[due]:
+        for call in self._calls(index, due, work, known):
             call(work.grads, group, work.scaling)
 
-    def _calls(self, index: int, group: Group, due: Due, work: Work) -> list[Call]:
-        plan = self._plans.get(index)
-        if plan is None or not plan.fits(work.states, due):
-            layouts = [layout_of(p.shape, group) for p in work.params]
-            plan = build_plan(layouts, due, work.states, group["update_interval"])
-            self._plans[index] = plan
+    def _calls(self, index: int, due: Due, work: Work, known: _Known) -> list[Call]:
+        """The operator's calls for what is due, from those known for the group's stacks."""
+        if known.stacks is None or known.stacks is not self._stacks.get(index):
+            known.by_due.clear()
+        if due not in known.by_due:
+            known.stacks = self._stacked(index, work.states)
+            plan = known.stacks.plan(work.states, due)
+            known.by_due[due] = plan, self._planned(index, due, work, plan)
+        self._plans[index], calls = known.by_due[due]
+        return calls
+
+    def _stacked(self, index: int, states: list[State]) -> Stacks:
+        """The stacks of a group's state, as long as its tensors are what they were."""
+        stacks = self._stacks.get(index)
+        if stacks is None or not stacks.hold(states):
+            group = self.param_groups[index]
+            owned = [state for p in group["params"] if (state := dict.get(self.state, p))]
+            stacks = self._stacks[index] = Stacks(owned, group["update_interval"])
+        return stacks
+
+    def _planned(self, index: int, due: Due, work: Work, plan: Plan) -> list[Call]:
+        group = self.param_groups[index]
         calls: list[Call] = []
         if plan.vectors:
             params, states = _pick(plan.vectors, work.params, work.states)
@@ -224,6 +254,14 @@ class IFShampoo(RootFreeOptimizer):
             buffers = momentum_buffers(states, group["momentum"])
             calls.append(_Matrices(members, buckets, update, params, buffers, grads))
         return calls
+
+    def _due_next(self, index: int, group: Group, steps: Tensor) -> Due:
+        """Which parameters update their factors at the step after these."""
+        if group["update_interval"] == 1:
+            return (True,) * len(steps)
+        source, counts = self._counts.get(index, (None, []))
+        counts = counts if source is steps else steps.int().tolist()
+        return _due_at([count + 1 for count in counts], group)
 
     def _due(self, index: int, group: Group, steps: Tensor) -> Due:
         """Which parameters update their factors at this step."""
@@ -257,6 +295,19 @@ class IFShampoo(RootFreeOptimizer):
     def _check_capture(self) -> None:
         super()._check_capture()
         check_schedules(self.param_groups, by_kind=self._captured_by_kind)
+
+
+class _Known:
+    """The calls on the tensors of a step by what is due, each with its plan on the same stacks."""
+
+    def __init__(self) -> None:
+        self.stacks: Stacks | None = None
+        self.by_due: dict[Due, tuple[Plan, list[Call]]] = {}
+
+
+def _waits(group: Group, scaling: Scaling) -> bool:
+    """Whether a step that the scaler skips leaves the schedule as it is."""
+    return group["update_interval"] > 1 and skips(scaling.get("found_inf"))
 
 
 def _due_at(counts: list[int], group: Group) -> Due:

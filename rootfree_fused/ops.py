@@ -235,7 +235,7 @@ def as_scalar_tensor(value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         value = value.detach().reshape(())
         return value if value.dtype in (torch.float32, torch.float64) else value.float()
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def mark_changed(params: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from _optimizers import SETTINGS, assert_identical, build, parameters, snapshot
 
-import rootfree_fused._base
+import rootfree_fused._stepping
 from rootfree_fused import CapturedStep, IFShampoo, RootFreeRMSprop
 
 SHAPES = [(7, 5), (11,), (), (3, 4, 2), (16, 8)]
@@ -190,7 +190,7 @@ def test_bad_input():
 
 
 def set_capturing(monkeypatch):
-    monkeypatch.setattr(rootfree_fused._base, "is_capturing", lambda _: True)
+    monkeypatch.setattr(rootfree_fused._stepping, "is_capturing", lambda _: True)
 
 
 def refused(monkeypatch, optimizer, params, words):

@@ -1,0 +1,206 @@
+"""Groups of parameters, their settings, and the state that is declared for them.
+
+A subclass says which tensors a parameter owns (`_state_spec`). They are allocated at first touch (a
+step, a read, a save), on the parameter's device of then, and have the same keys on every step,
+device and rank.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from ._checks import HYPERPARAMETERS, check_hyperparameters
+from ._planning import check_plain, has_no_values, lacks, name_of
+from ._prepared import PreparedSteps
+from ._stacks import allocate
+from ._state import ADDED_LATER, DeclaredState, Initial, initial_step
+
+Group = dict[str, Any]
+
+
+def devices_of(spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
+    """Where state tensors live: step counts stay on the host unless the device counts them."""
+    counted = group["capturable"] or group["amp_scaling"]
+    step = param.device if counted else torch.device("cpu")
+    return {key: step if key == "step" else param.device for key in spec}
+
+
+def trains(param: Tensor) -> bool:
+    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
+
+
+class DeclaringOptimizer(Optimizer):
+    """An optimizer of checked groups, with declared state."""
+
+    # Settings that decide what state there is, and of these the ones that no load may change.
+    _shaping: tuple[str, ...] = ()
+    _fixed: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
+        self._reset_caches()
+        super().__init__(params, defaults)
+
+    # For subclasses ---------------------------------------------------------------------------
+
+    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        """How each state tensor of a parameter starts, by key; `step` is the base's own."""
+        raise NotImplementedError
+
+    def _unused_state(self, group: Group) -> frozenset[str]:
+        """Keys of `_state_spec` that need not exist under the group's present settings."""
+        return frozenset()
+
+    def _complete(self, group: Group) -> None:
+        """Resolve settings whose default depends on the parameters."""
+
+    def _check_taken(self, index: int, place: int, group: Group) -> None:
+        """Raise where the method would be another one for the parameter at this place."""
+        check_plain(name_of(index, place, group), group["params"][place])
+
+    # Caches -----------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Drop what was derived from settings and values, which a load replaces."""
+        self._checked: dict[int, Group] = {}
+
+    def _reset_caches(self) -> None:
+        """Drop everything derived; the next step rebuilds it from groups and state."""
+        self._forget()
+        self._prepared = PreparedSteps()
+        self._captured_by_kind = False  # by CapturedStep
+
+    # Groups and declared state ----------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group and declare its state; on bad input nothing is added."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is a {type(param_group).__name__}; pass a dict")
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for place, param in enumerate(group["params"]):
+                self._check_taken(index, place, group)
+                if not is_lazy(param):
+                    self._state_spec(param, group)
+            self._complete(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._watch_state()
+
+    def _check_group(self, group: Group) -> None:
+        """Check the hyperparameters of a group and require all; lists become tuples."""
+        if group.get("batch_size") is None:
+            raise ValueError(
+                "batch_size is missing; pass it to the constructor or in every group: the number "
+                "of loss terms that the gradient averages (the global batch size for a loss "
+                "averaged over examples, the number of tokens for one averaged over tokens, 1 for "
+                "a summed loss)"
+            )
+        if missing := (HYPERPARAMETERS & self.defaults.keys()) - group.keys():
+            name = min(missing)
+            raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
+        check_hyperparameters(group)
+        for key in HYPERPARAMETERS & group.keys():
+            if isinstance(group[key], list):  # whose changes in place nobody would see
+                group[key] = tuple(group[key])
+
+    def _watch_state(self) -> None:
+        """Have the declared state allocated when it is first read."""
+        owner = weakref.ref(self)
+
+        def allocate_all() -> None:
+            if (optimizer := owner()) is None:
+                return
+            for index, group in enumerate(optimizer.param_groups):
+                optimizer._declare(index, group, list(filter(trains, group["params"])))
+
+        if isinstance(self.state, DeclaredState):
+            self.state.declare(allocate_all)
+        else:  # torch's own, or one that someone put in its place
+            self.state = DeclaredState(self.state, allocate_all)
+
+    def _spec(self, param: Tensor, group: Group, held: Iterable[str] = ()) -> dict[str, Initial]:
+        """The state that a parameter needs; what a group without momentum has `held` stays."""
+        unused = self._unused_state(group).difference(held)
+        spec = self._full_spec(param, group)
+        return {key: initial for key, initial in spec.items() if key not in unused}
+
+    def _full_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        return {"step": initial_step, **self._state_spec(param, group)}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _declare(
+        self, index: int, group: Group, params: list[Tensor]
+    ) -> list[tuple[str, dict[str, Initial]]]:
+        """Allocate what state the parameters lack; return each one's name and what it needs."""
+        self._complete(group)
+        places = {id(param): place for place, param in enumerate(group["params"])}
+        states = [dict.setdefault(self.state, param, {}) for param in params]
+        held = {key for state in states for key in ADDED_LATER & state.keys()}
+        needed, fresh = [], []
+        for param, state in zip(params, states, strict=True):
+            name = name_of(index, places[id(param)], group)
+            spec = self._spec(param, group, held)
+            devices = devices_of(spec, param, group)
+            needed.append((name, spec))
+            missing = lacks(name, state, spec)
+            if len(missing) == len(spec) or has_no_values(param, state, spec):
+                fresh.append((state, spec, devices))
+            else:
+                for key in missing:
+                    state[key] = spec[key](devices[key])
+        built = allocate([spec for _, spec, _ in fresh], [devices for *_, devices in fresh])
+        for (state, *_), tensors in zip(fresh, built, strict=True):
+            state.update(tensors)
+        return needed
+
+    def _check_if_changed(self, index: int, group: Group) -> None:
+        values = list(group.values())
+        known = self._checked.get(index)
+        if (
+            known is None
+            or len(values) != len(known)
+            or not all(map(operator.is_, values, known.values()))
+        ):
+            self._check_changed(index, group, known)
+        elif isinstance(group["lr"], Tensor):  # which may have been filled
+            self._check_named(index, {"lr": group["lr"]})
+
+    def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
+        self._check_named(index, group)
+        if known is not None:
+            self._check_kept(index, group, known)
+            if self._unused_state(group) != self._unused_state(known):
+                self._prepared.forget(index)
+        self._checked[index] = dict(group)
+
+    def _check_named(self, index: int, group: Group) -> None:
+        try:
+            check = check_hyperparameters if len(group) == 1 else self._check_group
+            check(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"in group {index}, {error}") from None
+
+    def _check_kept(self, index: int, group: Group, known: Group) -> None:
+        """Raise a ValueError where a setting changed that state was allocated for."""
+        if not any(dict.get(self.state, param) for param in group["params"]):
+            return
+        for name in self._shaping:
+            if known[name] is not None and group[name] != known[name]:
+                raise ValueError(
+                    f"{name} of group {index} was {known[name]!r} when its state was allocated and "
+                    f"is {group[name]!r}; set it back, or build a new optimizer"
+                )

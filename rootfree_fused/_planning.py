@@ -1,0 +1,157 @@
+"""What is checked of tensors that a step has not met before, so that nothing raises once it runs.
+
+Every error names the parameter, what is wrong with it and the cure; nothing has moved by then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_param
+from ._overlap import Named
+from ._state import ADDED_LATER, Initial, is_own
+
+_ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
+
+
+def name_of(index: int, place: int, group: Mapping[str, Any]) -> str:
+    """What errors call a parameter: its place, and its name where it has one."""
+    names = group.get("param_names", ())
+    name = f" ({names[place]})" if place < len(names) else ""
+    return f"parameter {place}{name} of group {index}"
+
+
+def check_plain(name: str, param: Any) -> None:
+    """Raise a TypeError unless a step may take it for a whole parameter that this process owns."""
+    if not isinstance(param, Tensor):
+        raise TypeError(
+            f"{name} is a {type(param).__name__}; put parameters (torch.nn.Parameter) into a group"
+        )
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(param, distributed.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor of shape {tuple(param.shape)}, which no optimizer here takes "
+            "yet; use DistributedDataParallel, or torch.distributed.optim.ZeroRedundancyOptimizer "
+            "to shard its state, in place of fully_shard and tensor parallelism"
+        )
+    check_param(name, param)
+
+
+def check_whole(name: str, param: Tensor) -> None:
+    """Raise a TypeError for a piece of parameters that FSDP flattened, which has lost its axes."""
+    if getattr(param, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{name} is a flat shard of FullyShardedDataParallel, of shape {tuple(param.shape)}: "
+            "without its axes it has no factors, and the method would be another one; use "
+            "DistributedDataParallel, or ZeroRedundancyOptimizer to shard the state, or "
+            "RootFreeRMSprop"
+        )
+
+
+def check_gradient(name: str, param: Tensor, grad: Any) -> None:
+    """Raise unless a step can read it as the gradient of the parameter."""
+    if grad.layout is not torch.strided:
+        raise TypeError(
+            f"the gradient of {name}, of shape {tuple(grad.shape)}, has layout {grad.layout}; pass "
+            "dense gradients: sparse=False in torch.nn.Embedding, or grad.to_dense()"
+        )
+    if not grad.is_floating_point():
+        raise TypeError(f"the gradient of {name} is {grad.dtype}; cast it to {param.dtype}")
+    check_param(f"the gradient of {name}", grad)
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {name} has shape {tuple(grad.shape)} but the parameter has "
+            f"{tuple(param.shape)}; run the backward anew after a change of its shape"
+        )
+    if grad.device != param.device:
+        raise ValueError(
+            f"the gradient of {name} is on {grad.device} but the parameter is on {param.device}; "
+            f"move it with .to({str(param.device)!r})"
+        )
+
+
+def check_devices(index: int, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+    """Raise a ValueError where a tensor on another device would take the step with it."""
+    if len({param.is_meta for param in params}) > 1:
+        place = next(i for i, p in enumerate(group["params"]) if p.is_meta and p.grad is not None)
+        raise ValueError(
+            f"{name_of(index, place, group)} is on meta, where it has no values, and others of its "
+            "group are not; give it memory (module.to_empty), or set its gradient to None"
+        )
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        elsewhere = [param.device for param in params if param.device != lr.device]
+        if elsewhere:
+            raise ValueError(
+                f"lr of group {index} is on {lr.device} but a parameter of it is on "
+                f"{elsewhere[0]}; keep lr on the CPU or move it with .to({str(elsewhere[0])!r})"
+            )
+
+
+def lacks(name: str, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> list[str]:
+    """Which of the declared keys a state lacks: none of them, or all, or those of new settings.
+
+    Raises:
+        ValueError: some of those that it was allocated with.
+    """
+    missing = [key for key in spec if key not in state]
+    lost = [key for key in missing if key not in ADDED_LATER]
+    if lost and len(missing) < len(spec):
+        raise ValueError(
+            f"the state of {name} lacks {', '.join(map(repr, lost))} and has "
+            f"{', '.join(repr(key) for key in state if key in spec)}; {_ANEW}"
+        )
+    return missing
+
+
+def has_no_values(param: Tensor, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> bool:
+    """Whether state that took no step was left on meta, where its parameter is no longer."""
+    tensors = [state[key] for key in spec if isinstance(state.get(key), Tensor)]
+    if param.is_meta or not any(tensor.is_meta for tensor in tensors):
+        return False
+    step = state.get("step")
+    return isinstance(step, Tensor) and step.numel() == 1 and (step.is_meta or step.item() == 0)
+
+
+def check_state(
+    name: str, param: Tensor, state: Mapping[Any, Any], spec: Mapping[str, Initial]
+) -> None:
+    """Raise unless the state is what the settings and the parameter's present shape need."""
+    for key, initial in spec.items():
+        value = state[key]
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{key} of {name} is {value!r}, a {type(value).__name__}, and not a tensor; {_ANEW}"
+            )
+        if tuple(value.shape) != tuple(initial.shape):
+            raise ValueError(
+                f"{name} is of shape {tuple(param.shape)}, for which {key} has shape "
+                f"{tuple(initial.shape)}, but it has {tuple(value.shape)}: state of another shape "
+                f"or of other settings; {_ANEW}"
+            )
+        if value.dtype != initial.dtype:
+            raise TypeError(
+                f"{key} of {name} is {value.dtype} but must be {initial.dtype} for a "
+                f"{param.dtype} parameter; cast it, or {_ANEW}"
+            )
+        if value.layout is not torch.strided:
+            raise TypeError(f"{key} of {name} has layout {value.layout}; {_ANEW}")
+        if initial.like is None and not value.is_contiguous():
+            raise ValueError(f"{key} of {name} is not contiguous; {_ANEW}")
+        if value.is_meta and not param.is_meta:
+            raise ValueError(f"{key} of {name} is on meta, where it has no values; {_ANEW}")
+
+
+def memory(name: str, param: Tensor, state: Mapping[Any, Any]) -> Iterator[Named]:
+    """What a step reads and writes for a parameter."""
+    yield name, param, True
+    if param.grad is not None:
+        yield f"the gradient of {name}", param.grad, False
+    for key, value in state.items():
+        if is_own(key):
+            yield f"{key} of {name}", value, True

@@ -1,0 +1,120 @@
+"""State of many parameters as one tensor: of each, its state tensors are views.
+
+Stacks are made where state is allocated, or copied, and nobody holds it yet. Afterwards no tensor
+is put in another's place: whoever holds one, or shares its memory, holds what a step works on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ._scaling import Scaling, steps_taken
+from ._state import Initial, State
+
+T = TypeVar("T")
+# What a state tensor's memory looks like: key, shape, dtype and device.
+_Kind = tuple[str, tuple[int, ...], torch.dtype, torch.device]
+
+
+def allocate(
+    specs: Sequence[Mapping[str, Initial]], devices: Sequence[Mapping[str, torch.device]]
+) -> list[State]:
+    """The declared tensors of each parameter, stacked with those that are stepped with them."""
+    states: list[State] = [{} for _ in specs]
+    kinds = [
+        [(k, i.shape, i.dtype, device[k]) for k, i in spec.items() if i.like is None]
+        for spec, device in zip(specs, devices, strict=True)
+    ]
+    built: dict[tuple[int, str], Tensor] = {}
+    for kind, members in _alike(kinds):
+        initial = specs[members[0]][kind[0]]
+        stack = initial(kind[3], len(members))
+        built |= {(i, kind[0]): view for i, view in zip(members, stack.unbind(), strict=True)}
+    for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
+        for key, initial in spec.items():
+            states[i][key] = built[i, key] if (i, key) in built else initial(device[key])
+    return states
+
+
+def restack(states: Sequence[State]) -> None:
+    """Stack what `allocate` stacks, in states whose tensors nobody else holds."""
+    kinds = [
+        [
+            (key, tuple(value.shape), value.dtype, value.device)
+            for key, value in state.items()
+            if key == "step" or str(key).startswith("factor_")
+        ]
+        for state in states
+    ]
+    for (key, *_), members in _alike(kinds):
+        stack = torch.stack([states[i][key] for i in members])
+        for i, view in zip(members, stack.unbind(), strict=True):
+            states[i][key] = view
+
+
+def _alike(kinds: Sequence[list[_Kind]]) -> list[tuple[_Kind, list[int]]]:
+    """What is one tensor: step counts of a device; the rest of those that have all of it alike."""
+    members: dict[tuple[_Kind, Hashable], list[int]] = defaultdict(list)
+    for i, own in enumerate(kinds):
+        others = tuple(kind for kind in own if kind[0] != "step")
+        for kind in own:
+            members[kind, () if kind[0] == "step" else others].append(i)
+    return [(kind, places) for (kind, _), places in members.items()]
+
+
+def follows(last: Tensor, tensor: Tensor) -> bool:
+    """Whether the second lies right behind the first, one of its kind, in the same stack."""
+    base = tensor._base
+    return (
+        base is not None
+        and base is last._base
+        and tensor.shape == last.shape
+        and tensor.dtype == last.dtype
+        and tensor.storage_offset() == last.storage_offset() + last.numel()
+        and tensor.is_contiguous()
+        and last.is_contiguous()
+    )
+
+
+def as_stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors that follow each other, as one of one axis more."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.unsqueeze(0)
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def runs(items: Sequence[T], joined: Callable[[T, T], bool]) -> list[Sequence[T]]:
+    """The items, cut between neighbours that are not joined."""
+    cuts = [i + 1 for i, (a, b) in enumerate(pairwise(items)) if not joined(a, b)]
+    return [items[first:last] for first, last in pairwise([0, *cuts, len(items)])]
+
+
+class Counts:
+    """The step counts of some parameters; `steps` has them as one tensor, as `add` left them."""
+
+    def __init__(self, counts: Sequence[Tensor]) -> None:
+        parts = runs(counts, follows)
+        self._stacks = [as_stack(part) for part in parts]
+        self._copies: Sequence[Tensor] = ()
+        self.steps = self._stacks[0]
+        if len(parts) > 1:
+            self.steps = torch.empty(len(counts), dtype=counts[0].dtype, device=counts[0].device)
+            self._copies = self.steps.split([len(part) for part in parts])
+            self._gather()
+
+    def add(self, scaling: Scaling) -> None:
+        """Add 1 to each, or 0 if the step is skipped."""
+        for stack in self._stacks:
+            stack.add_(steps_taken(scaling, stack.device))
+        self._gather()
+
+    def _gather(self) -> None:
+        for copy, stack in zip(self._copies, self._stacks, strict=False):
+            copy.copy_(stack)

@@ -1,0 +1,215 @@
+"""The step: every group is planned and checked first, then counted, then run.
+
+Tensors that C++ knows again (`_prepared`) were checked when they were met first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._capturing import check_capturable, is_capturing
+from ._checks import check_scaling, usable_gradients
+from ._groups import DeclaringOptimizer, Group, devices_of
+from ._overlap import check_apart
+from ._planning import check_devices, check_gradient, check_state, memory, name_of
+from ._prepared import Launch, Prepared, can_compare, fingerprint
+from ._scaling import Scaling, on_host, scaling_of, skips, steps_taken
+from ._stacks import Counts
+from ._state import DeclaredState, State
+
+
+class Work(NamedTuple):
+    """A group's step: what has a gradient, and `steps`, each count with this step included."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+    steps: Tensor
+    scaling: Scaling
+
+
+class Unprepared(NamedTuple):
+    """A step on tensors that are not known again: `run` takes it after `counts` has counted it."""
+
+    params: list[Tensor]
+    counts: Counts
+    run: Callable[[Group, Scaling], None]
+
+
+class SteppingOptimizer(DeclaringOptimizer):
+    """An optimizer whose subclasses give `_update`."""
+
+    def _begins_with_gradient(self, group: Group) -> bool:
+        """Whether some state has its first value from the first gradient, by `_begin`."""
+        return False
+
+    def _begin(self, index: int, work: Work, places: list[int]) -> None:
+        """Set in place what starts from the gradient, of those whose first step this is."""
+        raise NotImplementedError
+
+    def _update(self, index: int, work: Work) -> None:
+        """Update parameters and states of a group in place."""
+        raise NotImplementedError
+
+    def _next_kind(self) -> Hashable:
+        """What tells the next step's kernels from another's; None where it cannot be known."""
+        return ()
+
+    def _count_replay(self) -> None:
+        """Note on the host that a graph took a step."""
+
+    def _prepare(self, index: int, work: Work) -> Launch | None:
+        """How to do at every step on these tensors what `_update` does, or None."""
+        return None
+
+    # Step -------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; parameters without one keep their state.
+
+        All groups are checked first: on an error nothing has moved, no count and no state.
+
+        Args:
+            closure: re-evaluates the model with gradients enabled and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        scaling = scaling_of(self)
+        if torch.compiler.is_compiling():
+            self._step_traced(scaling)
+            return loss
+        if is_capturing(self.param_groups):
+            self._check_capture()
+        for index, group in enumerate(self.param_groups):
+            self._check_if_changed(index, group)
+        if scaling:
+            check_scaling(scaling.get("grad_scale"), scaling.get("found_inf"))
+        planned = [
+            (group, step, on_host(scaling) if scaling and step.params[0].is_cpu else scaling)
+            for group, step in self._plan(scaling)
+        ]
+        for _, step, own_scaling in planned:
+            step.counts.add(own_scaling)
+        for group, step, own_scaling in planned:
+            step.run(group, own_scaling)
+        return loss
+
+    def _plan(self, scaling: Scaling) -> list[tuple[Group, Prepared | Unprepared]]:
+        """What each group's step will do; tensors that are not known are checked first."""
+        if not isinstance(self.state, DeclaredState):
+            self._watch_state()
+        assert isinstance(self.state, DeclaredState)
+        self.state.fill()
+        self._prepared.forget_unless_owned(self.state)
+        known = [
+            self._prepared.find(index, group["params"])
+            for index, group in enumerate(self.param_groups)
+        ]
+        if all(known):
+            return [(g, step) for g, step in zip(self.param_groups, known, strict=True) if step]
+        gathered = [
+            self._gather(index, group) if step is None else step.params
+            for index, (group, step) in enumerate(zip(self.param_groups, known, strict=True))
+        ]
+        self._check_apart(gathered)
+        return [
+            (group, step or self._build(index, group, params, scaling))
+            for index, (group, step, params) in enumerate(
+                zip(self.param_groups, known, gathered, strict=True)
+            )
+            if params
+        ]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch.amp.GradScaler asks: whether infs and the scale are left to `step`."""
+        return any(group["amp_scaling"] for group in self.param_groups)
+
+    def _check_capture(self) -> None:
+        """Refuse to be captured where replays would not be steps."""
+        check_capturable(self.param_groups)
+
+    def _gather(self, index: int, group: Group) -> list[Tensor]:
+        """The parameters that have a gradient, after a check of all that a step works on."""
+        params = []
+        for place, param in enumerate(group["params"]):
+            if isinstance(param, Tensor) and param.grad is None:
+                continue
+            self._check_taken(index, place, group)
+            check_gradient(name_of(index, place, group), param, param.grad)
+            params.append(param)
+        check_devices(index, group, params)
+        for param, (name, spec) in zip(params, self._declare(index, group, params), strict=True):
+            state, devices = self.state[param], devices_of(spec, param, group)
+            check_state(name, param, state, spec)
+            for key, device in devices.items():
+                if state[key].device != device:  # the parameter has gone there
+                    state[key] = state[key].to(device)
+        return params
+
+    def _check_apart(self, gathered: list[list[Tensor]]) -> None:
+        """Raise a ValueError where tensors of a step share memory."""
+        check_apart(
+            named
+            for index, (group, params) in enumerate(zip(self.param_groups, gathered, strict=True))
+            if params
+            for place, param in enumerate(group["params"])
+            if param.grad is not None
+            for named in memory(name_of(index, place, group), param, self.state[param])
+        )
+
+    def _build(
+        self, index: int, group: Group, params: list[Tensor], scaling: Scaling
+    ) -> Prepared | Unprepared:
+        states = [self.state[p] for p in params]
+        counts = Counts([state["step"] for state in states])
+        if params[0].is_cpu:
+            scaling = on_host(scaling)
+        work = Work(params, usable_gradients(params), states, counts.steps, scaling)
+        launch = self._prepare(index, work) if can_compare() else None
+
+        def run(group: Group, scaling: Scaling) -> None:
+            if new and not skips(scaling.get("found_inf")):
+                self._begin(index, work, new)
+            if launch is None:
+                self._update(index, work)
+            else:
+                launch.run(launch.plan, group, scaling)
+            ops.mark_changed(params)
+
+        begins = self._begins_with_gradient(group)
+        new = [i for i, state in enumerate(states) if begins and not state["step"].item()]
+        owned = [dict.get(self.state, p, {}) for p in group["params"]]
+        if launch is None or new or not (found := fingerprint(group["params"], owned)):
+            return Unprepared(params, counts, run)
+        prepared = Prepared(*found, owned, params, counts, launch)
+        self._prepared.keep(index, prepared)
+        return prepared
+
+    def _step_traced(self, scaling: Scaling) -> None:
+        """The step as torch.compile sees it, which guards the tensors itself."""
+        for index, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            states = [self.state[p] for p in params]
+            counts = [state["step"] for state in states]
+            own_scaling = on_host(scaling) if params[0].is_cpu else scaling
+            torch._foreach_add_(counts, steps_taken(own_scaling, counts[0].device))
+            grads = usable_gradients(params)
+            self._update(index, Work(params, grads, states, torch.stack(counts), own_scaling))
