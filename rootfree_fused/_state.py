@@ -162,6 +162,8 @@ def copied(value: Any) -> Any:
 
 def separated(saved: Mapping[str, Any], spec: Mapping[str, Initial]) -> dict[str, Any]:
     """What `copied` made, with the factors in two parts where the optimizer keeps them so."""
+    # torch.distributed.checkpoint puts {} for a key of the state that the checkpoint has not.
+    saved = {key: value for key, value in saved.items() if not (is_own(key) and _is_empty(value))}
     parts = dict(saved)
     for key, value in saved.items():
         residual = f"{key}_residual"
@@ -171,6 +173,10 @@ def separated(saved: Mapping[str, Any], spec: Mapping[str, Initial]) -> dict[str
             elif not isinstance(value, Tensor) or value.dtype != torch.bfloat16:
                 parts[residual] = value  # refused, as the factor is
     return parts
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not value
 
 
 def by_place(states: Mapping[Any, Any], places: Mapping[Any, int]) -> dict[Any, Any]:
