@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,17 +9,19 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Above it a kernel, which computes in float32, has inf.
+_LARGEST = torch.finfo(torch.float32).max
 _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "lr": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
     "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     "betas": (lambda x: 0 <= x < 1, "two numbers, each at least 0 and below 1"),
-    "damping": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    "momentum": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
-    "factor_lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
+    "damping": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
+    "weight_decay": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
+    "momentum": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
+    "factor_lr": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
     "factor_momentum": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
     "batch_size": (
-        lambda x: 0 < x < math.inf,
+        lambda x: 0 < x <= _LARGEST,
         "the number of loss terms that the gradient averages, a finite number > 0: the global "
         "batch size for a loss averaged over examples, the number of tokens for one averaged over "
         "tokens, 1 for a summed loss",
@@ -79,8 +80,10 @@ def _check_count(name: str, value: Any) -> None:
 def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:
     """The numbers to compare with the domain of a hyperparameter."""
     if name == "lr" and isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"lr is {describe(value)}; pass a float or a floating 0-d tensor")
+        if value.numel() != 1 or not value.is_floating_point() or value.is_meta:
+            raise ValueError(
+                f"lr is {describe(value)}; pass a float, or a floating 0-d tensor that has a value"
+            )
         # Reading a tensor on another device would stall the host: such an lr is the caller's word.
         return (value.detach().reshape(()).item(),) if value.device.type == "cpu" else ()
     numbers = tuple(value) if name == "betas" and isinstance(value, (tuple, list)) else (value,)
@@ -132,6 +135,11 @@ def check_tensors(
                 f"{name} has {len(tensors)} tensors but params has {len(params)}; "
                 "pass one for each parameter"
             )
+    for name, tensors in {"params": params, "grads": grads, **states}.items():
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                cure = "leave its parameter out" if tensor is None else "pass torch.as_tensor(it)"
+                raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; {cure}")
     for i, param in enumerate(params):
         check_param(f"params[{i}]", param)
         check_param(f"grads[{i}]", grads[i])
@@ -157,11 +165,40 @@ def check_scaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass a tensor or None")
-        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+        narrow = value.dtype not in (torch.float32, torch.float64)
+        if value.numel() != 1 or narrow or value.is_meta:
             raise ValueError(
                 f"{name} is {describe(value)}; pass one float32 number, as torch.amp.GradScaler "
                 "keeps it"
             )
+
+
+def check_reachable(params: Sequence[Tensor], values: Mapping[str, object]) -> None:
+    """Raise a ValueError for a tensor that is neither on the CPU nor on the parameters' device."""
+    devices = {param.device for param in params}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu" and devices != {value.device}:
+            raise ValueError(
+                f"{name} is {describe(value)} but the parameters are on "
+                f"{', '.join(sorted(map(str, devices)))}; move it to the CPU"
+            )
+
+
+def check_steps(steps: object, count: int) -> None:
+    """Raise unless these are so many counts of steps, each at least 1."""
+    if not isinstance(steps, Tensor):
+        raise TypeError(
+            f"steps is {steps!r}, a {type(steps).__name__}; pass a float32 tensor of shape "
+            f"({count},), one count a parameter, or None for no bias correction"
+        )
+    if steps.shape != (count,) or steps.dtype != torch.float32:
+        raise ValueError(
+            f"steps is {describe(steps)}; pass a float32 tensor of shape ({count},), "
+            "one count a parameter, or None for no bias correction"
+        )
+    # Reading a tensor on another device would stall the host.
+    if steps.is_cpu and not bool((steps >= 1).all()):
+        raise ValueError(f"steps is {steps.tolist()}; count the present step too: from 1 on")
 
 
 def _check_like(name: str, tensor: Tensor, param_name: str, param: Tensor) -> None:

@@ -153,7 +153,10 @@ class DeclaringOptimizer(Optimizer):
         needed, fresh = [], []
         for param, state in zip(params, states, strict=True):
             name = name_of(index, places[id(param)], group)
-            spec = self._spec(param, group, held)
+            try:
+                spec = self._spec(param, group, held)
+            except ValueError as error:
+                raise ValueError(f"{name} does not fit its settings: {error}") from None
             devices = devices_of(spec, param, group)
             needed.append((name, spec))
             missing = lacks(name, state, spec)

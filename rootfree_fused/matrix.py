@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from . import ops
@@ -180,6 +181,27 @@ class IFShampoo(RootFreeOptimizer):
         super()._reset_caches()
         self._plans: dict[int, Plan] = {}
         self._stacks: dict[int, Stacks] = {}
+        self._had_factors: dict[int, bool] = {}
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._had_factors[len(self.param_groups) - 1] = self._has_factors(group)
+
+    def _has_factors(self, group: Group) -> bool:
+        return any(is_lazy(p) or layout_of(p.shape, group) is not None for p in group["params"])
+
+    def _gather(self, index: int, group: Group) -> list[Tensor]:
+        params = super()._gather(index, group)
+        if params and self._had_factors.get(index) and not self._has_factors(group):
+            raise TypeError(
+                f"the parameters of group {index} were exchanged for vectors (the first of shape "
+                f"{tuple(params[0].shape)}), as sharding flattened parameters does (DeepSpeed "
+                "ZeRO): without their axes they have no factors, and the method would be another "
+                "one; use DistributedDataParallel, or ZeroRedundancyOptimizer to shard the state, "
+                "or RootFreeRMSprop"
+            )
+        return params
 
     def _check_taken(self, index: int, place: int, group: Group) -> None:
         super()._check_taken(index, place, group)

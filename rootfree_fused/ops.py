@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._checks import check_hyperparameters, check_scaling, check_tensors, describe
+from ._checks import (
+    check_hyperparameters,
+    check_reachable,
+    check_scaling,
+    check_steps,
+    check_tensors,
+)
+from ._overlap import check_apart
 
 WeightDecayMode = Literal["decoupled", "momentum"]
 
@@ -101,16 +108,18 @@ def rmsprop_(
             "maximize": maximize,
         }
     )
-    check_scaling(grad_scale, found_inf)
+    params, grads, square_avgs, momentum_buffers = map(
+        list, (params, grads, square_avgs, momentum_buffers)
+    )
     states = {"square_avgs": square_avgs}
     if momentum_buffers:
         states["momentum_buffers"] = momentum_buffers
-    elif momentum != 0:
+    elif momentum != 0 and params:
         raise ValueError(
             f"momentum is {momentum} but momentum_buffers is empty; "
             "pass one tensor of zeros a parameter before the first step"
         )
-    check_tensors(params, grads, states)
+    _check_lists(params, grads, states, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
     torch.ops.rootfree_fused.rmsprop_(
         params,
         grads,
@@ -181,13 +190,12 @@ def adamw_(
             "maximize": maximize,
         }
     )
-    check_scaling(grad_scale, found_inf)
-    check_tensors(params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
-    if steps is not None and (steps.shape != (len(params),) or steps.dtype != torch.float32):
-        raise ValueError(
-            f"steps is {describe(steps)}; pass a float32 tensor of shape ({len(params)},), "
-            "one count a parameter, or None for no bias correction"
-        )
+    params, grads, exp_avgs, exp_avg_sqs = map(list, (params, grads, exp_avgs, exp_avg_sqs))
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+    _check_lists(params, grads, states, lr=lr, steps=steps, **scaling)
+    if steps is not None:
+        check_steps(steps, len(params))
     torch.ops.rootfree_fused.adamw_(
         params,
         grads,
@@ -205,6 +213,26 @@ def adamw_(
         found_inf=found_inf,
     )
     mark_changed(params)
+
+
+def _check_lists(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: dict[str, list[Tensor]],
+    *,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **values: object,
+) -> None:
+    check_scaling(grad_scale, found_inf)
+    check_tensors(params, grads, states)
+    check_reachable(params, {**values, "grad_scale": grad_scale, "found_inf": found_inf})
+    lists = {"params": params, "grads": grads, **states}
+    check_apart(
+        (f"{name}[{i}]", tensor, name != "grads")
+        for name, tensors in lists.items()
+        for i, tensor in enumerate(tensors)
+    )
 
 
 def backends() -> dict[str, str]:

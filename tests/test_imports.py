@@ -36,7 +36,7 @@ ALLOWED = {
     "_scaling": set(),
     "convert": {"_base", "_groups", "_state", "diag", "factors", "matrix", "reference"},
     "_state": {"_checks", "reference.matrix"},
-    "ops": {"_checks", "_dispatch"},
+    "ops": {"_checks", "_dispatch", "_overlap"},
     "_dispatch": {"_cpu_matrix", "_fallback"},
     "_cpu_matrix": {"_fallback", "_scaling", "reference", "reference.matrix"},
     "_fallback": {"_scaling", "reference", "reference.diag", "reference.matrix"},
