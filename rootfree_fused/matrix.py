@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from collections.abc import Hashable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,20 +16,16 @@ from . import ops
 from ._base import RootFreeOptimizer
 from ._capturing import check_schedules
 from ._groups import Group
+from ._matrix_calls import Call, Due, Known, planned_calls
 from ._planning import check_state, check_whole, name_of
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling, skips
-from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
+from ._state import Initial, State, full_like, unused_momentum
 from ._stepping import Work
-from .diag import rmsprop_state, update_rmsprop_
-from .factors import Bucket, Plan, Stacks, default_dtype, factor_state, layout_of
+from .factors import Plan, Stacks, default_dtype, factor_state, layout_of
 from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
-# Of each parameter, whether it updates its factors at a step.
-Due = tuple[bool, ...]
-# An operator's call on known tensors, for their gradients, a group's settings and a scaler's.
-Call = Callable[[list[Tensor], Group, Scaling], None]
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -212,11 +207,11 @@ class IFShampoo(RootFreeOptimizer):
         group = self.param_groups[index]
         for param, state in zip(work.params, work.states, strict=True):
             check_state("a parameter", param, state, self._spec(param, group))
-        self._step(index, work, _Known())
+        self._step(index, work, Known())
 
     def _prepare(self, index: int, work: Work) -> Launch:
         params, states, steps = work.params, work.states, work.steps  # and not the gradients
-        known = _Known()
+        known = Known()
         group = self.param_groups[index]
         if not _waits(group, work.scaling):
             self._calls(index, self._due_next(index, group, steps), work, known)
@@ -229,7 +224,7 @@ class IFShampoo(RootFreeOptimizer):
 
         return on_gradients(params, update)
 
-    def _step(self, index: int, work: Work, known: _Known) -> None:
+    def _step(self, index: int, work: Work, known: Known) -> None:
         """Update a group; `known` are the calls on these tensors."""
         group = self.param_groups[index]
         if _waits(group, work.scaling):
@@ -238,14 +233,17 @@ class IFShampoo(RootFreeOptimizer):
         for call in self._calls(index, due, work, known):
             call(work.grads, group, work.scaling)
 
-    def _calls(self, index: int, due: Due, work: Work, known: _Known) -> list[Call]:
+    def _calls(self, index: int, due: Due, work: Work, known: Known) -> list[Call]:
         """The operator's calls for what is due, from those known for the group's stacks."""
-        if known.stacks is None or known.stacks is not self._stacks.get(index):
+        if known.stacks is not self._stacks.get(index):
             known.by_due.clear()
         if due not in known.by_due:
-            known.stacks = self._stacked(index, work.states)
-            plan = known.stacks.plan(work.states, due)
-            known.by_due[due] = plan, self._planned(index, due, work, plan)
+            stacks = self._stacked(index, work.states)
+            if stacks is not known.stacks:
+                known.by_due.clear()
+            plan = stacks.plan(work.states, due)
+            calls = planned_calls(self.param_groups[index], due, work, plan)
+            known.stacks, known.by_due[due] = stacks, (plan, calls)
         self._plans[index], calls = known.by_due[due]
         return calls
 
@@ -257,25 +255,6 @@ class IFShampoo(RootFreeOptimizer):
             owned = [state for p in group["params"] if (state := dict.get(self.state, p))]
             stacks = self._stacks[index] = Stacks(owned, group["update_interval"])
         return stacks
-
-    def _planned(self, index: int, due: Due, work: Work, plan: Plan) -> list[Call]:
-        group = self.param_groups[index]
-        calls: list[Call] = []
-        if plan.vectors:
-            params, states = _pick(plan.vectors, work.params, work.states)
-            calls.append(_Vectors(plan.vectors, params, *rmsprop_state(states, group)))
-        # One call for all buckets of a device that are due alike; on the CPU they run one by one.
-        together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
-        for bucket in plan.buckets:
-            device = bucket.factors[0].device.type
-            key = id(bucket) if device == "cpu" else device
-            together[due[bucket.members[0]], key].append(bucket)
-        for (update, _), buckets in together.items():
-            members = [i for bucket in buckets for i in bucket.members]
-            params, grads, states = _pick(members, work.params, work.grads, work.states)
-            buffers = momentum_buffers(states, group["momentum"])
-            calls.append(_Matrices(members, buckets, update, params, buffers, grads))
-        return calls
 
     def _due_next(self, index: int, group: Group, steps: Tensor) -> Due:
         """Which parameters update their factors at the step after these."""
@@ -319,14 +298,6 @@ class IFShampoo(RootFreeOptimizer):
         check_schedules(self.param_groups, by_kind=self._captured_by_kind)
 
 
-class _Known:
-    """The calls on the tensors of a step by what is due, each with its plan on the same stacks."""
-
-    def __init__(self) -> None:
-        self.stacks: Stacks | None = None
-        self.by_due: dict[Due, tuple[Plan, list[Call]]] = {}
-
-
 def _waits(group: Group, scaling: Scaling) -> bool:
     """Whether a step that the scaler skips leaves the schedule as it is."""
     return group["update_interval"] > 1 and skips(scaling.get("found_inf"))
@@ -337,74 +308,3 @@ def _due_at(counts: list[int], group: Group) -> Due:
     interval, schedule = group["update_interval"], group["update_schedule"]
     due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
     return tuple(due[count] for count in counts)
-
-
-def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
-    return [[items[i] for i in places] for items in lists]
-
-
-class _Vectors:
-    """The call of the operator for the parameters at these places, which have no factors."""
-
-    def __init__(self, places: list[int], *lists: list[Tensor]) -> None:
-        self._places = places
-        self._params, self._square_avgs, self._buffers = lists
-
-    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-        own = [grads[i] for i in self._places]
-        state = self._square_avgs, self._buffers
-        update_rmsprop_(group, scaling, self._params, own, *state)
-
-
-class _Matrices:
-    """The call of the operator for the parameters at these places, those of some buckets."""
-
-    def __init__(
-        self,
-        places: list[int],
-        buckets: list[Bucket],
-        update_factors: bool,
-        params: list[Tensor],
-        buffers: list[Tensor],
-        grads: list[Tensor],
-    ) -> None:
-        self._places, self._buckets, self._update_factors = places, buckets, update_factors
-        self._params, self._buffers = params, buffers
-        self._stacks = [
-            [tensor for bucket in buckets for tensor in getattr(bucket, name)]
-            for name in ("factors", "residuals", "momenta", "products")
-        ]
-        self._axes = [len(bucket.factors) for bucket in buckets]
-        alone = len(buckets) == 1 and all(t.is_contiguous() for t in (*params, *grads, *buffers))
-        self._kernel = ops.matrix_kernel(params, buckets[0].residuals) if alone else None
-
-    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-        refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
-        tensors = (
-            self._params,
-            [grads[i] for i in self._places],
-            *self._stacks,
-            self._buffers,
-            ops.as_scalar_tensor(group["lr"]),
-        )
-        scalars = {
-            "update_factors": self._update_factors,
-            "refresh_products": refresh_products,
-            "factor_lr": group["factor_lr"],
-            "factor_momentum": group["factor_momentum"],
-            "damping": group["damping"],
-            "batch_size": float(group["batch_size"]),
-            "momentum": group["momentum"],
-            "weight_decay": group["weight_decay"],
-            "decoupled": group["weight_decay_mode"] == "decoupled",
-            "maximize": group["maximize"],
-        }
-        if self._kernel and not scaling:
-            self._kernel(*tensors, **scalars)
-        else:
-            torch.ops.rootfree_fused.ifshampoo_(*tensors, axes=self._axes, **scalars, **scaling)
-        # Now, since the specification counts as a write. A step that the device may skip makes no
-        # new K K^T there; without an interval each does.
-        if "found_inf" not in scaling or group["update_interval"] > 1:
-            for bucket in self._buckets:
-                bucket.note_versions()

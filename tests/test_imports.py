@@ -15,9 +15,10 @@ ALLOWED = {
     "batch_size": set(),
     "capture": {"_base", "ops"},
     "matrix": {
-        *("_base", "_capturing", "_groups", "_planning", "_prepared", "_scaling", "_state"),
-        *("_stepping", "diag", "factors", "ops", "reference"),
+        *("_base", "_capturing", "_groups", "_matrix_calls", "_planning", "_prepared"),
+        *("_scaling", "_state", "_stepping", "factors", "ops", "reference"),
     },
+    "_matrix_calls": {"_groups", "_scaling", "_state", "_stepping", "diag", "factors", "ops"},
     "factors": {"_stacks", "_state"},
     "diag": {
         *("_base", "_checks", "_groups", "_prepared", "_scaling", "_state", "_stepping", "ops"),

@@ -1,0 +1,122 @@
+"""What a step of IFShampoo asks of the operators: their calls on known tensors, by what is due."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._groups import Group
+from ._scaling import Scaling
+from ._state import momentum_buffers
+from ._stepping import Work
+from .diag import rmsprop_state, update_rmsprop_
+from .factors import Bucket, Plan, Stacks
+
+# Of each parameter, whether it updates its factors at a step.
+Due = tuple[bool, ...]
+# An operator's call on known tensors, for their gradients, a group's settings and a scaler's.
+Call = Callable[[list[Tensor], Group, Scaling], None]
+
+
+class Known:
+    """The calls on the tensors of a step by what is due, each with its plan on the same stacks."""
+
+    def __init__(self) -> None:
+        self.stacks: Stacks | None = None
+        self.by_due: dict[Due, tuple[Plan, list[Call]]] = {}
+
+
+def planned_calls(group: Group, due: Due, work: Work, plan: Plan) -> list[Call]:
+    """What a plan asks of the operators."""
+    calls: list[Call] = []
+    if plan.vectors:
+        params, states = _pick(plan.vectors, work.params, work.states)
+        calls.append(_Vectors(plan.vectors, params, *rmsprop_state(states, group)))
+    # One call for all buckets of a device that are due alike; on the CPU they run one by one.
+    together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
+    for bucket in plan.buckets:
+        device = bucket.factors[0].device.type
+        key = id(bucket) if device == "cpu" else device
+        together[due[bucket.members[0]], key].append(bucket)
+    for (update, _), buckets in together.items():
+        members = [i for bucket in buckets for i in bucket.members]
+        params, grads, states = _pick(members, work.params, work.grads, work.states)
+        buffers = momentum_buffers(states, group["momentum"])
+        calls.append(_Matrices(members, buckets, update, params, buffers, grads))
+    return calls
+
+
+def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
+    return [[items[i] for i in places] for items in lists]
+
+
+class _Vectors:
+    """The call of the operator for the parameters at these places, which have no factors."""
+
+    def __init__(self, places: list[int], *lists: list[Tensor]) -> None:
+        self._places = places
+        self._params, self._square_avgs, self._buffers = lists
+
+    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+        own = [grads[i] for i in self._places]
+        state = self._square_avgs, self._buffers
+        update_rmsprop_(group, scaling, self._params, own, *state)
+
+
+class _Matrices:
+    """The call of the operator for the parameters at these places, those of some buckets."""
+
+    def __init__(
+        self,
+        places: list[int],
+        buckets: list[Bucket],
+        update_factors: bool,
+        params: list[Tensor],
+        buffers: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        self._places, self._buckets, self._update_factors = places, buckets, update_factors
+        self._params, self._buffers = params, buffers
+        self._stacks = [
+            [tensor for bucket in buckets for tensor in getattr(bucket, name)]
+            for name in ("factors", "residuals", "momenta", "products")
+        ]
+        self._axes = [len(bucket.factors) for bucket in buckets]
+        alone = len(buckets) == 1 and all(t.is_contiguous() for t in (*params, *grads, *buffers))
+        self._kernel = ops.matrix_kernel(params, buckets[0].residuals) if alone else None
+
+    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+        refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
+        tensors = (
+            self._params,
+            [grads[i] for i in self._places],
+            *self._stacks,
+            self._buffers,
+            ops.as_scalar_tensor(group["lr"]),
+        )
+        scalars = {
+            "update_factors": self._update_factors,
+            "refresh_products": refresh_products,
+            "factor_lr": group["factor_lr"],
+            "factor_momentum": group["factor_momentum"],
+            "damping": group["damping"],
+            "batch_size": float(group["batch_size"]),
+            "momentum": group["momentum"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": group["weight_decay_mode"] == "decoupled",
+            "maximize": group["maximize"],
+        }
+        if self._kernel and not scaling:
+            self._kernel(*tensors, **scalars)
+        else:
+            torch.ops.rootfree_fused.ifshampoo_(*tensors, axes=self._axes, **scalars, **scaling)
+        # Now, since the specification counts as a write. A step that the device may skip makes no
+        # new K K^T there; without an interval each does.
+        if "found_inf" not in scaling or group["update_interval"] > 1:
+            for bucket in self._buckets:
+                bucket.note_versions()
