@@ -189,6 +189,7 @@ class RootFreeOptimizer(SteppingOptimizer):
             for key in [key for key in state if key not in values or (is_own(key) and not fits)]:
                 del state[key]
         self._declare(index, group, [param for param, _ in loaded])
+        self._shaped_by[index] = {name: group[name] for name in self._shaping}
         for param, values in loaded:
             state, spec = self.state[param], self._full_spec(param, group)
             devices = devices_of(spec, param, group)

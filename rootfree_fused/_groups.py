@@ -33,8 +33,10 @@ def devices_of(spec: Iterable[str], param: Tensor, group: Group) -> dict[str, to
     return {key: step if key == "step" else param.device for key in spec}
 
 
-def trains(param: Tensor) -> bool:
-    return (param.requires_grad or param.grad is not None) and not is_lazy(param)
+def trains(param: Any) -> bool:
+    if not isinstance(param, Tensor) or is_lazy(param):
+        return False
+    return param.requires_grad or param.grad is not None
 
 
 class DeclaringOptimizer(Optimizer):
@@ -71,6 +73,7 @@ class DeclaringOptimizer(Optimizer):
     def _forget(self) -> None:
         """Drop what was derived from settings and values, which a load replaces."""
         self._checked: dict[int, Group] = {}
+        self._shaped_by: dict[int, Group] = {}
 
     def _reset_caches(self) -> None:
         """Drop everything derived; the next step rebuilds it from groups and state."""
@@ -124,6 +127,7 @@ class DeclaringOptimizer(Optimizer):
             if (optimizer := owner()) is None:
                 return
             for index, group in enumerate(optimizer.param_groups):
+                optimizer._check_if_changed(index, group)
                 optimizer._declare(index, group, list(filter(trains, group["params"])))
 
         if isinstance(self.state, DeclaredState):
@@ -165,6 +169,8 @@ class DeclaringOptimizer(Optimizer):
             else:
                 for key in missing:
                     state[key] = spec[key](devices[key])
+        if fresh:
+            self._shaped_by.setdefault(index, {name: group[name] for name in self._shaping})
         built = allocate([spec for _, spec, _ in fresh], [devices for *_, devices in fresh])
         for (state, *_), tensors in zip(fresh, built, strict=True):
             state.update(tensors)
@@ -184,10 +190,9 @@ class DeclaringOptimizer(Optimizer):
 
     def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
         self._check_named(index, group)
-        if known is not None:
-            self._check_kept(index, group, known)
-            if self._unused_state(group) != self._unused_state(known):
-                self._prepared.forget(index)
+        self._check_kept(index, group)
+        if known is not None and self._unused_state(group) != self._unused_state(known):
+            self._prepared.forget(index)
         self._checked[index] = dict(group)
 
     def _check_named(self, index: int, group: Group) -> None:
@@ -197,13 +202,13 @@ class DeclaringOptimizer(Optimizer):
         except (TypeError, ValueError) as error:
             raise type(error)(f"in group {index}, {error}") from None
 
-    def _check_kept(self, index: int, group: Group, known: Group) -> None:
+    def _check_kept(self, index: int, group: Group) -> None:
         """Raise a ValueError where a setting changed that state was allocated for."""
         if not any(dict.get(self.state, param) for param in group["params"]):
             return
-        for name in self._shaping:
-            if known[name] is not None and group[name] != known[name]:
+        for name, value in self._shaped_by.get(index, {}).items():
+            if group[name] != value:
                 raise ValueError(
-                    f"{name} of group {index} was {known[name]!r} when its state was allocated and "
+                    f"{name} of group {index} was {value!r} when its state was allocated and "
                     f"is {group[name]!r}; set it back, or build a new optimizer"
                 )

@@ -152,7 +152,7 @@ class IFShampoo(RootFreeOptimizer):
         super().__init__(params, defaults)
 
     def _complete(self, group: Group) -> None:
-        params = [param for param in group["params"] if not param.is_meta]
+        params = [p for p in group["params"] if isinstance(p, Tensor) and not p.is_meta]
         if group["factor_dtype"] is None and params:
             group["factor_dtype"] = default_dtype(params[0])
 

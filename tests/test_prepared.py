@@ -44,6 +44,11 @@ CHANGES = {
     "a gradient's strides": lambda params, _: set_data(
         params[1].grad, params[1].grad.as_strided((2, 3, 4, 4), (48, 1, 12, 3))
     ),
+    "a parameter's shape": lambda params, _: set_data(params[0], params[0].data.view(4, 3)),
+    "a gradient's shape": lambda params, _: set_data(params[0].grad, params[0].grad.view(12)),
+    "a state's shape": lambda _, states: set_data(
+        states[0]["square_avg"], states[0]["square_avg"].view(2, 6)
+    ),
     "a gradient's dtype": lambda params, _: set_data(
         params[0].grad, params[0].grad.view(torch.int32)
     ),
@@ -94,6 +99,15 @@ def test_new_values_do_not_show():
         params[1].grad.mul_(2)
         states[0]["step"].add_(1)
     assert host.fingerprint(params, states) == before
+
+
+def test_shapes_of_one_size_show():
+    base = torch.zeros(3600)
+    axes = [a for a in range(1, 3601) if not 3600 % a]
+    shapes = [(a, b, 3600 // a // b) for a in axes for b in axes if not 3600 // a % b]
+    shapes += [shape[:2] for shape in shapes if shape[2] == 1] + [(3600,)]
+    prints = {host.fingerprint([base.view(shape)], [{}])[0] for shape in shapes}
+    assert len(prints) == len(shapes) == len(set(shapes))
 
 
 def test_views_of_other_strides_show():
@@ -148,8 +162,8 @@ def test_misuse_is_an_error():
     assert host.fingerprint(params, states[:2]) is None
     what, _ = host.fingerprint(params, states)
     assert host.unchanged(params, states[:2], what) is None
-    assert host.unchanged(params, states, what[:48]) is None
-    assert host.unchanged(params, states, what + what[:48]) is None
+    assert host.unchanged(params, states, what[:56]) is None
+    assert host.unchanged(params, states, what + what[:56]) is None
     with pytest.raises(TypeError, match="expected tensors"):
         host.mark_changed([1])
 
