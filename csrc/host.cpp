@@ -115,7 +115,8 @@ bool describe(PyObject* params, PyObject* states, Taker& taker, std::vector<cons
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(state, &position, &key, &value)) {
-      if (!describe(value, taker)) return false;
+      // What is no tensor is a wrapper's: a step reads none of it.
+      if (THPVariable_Check(value) && !describe(value, taker)) return false;
     }
   }
   return true;

@@ -84,12 +84,12 @@ def check_devices(index: int, group: Mapping[str, Any], params: Sequence[Tensor]
             "group are not; give it memory (module.to_empty), or set its gradient to None"
         )
     lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        elsewhere = [param.device for param in params if param.device != lr.device]
-        if elsewhere:
+    if params and isinstance(lr, Tensor) and lr.device.type != "cpu":
+        devices = sorted({str(param.device) for param in params})
+        if str(lr.device) not in devices:
             raise ValueError(
-                f"lr of group {index} is on {lr.device} but a parameter of it is on "
-                f"{elsewhere[0]}; keep lr on the CPU or move it with .to({str(elsewhere[0])!r})"
+                f"lr of group {index} is on {lr.device} but its parameters are on "
+                f"{', '.join(devices)}; keep lr on the CPU, or move it with .to({devices[0]!r})"
             )
 
 

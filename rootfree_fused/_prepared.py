@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -92,6 +93,7 @@ class PreparedSteps:
 
     def __init__(self) -> None:
         self._steps: dict[int, list[Prepared]] = {}
+        self._counts: dict[int, list[tuple[list[Tensor], Counts]]] = {}
         self._states: list[State] = []
 
     def forget_unless_owned(self, state: dict[Tensor, State]) -> None:
@@ -121,6 +123,16 @@ class PreparedSteps:
         known = self._steps.setdefault(index, [])
         known.insert(0, prepared)
         del known[self._KEPT :]
+
+    def counts(self, index: int, steps: list[Tensor]) -> Counts:
+        """The counts of these steps, the same ones as before: what was read of them still holds."""
+        known = self._counts.setdefault(index, [])
+        for own, counts in known:
+            if len(own) == len(steps) and all(map(operator.is_, own, steps)):
+                return counts
+        known.insert(0, (steps, Counts(steps)))
+        del known[self._KEPT :]
+        return known[0][1]
 
 
 def can_compare() -> bool:

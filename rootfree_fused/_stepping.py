@@ -177,7 +177,7 @@ class SteppingOptimizer(DeclaringOptimizer):
         self, index: int, group: Group, params: list[Tensor], scaling: Scaling
     ) -> Prepared | Unprepared:
         states = [self.state[p] for p in params]
-        counts = Counts([state["step"] for state in states])
+        counts = self._prepared.counts(index, [state["step"] for state in states])
         if params[0].is_cpu:
             scaling = on_host(scaling)
         work = Work(params, usable_gradients(params), states, counts.steps, scaling)

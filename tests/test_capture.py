@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _optimizers import SETTINGS, assert_identical, build, parameters, snapshot
+from _optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
 
 import rootfree_fused._stepping
-from rootfree_fused import CapturedStep, IFShampoo, RootFreeRMSprop
+from rootfree_fused import CapturedStep, IFShampoo, RootFreeRMSprop, _prepared
 
 SHAPES = [(7, 5), (11,), (), (3, 4, 2), (16, 8)]
 
@@ -232,3 +232,17 @@ def test_a_step_that_counts_on_the_host_is_refused(monkeypatch):
     params[0].grad = torch.ones_like(params[0])
     optimizer = RootFreeRMSprop(params, batch_size=1)
     refused(monkeypatch, optimizer, params, "capturable=False")
+
+
+@pytest.mark.parametrize("host", ["as built", "missing"])
+def test_counts_on_the_device_are_read_once_for_each_set_of_gradients(monkeypatch, host):
+    """What is due next is counted on the host: under a capture nothing may wait for the device."""
+    if host == "missing":
+        monkeypatch.setattr(_prepared, "extension", lambda: None)
+    params = parameters((4, 3), (4, 3))
+    optimizer = build("ifshampoo-interval", params, capturable=True)
+    reads = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: reads.append(1) or tolist(t))
+    run(optimizer, params, 7)
+    assert sum(reads) <= 2

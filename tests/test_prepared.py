@@ -130,7 +130,6 @@ class Subclass(torch.Tensor):
     [
         lambda p: torch.Tensor._make_wrapper_subclass(Subclass, p.shape),
         lambda p: p.detach().to_sparse(),
-        lambda p: [1.0],
         lambda p: torch.ones(3, 4, dtype=torch.complex64).conj(),
     ],
 )
@@ -140,6 +139,19 @@ def test_what_is_no_plain_tensor_is_not_compared(strange):
     assert host.fingerprint(params, states) is None
     params, states = tensors()
     params[2] = strange(params[2])
+    assert host.fingerprint(params, states) is None
+
+
+def test_of_a_state_tensors_alone_are_compared():
+    params, states = tensors()
+    before = host.fingerprint(params, states)
+    states[0]["calls"] = 7
+    assert host.fingerprint(params, states) == before
+    kept = states[0].pop("square_avg")
+    states[0]["square_avg"] = None
+    assert host.fingerprint(params, states) != before
+    del kept
+    params[2] = [1.0]
     assert host.fingerprint(params, states) is None
 
 
