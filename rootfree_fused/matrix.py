@@ -176,19 +176,16 @@ class IFShampoo(RootFreeOptimizer):
         super()._reset_caches()
         self._plans: dict[int, Plan] = {}
         self._stacks: dict[int, Stacks] = {}
-        self._had_factors: dict[int, bool] = {}
+        self._had_matrices: dict[int, bool] = {}
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        self._had_factors[len(self.param_groups) - 1] = self._has_factors(group)
-
-    def _has_factors(self, group: Group) -> bool:
-        return any(is_lazy(p) or layout_of(p.shape, group) is not None for p in group["params"])
+        self._had_matrices[len(self.param_groups) - 1] = _has_matrices(group["params"])
 
     def _gather(self, index: int, group: Group) -> list[Tensor]:
         params = super()._gather(index, group)
-        if params and self._had_factors.get(index) and not self._has_factors(group):
+        if params and self._had_matrices.get(index) and not _has_matrices(group["params"]):
             raise TypeError(
                 f"the parameters of group {index} were exchanged for vectors (the first of shape "
                 f"{tuple(params[0].shape)}), as sharding flattened parameters does (DeepSpeed "
@@ -296,6 +293,10 @@ class IFShampoo(RootFreeOptimizer):
     def _check_capture(self) -> None:
         super()._check_capture()
         check_schedules(self.param_groups, by_kind=self._captured_by_kind)
+
+
+def _has_matrices(params: list[Tensor]) -> bool:
+    return any(is_lazy(p) or sum(size != 1 for size in p.shape) > 1 for p in params)
 
 
 def _waits(group: Group, scaling: Scaling) -> bool:
