@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 # What an error calls the tensor, the tensor, and whether a step writes it.
 Named = tuple[str, Tensor, bool]
 
@@ -20,20 +22,24 @@ def check_apart(tensors: Iterable[Named]) -> None:
     placed: list[tuple[int, int, Named]] = []
     for named in tensors:
         name, tensor, written = named
-        if tensor.is_meta or not tensor.numel() or not tensor.data_ptr():
+        if type(tensor) not in _PLAIN or tensor.is_meta or not tensor.numel():
+            continue  # without memory of its own
+        first = tensor.data_ptr()
+        if tensor.is_contiguous():
+            placed.append((first, first + tensor.nbytes, named))
             continue
-        if written and _overlaps_itself(tensor):
+        if written and not _nests(tensor) and _repeats(tensor):
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, so that "
                 "some of its elements are one in memory; pass a copy (tensor.clone())"
             )
-        first = tensor.data_ptr()
         placed.append((first, first + _extent(tensor), named))
-    placed.sort(key=lambda item: item[:2])
+    placed.sort(key=operator.itemgetter(0))
     # Of what is open at an address, only tensors that reach beyond it can meet the next.
+    reach = 0
     open_: list[tuple[int, int, Named]] = []
     for item in placed:
-        open_ = [other for other in open_ if other[1] > item[0]]
+        open_ = [other for other in open_ if other[1] > item[0]] if reach > item[0] else []
         for other in open_:
             if (item[2][2] or other[2][2]) and _meet(item[2][1], other[2][1]):
                 raise ValueError(
@@ -41,6 +47,7 @@ def check_apart(tensors: Iterable[Named]) -> None:
                     "twice, or write what it reads; pass one of them, or a copy (tensor.clone())"
                 )
         open_.append(item)
+        reach = max(reach, item[1])
 
 
 def _extent(tensor: Tensor) -> int:
@@ -49,9 +56,8 @@ def _extent(tensor: Tensor) -> int:
     return (1 + sum((size - 1) * stride for size, stride in sizes)) * tensor.element_size()
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.is_contiguous() or _nests(tensor):
-        return False
+def _repeats(tensor: Tensor) -> bool:
+    """Whether two elements are one in memory."""
     offsets = _offsets(tensor)
     return len(offsets.unique()) < len(offsets)
 

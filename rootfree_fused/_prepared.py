@@ -1,8 +1,8 @@
 """Steps on tensors that are known already, with nothing done a parameter at a time from Python.
 
-C++ compares the tensors of a step with those of the last one (csrc/host.cpp, where it was built for
-this torch). While they are what they were, the launch that was prepared for them is right: settings
-are read anew, and gradients may be others of the same layouts.
+C++ compares the tensors of a step with those of the last one (csrc/host.cpp; `_compare` where it
+was not built for this torch). While they are what they were, the launch that was prepared for them
+is right: settings are read anew, and gradients may be others of the same layouts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _compare
 from ._checks import gradients_suit, usable_gradients
 from ._scaling import Scaling
 from ._stacks import Counts
@@ -35,6 +36,11 @@ def extension() -> Any:
         return importlib.import_module(f"rootfree_fused.{module_name(torch.__version__)}")
     except ImportError:
         return None
+
+
+def host() -> Any:
+    """What compares the tensors of a step: the C++, or the same from Python."""
+    return extension() or _compare
 
 
 class Launch(NamedTuple):
@@ -61,7 +67,7 @@ def on_gradients(
 class Prepared(NamedTuple):
     """A launch for the tensors that a fingerprint describes. It keeps no gradient alive."""
 
-    what: bytes
+    what: Any
     grads: bytes
     states: list[State]  # of every parameter of the group
     params: list[Tensor]  # those that have a gradient
@@ -71,7 +77,7 @@ class Prepared(NamedTuple):
     def run(self, group: dict[str, Any], scaling: Scaling) -> None:
         """A step, after `counts` has counted it."""
         self.launch.run(self.launch.plan, group, scaling)
-        extension().mark_changed(self.params)
+        host().mark_changed(self.params)
 
     def with_grads(self, grads: bytes) -> Prepared:
         """For gradients at these addresses."""
@@ -98,7 +104,7 @@ class PreparedSteps:
 
     def forget_unless_owned(self, state: dict[Tensor, State]) -> None:
         """Drop all of it if the parameters' state dicts are no longer the same objects."""
-        if can_compare() and not extension().has_values(state, self._states):
+        if not host().has_values(state, self._states):
             self._steps.clear()
             self._states = list(state.values())
 
@@ -108,9 +114,9 @@ class PreparedSteps:
 
     def find(self, index: int, params: list[Tensor]) -> Prepared | None:
         """The step that is right for these parameters, their gradients and state, if there is."""
-        known = self._steps.get(index, []) if can_compare() else []
+        known = self._steps.get(index, [])
         for place, step in enumerate(known):
-            grads = extension().unchanged(params, step.states, step.what)
+            grads = host().unchanged(params, step.states, step.what)
             if grads is not None:
                 if place:
                     del known[place]
@@ -135,11 +141,7 @@ class PreparedSteps:
         return known[0][1]
 
 
-def can_compare() -> bool:
-    return not torch.compiler.is_compiling() and extension() is not None
-
-
-def fingerprint(params: list[Tensor], states: list[State]) -> tuple[bytes, bytes] | None:
+def fingerprint(params: list[Tensor], states: list[State]) -> tuple[Any, bytes] | None:
     """What and where the tensors are; None where one of them is no plain tensor."""
-    found: tuple[bytes, bytes] | None = extension().fingerprint(params, states)
+    found: tuple[Any, bytes] | None = host().fingerprint(params, states)
     return found

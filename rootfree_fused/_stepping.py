@@ -17,7 +17,7 @@ from ._checks import check_scaling, usable_gradients
 from ._groups import DeclaringOptimizer, Group, devices_of
 from ._overlap import check_apart
 from ._planning import check_devices, check_gradient, check_state, memory, name_of
-from ._prepared import Launch, Prepared, can_compare, fingerprint
+from ._prepared import Launch, Prepared, fingerprint
 from ._scaling import Scaling, on_host, scaling_of, skips, steps_taken
 from ._stacks import Counts
 from ._state import DeclaredState, State
@@ -181,7 +181,7 @@ class SteppingOptimizer(DeclaringOptimizer):
         if params[0].is_cpu:
             scaling = on_host(scaling)
         work = Work(params, usable_gradients(params), states, counts.steps, scaling)
-        launch = self._prepare(index, work) if can_compare() else None
+        launch = self._prepare(index, work)
 
         def run(group: Group, scaling: Scaling) -> None:
             if new and not skips(scaling.get("found_inf")):

@@ -145,7 +145,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+        TypeError: a parameter that is not dense and floating, a DTensor, or a sparse gradient.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     Fig. 4 and Fig. 7.
@@ -247,7 +247,7 @@ class RootFreeAdamW(RootFreeOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+        TypeError: a parameter that is not dense and floating, a DTensor, or a sparse gradient.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     and its released code.

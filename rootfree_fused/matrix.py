@@ -95,7 +95,8 @@ class IFShampoo(RootFreeOptimizer):
     Raises:
         ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
             supported or does not fit a shape, an axis too large for a dense factor.
-        TypeError: a parameter that is not dense and floating, or a sparse gradient.
+        TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
+            FullyShardedDataParallel, or a sparse gradient.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     Fig. 3, and its released code.

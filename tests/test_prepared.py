@@ -17,14 +17,18 @@ from _optimizers import (
     snapshot,
 )
 
-from rootfree_fused import _dispatch, _prepared, ops
+from rootfree_fused import _compare, _dispatch, _prepared, ops
 
-host = _prepared.extension()
-pytestmark = pytest.mark.skipif(host is None, reason="csrc/host.cpp is not built")
+pytestmark = pytest.mark.skipif(_prepared.extension() is None, reason="csrc/host.cpp is not built")
 SHAPES = [(3, 5), (), (1500,), (0,), (2, 3, 4, 5)]
 
 
-# What C++ compares ----------------------------------------------------------------------------
+# What C++ compares, and Python in its place ----------------------------------------------------
+
+
+@pytest.fixture(params=["C++", "Python"])
+def host(request):
+    return _prepared.extension() if request.param == "C++" else _compare
 
 
 def tensors():
@@ -61,7 +65,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_every_change_shows(change):
+def test_every_change_shows(host, change):
     params, states = tensors()
     before = host.fingerprint(params, states)
     kept = [p.detach() for p in params], [p.grad for p in params], [dict(s) for s in states]
@@ -76,7 +80,7 @@ def test_every_change_shows(change):
     del kept
 
 
-def test_new_places_of_gradients_show_apart():
+def test_new_places_of_gradients_show_apart(host):
     params, states = tensors()
     what, grads = host.fingerprint(params, states)
     old = params[0].grad, params[1].grad.detach()
@@ -91,7 +95,7 @@ def test_new_places_of_gradients_show_apart():
     assert host.unchanged(params, states, what) == new_grads
 
 
-def test_new_values_do_not_show():
+def test_new_values_do_not_show(host):
     params, states = tensors()
     before = host.fingerprint(params, states)
     with torch.no_grad():
@@ -101,7 +105,7 @@ def test_new_values_do_not_show():
     assert host.fingerprint(params, states) == before
 
 
-def test_shapes_of_one_size_show():
+def test_shapes_of_one_size_show(host):
     base = torch.zeros(3600)
     axes = [a for a in range(1, 3601) if not 3600 % a]
     shapes = [(a, b, 3600 // a // b) for a in axes for b in axes if not 3600 // a % b]
@@ -110,7 +114,7 @@ def test_shapes_of_one_size_show():
     assert len(prints) == len(shapes) == len(set(shapes))
 
 
-def test_views_of_other_strides_show():
+def test_views_of_other_strides_show(host):
     base = torch.zeros(64)
     prints = {
         host.fingerprint([base.as_strided((4, 4), strides)], [{}])[0]
@@ -133,7 +137,7 @@ class Subclass(torch.Tensor):
         lambda p: torch.ones(3, 4, dtype=torch.complex64).conj(),
     ],
 )
-def test_what_is_no_plain_tensor_is_not_compared(strange):
+def test_what_is_no_plain_tensor_is_not_compared(host, strange):
     params, states = tensors()
     states[0]["square_avg"] = strange(params[0])
     assert host.fingerprint(params, states) is None
@@ -142,7 +146,7 @@ def test_what_is_no_plain_tensor_is_not_compared(strange):
     assert host.fingerprint(params, states) is None
 
 
-def test_of_a_state_tensors_alone_are_compared():
+def test_of_a_state_tensors_alone_are_compared(host):
     params, states = tensors()
     before = host.fingerprint(params, states)
     states[0]["calls"] = 7
@@ -155,7 +159,7 @@ def test_of_a_state_tensors_alone_are_compared():
     assert host.fingerprint(params, states) is None
 
 
-def test_values_of_a_dict_are_compared_by_identity_and_order():
+def test_values_of_a_dict_are_compared_by_identity_and_order(host):
     a, b = {}, {}
     for known, same in (([a, b], True), ([b, a], False), ([a], False), ([a, b, b], False)):
         assert host.has_values({1: a, 2: b}, known) is same
@@ -163,6 +167,7 @@ def test_values_of_a_dict_are_compared_by_identity_and_order():
 
 
 def test_misuse_is_an_error():
+    host = _prepared.extension()
     params, states = tensors()
     with pytest.raises(TypeError, match="expected a dict and a list"):
         host.has_values(states, states)
@@ -180,7 +185,7 @@ def test_misuse_is_an_error():
         host.mark_changed([1])
 
 
-def test_autograd_sees_the_change():
+def test_autograd_sees_the_change(host):
     (p,) = parameters((3,))
     loss = (p * p).sum()
     host.mark_changed([p])
@@ -310,14 +315,14 @@ def test_no_gradient_is_kept_alive(name, launches):
     assert grad() is None
 
 
-def test_without_the_extension_nothing_is_prepared(launches, monkeypatch):
+def test_without_the_extension_python_compares(launches, monkeypatch):
     monkeypatch.setattr(_prepared, "extension", lambda: None)
     params = parameters((4,))
     optimizer = build("rmsprop", params)
     for t in range(3):
         set_grads(params, t)
         optimizer.step()
-    assert launches == [False] * 3
+    assert launches == [False, True, True]
 
 
 # The optimizers on the CPU, as they are ---------------------------------------------------------
@@ -348,9 +353,12 @@ def change_something(optimizer, params, t):
         optimizer.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("compared", ["C++", "Python"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_known_tensors_take_the_same_steps_to_the_bit(name, dtype, found):
+def test_known_tensors_take_the_same_steps_to_the_bit(name, dtype, compared, found, monkeypatch):
+    if compared == "Python":
+        monkeypatch.setattr(_prepared, "extension", lambda: None)
     shapes = [(7, 5), (70, 33), (11,), (), (7, 5), (3, 4, 2)]
     params, others = (parameters(*shapes, dtype=dtype) for _ in range(2))
     optimizer, twin = build(name, params), build(name, others)
