@@ -10,6 +10,7 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import ops
 from ._capturing import check_capturable, is_capturing
@@ -208,8 +209,16 @@ class SteppingOptimizer(DeclaringOptimizer):
             if not params:
                 continue
             states = [self.state[p] for p in params]
+            if not all("step" in state for state in states):
+                self._declare_untraced(index, group, params)
+                states = [self.state[p] for p in params]
             counts = [state["step"] for state in states]
             own_scaling = on_host(scaling) if params[0].is_cpu else scaling
             torch._foreach_add_(counts, steps_taken(own_scaling, counts[0].device))
             grads = usable_gradients(params)
             self._update(index, Work(params, grads, states, torch.stack(counts), own_scaling))
+
+    @_disable_dynamo
+    def _declare_untraced(self, index: int, group: Group, params: list[Tensor]) -> None:
+        """Allocate what was emptied since the compiled step ran, at the cost of a break in it."""
+        self._declare(index, group, params)
