@@ -34,12 +34,16 @@ class Case:
         named = [(f"p{i}", p) for i, p in enumerate(params)]
         groups = [{"params": named[:3]}, {"params": named[3:], "lr": 0.01}]
         optimizer = build(self.name, groups)
-        if self.stage in ("warm", "no host"):
+        if self.is_known:
             run(optimizer, params, 3)
         elif self.stage == "read":
             assert len(optimizer.state) == len(params)
         set_grads(params, seed=9)
         return optimizer, params
+
+    @property
+    def is_known(self):
+        return self.stage in ("warm", "no host")
 
     @property
     def allocated(self):
@@ -140,7 +144,7 @@ def on_meta(case):
 
 
 def flat_shard(case):
-    if not isinstance(case.optimizer, IFShampoo) or case.stage == "warm":
+    if not isinstance(case.optimizer, IFShampoo) or case.is_known:
         return None  # it is made so before the first step
     case.param._fsdp_flattened = True
     return case.where, "flat shard", "RootFreeRMSprop"
@@ -159,7 +163,7 @@ def stale_gradient(case):
 
 
 def gradient_is_the_parameter(case):
-    if case.stage == "warm":  # where a known gradient lies is not looked at
+    if case.is_known:  # where a known gradient lies is not looked at
         return None
     case.param.grad = case.param.detach()
     return case.where, "shares memory", "clone"
@@ -206,7 +210,7 @@ def value_of_another_dtype(case):
 
 
 def value_on_meta(case):
-    if case.stage in ("cold", "read"):  # taken no step: declared anew
+    if not case.is_known:  # taken no step: declared anew
         return None
     case.state[case.key] = case.state[case.key].to("meta")
     return case.where, case.key, "on meta"
