@@ -21,7 +21,7 @@ from ._checks import HYPERPARAMETERS, check_hyperparameters
 from ._planning import check_plain, has_no_values, lacks, name_of
 from ._prepared import PreparedSteps
 from ._stacks import allocate
-from ._state import ADDED_LATER, DeclaredState, Initial, initial_step
+from ._state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart
 
 Group = dict[str, Any]
 
@@ -163,6 +163,7 @@ class DeclaringOptimizer(Optimizer):
                 raise ValueError(f"{name} does not fit its settings: {error}") from None
             devices = devices_of(spec, param, group)
             needed.append((name, spec))
+            take_apart(state, spec)
             missing = lacks(name, state, spec)
             if len(missing) == len(spec) or has_no_values(param, state, spec):
                 fresh.append((state, spec, devices))

@@ -80,6 +80,17 @@ class DeclaredState(defaultdict[Any, Any]):
         """There is more to allocate."""
         self._allocate = allocate
 
+    def __reduce__(self) -> Any:
+        """Of itself, without the optimizer, it is copied as what torch.optim has."""
+        self.fill()
+        return defaultdict, (dict, dict(dict.items(self)))
+
+    def __copy__(self) -> Any:
+        return defaultdict(dict, self)
+
+    def copy(self) -> Any:
+        return defaultdict(dict, self)
+
     def __missing__(self, key: Any) -> Any:
         self.fill()
         return self[key] if dict.__contains__(self, key) else super().__missing__(key)
@@ -173,6 +184,13 @@ def separated(saved: Mapping[str, Any], spec: Mapping[str, Initial]) -> dict[str
             elif not isinstance(value, Tensor) or value.dtype != torch.bfloat16:
                 parts[residual] = value  # refused, as the factor is
     return parts
+
+
+def take_apart(state: State, spec: Mapping[str, Initial]) -> None:
+    """Give state that was put in its place as it was saved (ZeroRedundancyOptimizer) its parts."""
+    for key in [key for key in state if f"{key}_residual" in spec.keys() - state.keys()]:
+        if isinstance(state[key], Tensor) and state[key].dtype == torch.float32:
+            state[key], state[f"{key}_residual"] = split(state[key])
 
 
 def _is_empty(value: Any) -> bool:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from _optimizers import DIAGONAL, SETTINGS, assert_identical, build, parameters, run, set_grads
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 # torch warns of its own that one process shards nothing, and of its own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
@@ -111,6 +112,26 @@ def test_exchanged_parameters_are_not_kept_alive(name):
     assert [p() for p in left] == [None, None]
     run(optimizer, optimizer.param_groups[0]["params"], 2)
     assert len(optimizer.state) == 2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_zero_redundancy_optimizer_resumes(name):
+    """It puts the saved state into `optimizer.state` by itself."""
+
+    def sharing(whole):
+        cls, settings = SETTINGS[name]
+        optimizer = ZeroRedundancyOptimizer(whole.parameters(), cls, batch_size=8, **settings)
+        return optimizer, list(whole.parameters())
+
+    (optimizer, params), (resumed, others) = sharing(model()), sharing(model())
+    run(optimizer, params, 4)
+    optimizer.consolidate_state_dict(to=0)
+    resumed.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        torch._foreach_copy_(others, params)
+    run(optimizer, params, 3, first=4)
+    run(resumed, others, 3, first=4)
+    assert_identical([p.detach() for p in others], [p.detach() for p in params])
 
 
 @pytest.mark.parametrize("name", SETTINGS)

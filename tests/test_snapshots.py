@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import pickle
 
 import pytest
 import torch
@@ -28,6 +30,20 @@ def test_a_state_dict_is_a_copy_that_no_step_touches(name):
             assert_identical(list(saved["state"][i].values()), list(state.values()))
         storages = [t.untyped_storage()._cdata for s in saved["state"].values() for t in s.values()]
         assert len(set(storages)) == len(storages)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda state: state.copy()])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_state_alone_is_copied_as_that_of_torch(name, steps, duplicate):
+    params = parameters(*SHAPES)
+    optimizer = build(name, params)
+    run(optimizer, params, steps)
+    twin = duplicate(optimizer.state)
+    assert type(twin) is collections.defaultdict
+    assert len(twin) == len(params)
+    for mine, theirs in zip(optimizer.state.values(), twin.values(), strict=True):
+        assert_identical(list(mine.values()), list(theirs.values()))
+    assert pickle.loads(pickle.dumps(optimizer.state)).keys()
 
 
 def test_a_rollback_is_as_if_nothing_had_happened(name):
