@@ -9,17 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import HYPERPARAMETERS
 from ._groups import Group, devices_of, trains
+from ._loading import (
+    check_data,
+    check_is_dict,
+    check_named,
+    check_saved,
+    check_settings,
+    check_sizes,
+    check_state_dict,
+    fresh,
+    labels,
+    takes,
+)
 from ._planning import check_state
 from ._stacks import restack
 from ._state import (
     ADDED_LATER,
     State,
     by_place,
-    check_named,
-    check_saved,
-    check_state_dict,
     copied,
     is_own,
     loaded_group,
@@ -89,9 +97,12 @@ class RootFreeOptimizer(SteppingOptimizer):
             state_dict: what `state_dict()` of an optimizer of this class returned.
 
         Raises:
-            ValueError: groups, parameters, keys, shapes or dtypes do not match; nothing changed.
+            ValueError: groups, parameters, keys, shapes, dtypes or values do not fit; nothing
+                changed.
+            TypeError: state_dict is no dict.
         """
-        state_dict = state_dict.copy()
+        check_is_dict(state_dict)
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
 
@@ -105,8 +116,8 @@ class RootFreeOptimizer(SteppingOptimizer):
         wrappers = {key: copied(value) for key, value in saved.items() if key not in keys}
         # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
         loaded = [
-            (param, group, self._check_loaded(key, param, group, saved.get(key, {})))
-            for key, (param, group) in zip(keys, owners, strict=True)
+            (param, group, self._check_loaded(label, param, group, saved.get(key, {})))
+            for key, label, (param, group) in zip(keys, labels(saved_groups), owners, strict=True)
             if param.requires_grad or saved.get(key)
         ]
 
@@ -119,24 +130,12 @@ class RootFreeOptimizer(SteppingOptimizer):
             post_hook(self)
 
     def _merge_groups(self, saved_groups: list[Group]) -> list[Group]:
-        """The saved groups with this optimizer's parameters; settings that they lack stay."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        saved_sizes = [len(group["params"]) for group in saved_groups]
-        if sizes != saved_sizes:
-            raise ValueError(
-                f"state_dict has groups of {saved_sizes} parameters but this optimizer has groups "
-                f"of {sizes}; build the optimizer with the groups of the one that was saved"
-            )
+        """The saved groups with this optimizer's parameters."""
+        check_sizes(self.param_groups, saved_groups)
         groups = []
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            missing = [f"no {key}" for key in ("damping", "batch_size") if key not in saved]
-            foreign = [key for key in saved if key in HYPERPARAMETERS and key not in group]
-            if missing or foreign:
-                raise ValueError(
-                    f"state_dict group {index} has {' and '.join(missing or foreign)}, so it was "
-                    f"not saved by {type(self).__name__}; load a checkpoint of "
-                    f"{type(self).__name__}"
-                )
+            where = f"state_dict group {index}"
+            check_settings(where, type(self).__name__, group, saved)
             merged = {**group, **loaded_group(group, saved), "params": group["params"]}
             self._check_group(merged)
             self._check_fixed(index, group, merged)
@@ -152,20 +151,28 @@ class RootFreeOptimizer(SteppingOptimizer):
                     f"{merged[name]}; build the optimizer with {name}={merged[name]}"
                 )
 
-    def _check_loaded(self, key: Any, param: Tensor, group: Group, saved: dict[str, Any]) -> State:
-        """The saved state of one parameter, or a ValueError that says what does not fit."""
+    def _check_loaded(
+        self, label: str, param: Tensor, group: Group, saved: dict[str, Any]
+    ) -> State:
+        """A copy of the saved state of one parameter, or a ValueError: what does not fit."""
+        where = f"state_dict of parameter {label}"
         spec = self._full_spec(param, group)
+        check_data(where, saved)
         saved = separated(saved, spec)
         own = {name for name in saved if is_own(name)}
         needed = spec.keys() - self._unused_state(group)
         if not needed <= own <= spec.keys():
             raise ValueError(
-                f"state_dict of parameter {key} has keys {sorted(own)} where "
+                f"{where} has keys {sorted(own)} where "
                 f"{type(self).__name__} needs {sorted(needed)}; load a checkpoint of "
                 f"{type(self).__name__} that was saved with the same settings"
             )
         present = {name: initial for name, initial in spec.items() if name in saved}
-        loaded = check_saved(f"state_dict of parameter {key}", present, saved)
+        devices = devices_of(spec, param, group)
+        loaded = {
+            name: fresh(spec[name], value, devices[name])
+            for name, value in check_saved(where, present, saved).items()
+        }
         # What a wrapper keeps here is its own: as it was saved, on the parameter's device.
         others = {name: copied(value) for name, value in saved.items() if name not in own}
         for name, value in others.items():
@@ -177,26 +184,20 @@ class RootFreeOptimizer(SteppingOptimizer):
         for param, values in loaded:
             state = dict.setdefault(self.state, param, {})
             spec = self._full_spec(param, group)
-            devices = devices_of(spec, param, group)
-            own = [key for key in spec if key in values]
             # Other structures, merged axes: the checkpoint's settings come with its shapes.
             fits = all(
-                key in ADDED_LATER
-                if key not in state
-                else (state[key].shape, state[key].device) == (spec[key].shape, devices[key])
-                for key in own
+                takes(state[key], values[key]) if key in state else key in ADDED_LATER
+                for key in spec
+                if key in values
             )
             for key in [key for key in state if key not in values or (is_own(key) and not fits)]:
                 del state[key]
         self._declare(index, group, [param for param, _ in loaded])
         self._shaped_by[index] = {name: group[name] for name in self._shaping}
         for param, values in loaded:
-            state, spec = self.state[param], self._full_spec(param, group)
-            devices = devices_of(spec, param, group)
+            state = self.state[param]
             for key, value in values.items():
-                if key not in spec:
+                if is_own(key) and key in state:
+                    state[key].copy_(value)
+                else:
                     state[key] = value
-                    continue
-                if key not in state:
-                    state[key] = spec[key](devices[key])
-                state[key].copy_(value)

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from ._base import RootFreeOptimizer
 from ._groups import Group
-from ._state import State, check_state_dict, saved_group
+from ._loading import check_state_dict
+from ._state import State, saved_group
 from .diag import RootFreeAdamW
 from .factors import layout_of
 from .matrix import IFShampoo

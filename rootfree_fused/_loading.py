@@ -1,0 +1,243 @@
+"""What a checkpoint must be: all of it is checked and copied before any of it is assigned.
+
+A checkpoint is a file that may be cut short, damaged or another optimizer's, or hold the state of a
+run that had diverged. Each is refused by a ValueError that says where, what and how to go on.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import DTYPES, HYPERPARAMETERS
+from ._state import Initial, State, initial_step
+
+# Averages of squares.
+_NOT_NEGATIVE = frozenset({"square_avg", "exp_avg_sq"})
+_DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load an earlier one"
+_WHOLE = "pass what state_dict() of the optimizer returned, as it was"
+
+
+def as_dict(state_dict: Any) -> dict[str, Any]:
+    """A shallow copy, which hooks may change, or a TypeError."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is {_kind(state_dict)}; {_WHOLE}")
+    return dict(state_dict)
+
+
+def check_state_dict(state_dict: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless it has the form of every optimizer's state_dict."""
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(
+            f"state_dict has the keys {_sorted(state_dict)}, without "
+            f"{', '.join(sorted(missing))}; {_WHOLE}"
+        )
+    states, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(states, Mapping):
+        raise ValueError(f"state_dict['state'] is {_kind(states)}, not a dict; {_WHOLE}")
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"state_dict['param_groups'] is {_kind(groups)}, not a list; {_WHOLE}")
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"state_dict of parameter {key} is {_kind(state)}, not a dict; {_WHOLE}"
+            )
+    for index, group in enumerate(groups):
+        _check_saved_group(f"state_dict group {index}", group)
+
+
+def _check_saved_group(where: str, group: Any) -> None:
+    """Raise a ValueError unless it is a dict that names parameters."""
+    if not isinstance(group, Mapping):
+        raise ValueError(f"{where} is {_kind(group)}, not a dict; {_WHOLE}")
+    params = group.get("params")
+    if not isinstance(params, (list, tuple)):
+        raise ValueError(f"{where} has {_kind(params)} as params, not a list; {_WHOLE}")
+    names = group.get("param_names") or params
+    if not isinstance(names, (list, tuple)) or len(names) != len(params):
+        raise ValueError(f"{where} has {len(params)} params but param_names {names!r}; {_WHOLE}")
+    for key in params:
+        if not isinstance(key, (int, str)):
+            raise ValueError(
+                f"{where} names a parameter by {_kind(key)}, not by a number; {_WHOLE}"
+            )
+
+
+def labels(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What errors call the parameters of saved groups: the key, with the name if there is one."""
+    return [
+        str(key) if name == key else f"{key} ({name})"
+        for group in groups
+        for key, name in zip(
+            group["params"], group.get("param_names") or group["params"], strict=True
+        )
+    ]
+
+
+def check_named(saved: Mapping[Any, Any], keys: Sequence[Any]) -> None:
+    """Raise a ValueError for a parameter that the groups name twice, or for state of one that none
+    names.
+    """
+    if twice := [key for key, times in Counter(keys).items() if times > 1]:
+        raise ValueError(f"the groups of state_dict name parameters {twice} twice; {_WHOLE}")
+    if unknown := saved.keys() - set(keys):
+        raise ValueError(
+            f"state_dict has state for parameters {_sorted(unknown)} that none of its "
+            "groups names; load it into the optimizer that saved it and save it again"
+        )
+
+
+def check_sizes(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError unless the saved groups have as many parameters as those of here."""
+    sizes, saved_sizes = ([len(group["params"]) for group in part] for part in (groups, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has groups of {saved_sizes} parameters but this optimizer has groups "
+            f"of {sizes}; build the optimizer with the groups of the one that was saved"
+        )
+
+
+def check_settings(
+    where: str, owner: str, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Raise a ValueError unless a saved group has the settings of the group that takes it."""
+    missing = [name for name in group if name in HYPERPARAMETERS and name not in saved]
+    if foreign := [name for name in saved if name in HYPERPARAMETERS and name not in group]:
+        raise ValueError(
+            f"{where} has {' and '.join(foreign)}, so it was not saved by {owner}; load a "
+            f"checkpoint of {owner}"
+        )
+    if missing:
+        raise ValueError(
+            f"{where} has no {' and no '.join(missing)}, so it was not saved by {owner} or is cut "
+            f"short; load a whole checkpoint of {owner}, or set what is missing in that group"
+        )
+    for name, value in saved.items():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, Tensor) and (fault := _no_data(part)):
+                raise ValueError(f"{where}: {name} is {fault}; save it as a number")
+            if isinstance(part, int) and abs(part) > 2**1023:
+                raise ValueError(f"{where}: {name} is too large for a float; {_DAMAGED}")
+
+
+def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any]) -> State:
+    """The saved values as tensors that the declared state can take without a loss.
+
+    Raises:
+        ValueError: no dense tensor with data, a shape or dtype that does not fit, numbers that no
+            state has.
+    """
+    return {
+        key: _checked(f"{where}: {key}", key, initial, saved[key]) for key, initial in spec.items()
+    }
+
+
+def fresh(initial: Initial, value: Tensor, device: torch.device) -> Tensor:
+    """A copy of a saved value that nobody else holds, as the state is declared."""
+    declared = initial(torch.device("meta"))
+    return torch.empty_like(declared, device=device).copy_(value)
+
+
+def takes(held: Any, value: Tensor) -> bool:
+    """Whether a loaded value can be written into what the state holds."""
+    return (
+        isinstance(held, Tensor)
+        and not _no_data(held)
+        and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
+        and (0 not in held.stride() or held.numel() < 2)
+        and not held.is_inference()
+    )
+
+
+def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
+    declared = initial(torch.device("meta"))
+    is_step = initial is initial_step
+    if is_step and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return _count(where, value, declared.dtype)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} is {_kind(value)}; it must be a tensor")
+    if fault := _no_data(value):
+        raise ValueError(f"{where} is {fault}; it must be a dense tensor with data")
+    if value.shape != declared.shape:
+        raise ValueError(
+            f"{where} has shape {tuple(value.shape)} but this model needs "
+            f"{tuple(declared.shape)}; load it into the model that it was saved with"
+        )
+    if is_step and value.dtype is not torch.bool and not value.is_complex():
+        return _count(where, value.item(), declared.dtype)
+    if not _is_lossless(value.dtype, declared.dtype):
+        raise ValueError(
+            f"{where} is {value.dtype} but this optimizer keeps {declared.dtype}, which would lose "
+            f"bits; use parameters of the saved dtype, or cast it to {declared.dtype} first"
+        )
+    _check_numbers(where, value, not_negative=key in _NOT_NEGATIVE)
+    return value
+
+
+def _no_data(value: Tensor) -> str:
+    """What a tensor is whose elements cannot be read one by one, or nothing."""
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {value.layout}"
+    if value.is_quantized:
+        return "a quantized tensor"
+    if hasattr(value, "full_tensor"):
+        return "a DTensor, which full_tensor() makes a whole one"
+    if value.is_meta:
+        return "on the device meta, without data"
+    steps = zip(value.shape, value.stride(), strict=True)
+    last = value.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    if value.numel() and (last + 1) * value.element_size() > value.untyped_storage().nbytes():
+        return "a tensor whose storage was freed"
+    return ""
+
+
+def _is_lossless(saved: torch.dtype, kept: torch.dtype) -> bool:
+    if saved not in DTYPES:
+        return saved is kept
+    return torch.promote_types(saved, kept) is kept
+
+
+def _count(where: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """A number of steps as a tensor that holds it exactly."""
+    whole = 0 <= value <= 2**53 and value == int(value)
+    count = torch.tensor(float(value) if whole else 0.0, dtype=dtype, device="cpu")
+    if not whole or count.item() != value:
+        raise ValueError(
+            f"{where} is {_short(value)}, no whole number from 0 up that {dtype} holds: {_DAMAGED}"
+        )
+    return count
+
+
+def _check_numbers(where: str, value: Tensor, *, not_negative: bool) -> None:
+    """Raise a ValueError for numbers that stop or reverse every later step."""
+    if not value.numel() or not value.is_floating_point():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(value))  # NaN if there is one
+    if not math.isfinite(low) or not math.isfinite(high):
+        bad = low if not math.isfinite(low) else high
+        raise ValueError(f"{where} holds {bad}: {_DAMAGED}")
+    if not_negative and low < 0:
+        raise ValueError(f"{where} holds {low}, where no square can be negative: {_DAMAGED}")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _short(value: Any) -> str:
+    try:
+        return f"{value:.10g}"
+    except OverflowError:
+        return "too large for a float"
+
+
+def _sorted(keys: Iterable[Any]) -> list[Any]:
+    return sorted(keys, key=str)
