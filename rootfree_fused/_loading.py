@@ -24,15 +24,20 @@ _DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load 
 _WHOLE = "pass what state_dict() of the optimizer returned, as it was"
 
 
-def as_dict(state_dict: Any) -> dict[str, Any]:
-    """A shallow copy, which hooks may change, or a TypeError."""
+def check_is_dict(state_dict: Any) -> None:
+    """Raise a TypeError unless it is a dict."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict is {_kind(state_dict)}; {_WHOLE}")
-    return dict(state_dict)
 
 
-def check_state_dict(state_dict: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless it has the form of every optimizer's state_dict."""
+def check_state_dict(state_dict: Any) -> None:
+    """Raise unless it has the form of every optimizer's state_dict.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: a part is missing or not of its type.
+    """
+    check_is_dict(state_dict)
     if missing := {"state", "param_groups"} - state_dict.keys():
         raise ValueError(
             f"state_dict has the keys {_sorted(state_dict)}, without "
