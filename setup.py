@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/diag.cpp", "csrc/matrix.cpp", "csrc/registration.cpp"]
@@ -17,23 +18,76 @@ HOST_SOURCES = ["csrc/host.cpp"]
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
 
 
+# Beside the package where it has no extension: why, and what to do about it (nothing: on purpose).
+MARKER = "_without_extension.txt"
+ON_PURPOSE = "ROOTFREE_FUSED_NO_EXTENSION was 1 at installation"
+
+
 class OptionalBuildExt(build_ext):
     """The package works without its extension: one that does not compile is a warning."""
+
+    missing: tuple[str, str] | None = None  # why there is no extension, and its cure
+
+    def run(self) -> None:
+        self.missing = why_not()
+        if self.missing is None:
+            super().run()
+        else:
+            warn_without_extension(*self.missing)
+        self.mark()
+
+    def mark(self) -> None:
+        """Say beside the package that it has no extension, or nothing; no old one stays there."""
+        folders = [Path(self.build_lib, "rootfree_fused")]
+        if self.inplace:
+            build_py = self.get_finalized_command("build_py")
+            folders.append(Path(build_py.get_package_dir("rootfree_fused")))
+        for folder in filter(Path.is_dir, folders):
+            (folder / MARKER).unlink(missing_ok=True)
+            if self.missing is not None:
+                (folder / MARKER).write_text("\n".join(self.missing) + "\n", encoding="utf-8")
+                for old in folder.glob("_C.*"):
+                    old.unlink()
 
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
         except Exception as error:
-            cure = "install a C++20 compiler (g++ 11 or clang 14)"
+            cause, cure = (
+                " ".join(str(error).split()),
+                "install a C++20 compiler (g++ 11, clang 14)",
+            )
             if ext.sources == HOST_SOURCES:
-                warn_without_extension(str(error), cure, "a step on a GPU takes its host longer")
+                warn_without_extension(cause, cure, "a step on a GPU takes its host longer")
             else:
-                warn_without_extension(str(error), cure)
+                warn_without_extension(cause, cure)
+                self.missing = cause, cure
+
+
+class MarkedWheel(bdist_wheel):
+    """A wheel whose version and tags say where it has no extension.
+
+    pip keeps what it builds: by its name a wheel without the extension would be the good one's.
+    """
+
+    def run(self) -> None:
+        build = self.get_finalized_command("build_ext")
+        if not self.skip_build:
+            self.run_command("build")
+            self.skip_build = True
+        if build.missing is not None:
+            self.distribution.metadata.version += "+reference"
+            self.distribution.ext_modules = None
+            self.root_is_pure, self.py_limited_api = True, False
+            self.dist_info_dir = None  # of before the build, with the other version
+            self.reinitialize_command("egg_info")
+        super().run()
 
 
 def warn_without_extension(
     cause: str, cure: str, loss: str = "on the CPU its optimizers run several times slower"
 ) -> None:
+    cure = cure or "unset ROOTFREE_FUSED_NO_EXTENSION"
     warnings.warn(
         f"rootfree_fused is installed without its C++ extension: {cause}. It gives the same "
         f"results, but {loss}. To cure this, {cure}, then reinstall with --no-build-isolation.",
@@ -41,18 +95,23 @@ def warn_without_extension(
     )
 
 
-def extensions() -> list[Extension]:
+def why_not() -> tuple[str, str] | None:
+    """Why no extension can be built, and its cure, if it is one to cure."""
     if os.environ.get("ROOTFREE_FUSED_NO_EXTENSION") == "1":
-        warn_without_extension(
-            "ROOTFREE_FUSED_NO_EXTENSION is 1", "unset ROOTFREE_FUSED_NO_EXTENSION"
-        )
-        return []
+        return ON_PURPOSE, ""
     try:
-        import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
+        import torch  # noqa: F401
     except ImportError as error:
-        warn_without_extension(str(error), "install torch where rootfree_fused is built")
-        return []
+        return str(error), "install torch where rootfree_fused is built"
+    return None
+
+
+def extensions() -> list[Extension]:
+    if why_not() is not None:
+        return [Extension("rootfree_fused._C", SOURCES, optional=True)]  # never compiled
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
     found = {
         "depends": sorted(map(str, Path("csrc").iterdir())),  # an sdist has what is listed
         "include_dirs": include_paths(),
@@ -100,6 +159,6 @@ def host_extension(found: dict[str, Any], torch_version: str) -> Extension:
 setup(
     package_dir={"rootfree_fused.kernels": "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": OptionalBuildExt},
+    cmdclass={"build_ext": OptionalBuildExt, "bdist_wheel": MarkedWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _cpu_matrix, _fallback
+from . import _cpu_matrix, _fallback, _install
+from ._prepared import extension as host_extension
+from ._prepared import module_name
 
 # Operators by the stem of the file that has their Triton body.
 _STEMS = {"rmsprop_": "diag", "adamw_": "diag", "ifshampoo_": "matrix"}
@@ -32,15 +34,20 @@ def register(library: torch.library.Library) -> None:
 
 
 def backends() -> dict[str, str]:
-    """What runs on each device."""
+    """What runs on each device, and on the host before a step's kernels."""
     extension, kernels = _extension(), _kernels("diag")
+    marked = _install.without_extension()
+    cause = marked[0] if marked else extension
     return {
-        "cpu": f"reference: {extension}"
+        "cpu": f"reference: {cause}"
         if isinstance(extension, ImportError)
         else f"C++ ({torch.ops.rootfree_fused.cpu_isa()})",
         "cuda": f"reference: {kernels}"
         if isinstance(kernels, ImportError)
         else f"Triton {importlib.import_module('triton').__version__}",
+        "host": "Python: no " + module_name(torch.__version__)
+        if host_extension() is None
+        else "C++",
     }
 
 
@@ -107,16 +114,14 @@ def _warn_if_slow(name: str, params: list[Tensor]) -> None:
 
 
 @functools.cache
-def _warn_slow(device: str, cause: ImportError) -> None:
-    cure = {
-        "cpu": "install a C++ compiler and reinstall rootfree_fused with --no-build-isolation",
-        "cuda": "install triton",
-    }
-    warnings.warn(
-        f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
-        f"kernels ({cause}): {cure[device]}",
-        stacklevel=1,
-    )
+def _warn_slow(device: str, error: ImportError) -> None:
+    if advice := _install.cure(device, error):
+        cause, cure = advice
+        warnings.warn(
+            f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
+            f"kernels ({cause}). To cure this: {cure}",
+            stacklevel=1,
+        )
 
 
 def _on_cuda(name: str) -> Callable[..., None]:

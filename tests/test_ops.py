@@ -53,8 +53,9 @@ def test_opcheck(call, device):
 
 def test_backends_say_what_runs():
     backends = ops.backends()
-    assert set(backends) == {"cpu", "cuda"}
+    assert set(backends) == {"cpu", "cuda", "host"}
     assert backends["cpu"].startswith("C++ (")
+    assert backends["host"] == "C++"
 
 
 @pytest.mark.parametrize("call", operator_calls("cpu"))
@@ -299,7 +300,9 @@ def test_the_reference_steps_in_with_one_warning():
         import sys, warnings
         sys.modules["rootfree_fused._C"] = sys.modules["triton"] = None
         import torch
-        from rootfree_fused import RootFreeAdamW, ops
+        from rootfree_fused import RootFreeAdamW, _prepared, ops
+        sys.modules["rootfree_fused." + _prepared.module_name(torch.__version__)] = None
+        assert ops.backends()["host"].startswith("Python: no _host_"), ops.backends()
         assert ops.backends()["cpu"].startswith("reference"), ops.backends()
         assert ops.backends()["cuda"].startswith("reference"), ops.backends()
         p = torch.nn.Parameter(torch.ones(3))
@@ -311,7 +314,7 @@ def test_the_reference_steps_in_with_one_warning():
                 optimizer.step()
         assert len(caught) == 1, caught
         assert "several times slower" in str(caught[0].message)
-        assert "install a C++ compiler" in str(caught[0].message)
+        assert "To cure this: pip install" in str(caught[0].message)
         assert (p - (1 - 0.1 * (0.1 + 0.19 + 0.271))).abs().max() < 1e-6, p
     """
     done = subprocess.run(
