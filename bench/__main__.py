@@ -1,10 +1,18 @@
-"""Command line of the benchmarks."""
+"""Command line of the benchmarks.
+
+Run it in the root of a clone that was installed with `pip install --no-build-isolation -e .[bench]`
+(or `make bench`): elsewhere there is no bench, and without -e the sources in the root hide what was
+built. A full run takes minutes, the number of its cases times --seconds and their checks; --quick
+takes seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+
+from .common import pick_device, require_kernels
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
@@ -19,19 +27,32 @@ SUBCOMMANDS = {
 }
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; 0 if every result was right."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="subcommand", title="subcommands")
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f"bench.{name}")
-        sub = subparsers.add_parser(name, help=summary, description=module.__doc__)
+        sub = subparsers.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=Formatter
+        )
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     if args.subcommand is None:
         parser.print_help()
         return 0
+    if "reference" in args:
+        require_kernels(pick_device(args.device), args.reference)
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rootfree_fused import ops
+
 Shape = tuple[int, ...]
 Tensors = dict[str, Tensor]
 Call = Callable[[], object]
@@ -38,6 +40,11 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every subcommand that measures on a device."""
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="measure the PyTorch reference where the kernels are missing, instead of stopping",
+    )
     add_quick_argument(parser)
 
 
@@ -50,6 +57,17 @@ def add_quick_argument(parser: argparse.ArgumentParser) -> None:
 
 def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def require_kernels(device: torch.device, reference: bool) -> None:
+    """Stop unless the kernels are there, or it is the reference that is to be measured."""
+    runs = ops.backends().get(device.type, "reference: there are no kernels for this device")
+    if runs.startswith("reference") and not reference:
+        raise SystemExit(
+            f"on {device.type} the PyTorch reference would run ({runs.partition(': ')[2]}), several"
+            " times slower than what is to be measured. Run this in the root of a clone that was "
+            "installed with: pip install --no-build-isolation -e . (or pass --reference)"
+        )
 
 
 @contextmanager

@@ -258,7 +258,9 @@ def _line(rows: list[Row]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench diag`."""
     add_measurement_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=4.0, help="timing budget of a case")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="timing budget of each of the 15 or 16 cases"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -92,7 +92,7 @@ TARGETS = _targets()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench gpu`."""
     add_measurement_arguments(parser)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which all ends")
     parser.add_argument("--case", choices=CASES, help="measure this one alone, in this process")
     parser.add_argument("--dry-run", action="store_true", help="print the limits, and their sum")
 
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         command = [sys.executable, "-m", "bench", "gpu", "--case", name, "--device", device.type]
         command += ["--out", str(args.out.resolve()), *(["--quick"] if args.quick else [])]
+        command += ["--reference"] * args.reference
         run_part(rows, name, command, seconds)
     rows.finish()
     written = read_rows(path)

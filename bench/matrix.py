@@ -130,7 +130,12 @@ def error_cell(row: Row) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench matrix`."""
     add_measurement_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=8.0, help="timing budget of a case")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=8.0,
+        help=f"timing budget of each of the {len(CASES)} cases",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

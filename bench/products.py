@@ -234,7 +234,9 @@ def cases(device: torch.device, largest: int) -> list[tuple[int, int]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench products`."""
     add_measurement_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=8.0, help="timing budget of a case")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="timing budget of each of the 9 to 12 cases"
+    )
     parser.add_argument("--largest", type=int, help="n; 8192, and 2048 on a CPU, if left out")
 
 

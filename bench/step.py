@@ -262,7 +262,12 @@ def grow(rows: Rows, device: torch.device, seconds: float, quick: bool, limit: f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench step`."""
     add_measurement_arguments(parser)
-    parser.add_argument("--seconds", type=float, default=20.0, help="timing budget of a case")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help=f"timing budget of each of the {len(SCALED) + 1} cases",
+    )
     parser.add_argument("--limit", type=float, default=10.0, help="seconds that a step may take")
     parser.add_argument("--full", action="store_true", help="networks as they are, on a CPU too")
 

@@ -62,15 +62,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measurement_arguments(parser)
     parser.add_argument("--problem", choices=PROBLEMS, help="one of them; both if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train")
-    parser.add_argument("--method", help="with --tune: search this optimizer alone")
     parser.add_argument(
-        "--tune", action="store_true", help="search the settings again instead; takes minutes"
+        "--method",
+        choices=sorted({name for methods in METHODS.values() for name in methods}),
+        metavar="METHOD",
+        help="with --tune: search this optimizer alone: %(choices)s",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="search the settings again: 9 minutes on digits, 40 on text, on two cores",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare the tuned optimizers, or tune them; 1 if a step was WRONG."""
     names = [args.problem] if args.problem else list(PROBLEMS)
+    if args.method:
+        names = [name for name in names if args.method in METHODS[name]]
+        if not names or not args.tune:
+            searched = {name: ", ".join(METHODS[name]) for name in PROBLEMS}
+            raise SystemExit(f"--method goes with --tune and one that is searched: {searched}")
     for module in ("tqdm", "matplotlib", *itertools.chain(*(NEEDED[name] for name in names))):
         optional(module)  # now, not after the training
     done: list[Rows] = []

@@ -177,6 +177,42 @@ def test_the_command_alone_lists_its_subcommands(capsys):
     assert all(name in shown for name in SUBCOMMANDS)
 
 
+def test_the_help_names_defaults_cases_methods_and_where_it_runs(capsys):
+    shown = {}
+    for name in ("diag", "train"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown[name] = " ".join(capsys.readouterr().out.split())
+    assert "each of the 15 or 16 cases (default: 4.0)" in shown["diag"]
+    assert len(diag.cases(CPU, False)) == 15
+    assert "(default: None)" not in shown["diag"]
+    assert "this optimizer alone: IFShampoo, Muon, RootFreeAdamW," in shown["train"]
+    main([])
+    assert "pip install --no-build-isolation -e" in capsys.readouterr().out
+
+
+@needs_extras
+def test_a_method_that_is_not_searched_there_is_refused(tmp_path):
+    for options in (["--tune", "--problem", "digits", "--method", "SOAP"], ["--method", "SOAP"]):
+        with pytest.raises(SystemExit, match="--method goes with --tune and one that is searched"):
+            main(["train", "--out", str(tmp_path), *options])
+
+
+def test_the_reference_is_not_timed_unless_asked(tmp_path, monkeypatch):
+    """Sources that hide the build, an installation without a compiler: rows would be of torch."""
+    missing = {"cpu": "reference: No module named 'rootfree_fused._C'", "cuda": "Triton 3.6.0"}
+    monkeypatch.setattr(common.ops, "backends", lambda: missing)
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    command = ["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"_C.*pip install --no-build-isolation -e \. .*--refer"):
+        main(command)
+    assert not list(tmp_path.iterdir())
+    common.require_kernels(torch.device("cuda"), reference=False)
+    with pytest.raises(SystemExit, match="no kernels for this device"):
+        common.require_kernels(torch.device("mps"), reference=False)
+    assert main([*command, "--reference"]) == 0
+
+
 @needs_extras
 @pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm", "pytorch_optimizer"])
 def test_a_missing_package_is_named_with_its_cure(missing, tmp_path, monkeypatch):

@@ -74,6 +74,21 @@ def pip(*arguments, **environment):
     return done.stdout + done.stderr
 
 
+def backend(source, hook, folder, **environment):
+    """What a hook of the build backend made, as pip and `python -m build` call it."""
+    script = "import sys; from setuptools import build_meta; getattr(build_meta, *sys.argv[1:2])"
+    folder.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", f"{script}(sys.argv[2])", hook, folder],
+        cwd=source,
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+    )
+    (built,) = folder.iterdir()
+    return built
+
+
 def build_wheel(folder, **environment):
     """A wheel of a copy of the sources, and what the build printed."""
     source, output = copy_sources(folder / "source"), folder / "wheel"
@@ -96,9 +111,9 @@ def run_beside(site, folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    file, backend, said = json.loads(done.stdout)
+    file, runs, said = json.loads(done.stdout)
     assert Path(file).is_relative_to(site)
-    return backend, said
+    return runs, said
 
 
 def install(wheel, folder):
@@ -118,8 +133,8 @@ def test_a_wheel_runs_its_kernels_where_it_was_not_built(tmp_path):
         "rootfree_fused",
         *(name.split("/")[0] for name in names if ".dist-info/" in name),
     }
-    backend, said = run_beside(install(wheel, tmp_path), tmp_path)
-    assert backend.startswith("C++ (")
+    runs, said = run_beside(install(wheel, tmp_path), tmp_path)
+    assert runs.startswith("C++ (")
     assert said == []
 
 
@@ -141,12 +156,12 @@ def test_without_the_extension_the_install_succeeds_and_says_so(tmp_path, enviro
     site = install(wheel, tmp_path)
     assert "rootfree-fused" in (listed := pip("list", "--path", site))
     assert "+reference" in listed
-    backend, said = run_beside(site, tmp_path)
+    runs, said = run_beside(site, tmp_path)
     if environment is NOT_WANTED:
-        assert backend == "reference: ROOTFREE_FUSED_NO_EXTENSION was 1 at installation"
+        assert runs == "reference: ROOTFREE_FUSED_NO_EXTENSION was 1 at installation"
         assert said == []
     else:
-        assert "no-such-compiler" in backend
+        assert "no-such-compiler" in runs
         (warning,) = said
         assert "install a C++20 compiler (g++ 11, clang 14), then pip cache remove" in warning
         assert f"--force-reinstall {wheel.as_uri()}" in warning
@@ -157,43 +172,27 @@ def test_a_build_that_failed_leaves_no_kernel_of_an_earlier_one(tmp_path):
     source = copy_sources(tmp_path / "source")
     package = source / "rootfree_fused"
     (package / "_C.abi3.so").write_bytes(b"")
-    editable = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", source]
-    pip(*editable, "--prefix", tmp_path / "prefix", **NO_COMPILER)
+    backend(source, "build_editable", tmp_path / "first", **NO_COMPILER)
     assert not list(package.glob("_C.*"))
     marker = package / "_without_extension.txt"
     cause, cure = marker.read_text().splitlines()
     assert "no-such-compiler" in cause
     assert cure.startswith("install a C++20 compiler")
-    pip(*editable, "--prefix", tmp_path / "prefix", **NOT_WANTED)
+    backend(source, "build_editable", tmp_path / "second", **NOT_WANTED)
     assert marker.read_text().splitlines()[1:] in ([], [""])
 
 
 def test_sources_that_are_imported_unbuilt_say_so(tmp_path):
     """As where python runs in the root of a clone whose package is installed elsewhere."""
     source = copy_sources(tmp_path / "my source")
-    backend, (warning,) = run_beside(source, source)
-    assert backend.startswith("reference: No module named 'rootfree_fused._C'")
+    runs, (warning,) = run_beside(source, source)
+    assert runs.startswith("reference: No module named 'rootfree_fused._C'")
     assert f"you import the sources in {source}, which were not built" in warning
     assert f"pip install --no-build-isolation --no-deps -e '{source}'" in warning
 
 
-def source_distribution(source, folder):
-    """Built as pip and `python -m build` do."""
-    script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    folder.mkdir()
-    subprocess.run(
-        [sys.executable, "-c", script, folder],
-        cwd=source,
-        env={**os.environ, **NOT_WANTED},
-        check=True,
-        capture_output=True,
-    )
-    (built,) = folder.glob("*.tar.gz")
-    return built
-
-
 def test_pip_never_serves_a_build_without_the_extension_from_its_cache(tmp_path):
-    source_distribution(copy_sources(tmp_path / "source"), tmp_path / "index")
+    backend(copy_sources(tmp_path / "source"), "build_sdist", tmp_path / "index", **NOT_WANTED)
     command = ["install", "--no-index", "--find-links", tmp_path / "index", "--no-deps"]
     command += ["--no-build-isolation", "--ignore-installed"]
     cache = {"PIP_CACHE_DIR": str(tmp_path / "cache")}
@@ -222,7 +221,7 @@ def test_a_source_distribution_has_every_file_of_the_repository(tmp_path):
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    with tarfile.open(source_distribution(source, tmp_path / "sdist")) as archive:
+    with tarfile.open(backend(source, "build_sdist", tmp_path / "sdist", **NOT_WANTED)) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     assert tracked - found <= {".gitignore"}
     assert not [name for name in found if name.endswith((".so", ".pyc"))]
