@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import DTYPES, HYPERPARAMETERS
-from ._state import Initial, State, initial_step
+from ._state import Initial, State, initial_step, is_own
 
 # Averages of squares.
 _NOT_NEGATIVE = frozenset({"square_avg", "exp_avg_sq"})
@@ -48,13 +48,13 @@ def check_state_dict(state_dict: Any) -> None:
         raise ValueError(f"state_dict['state'] is {_kind(states)}, not a dict; {_WHOLE}")
     if not isinstance(groups, (list, tuple)):
         raise ValueError(f"state_dict['param_groups'] is {_kind(groups)}, not a list; {_WHOLE}")
-    for key, state in states.items():
-        if not isinstance(state, Mapping):
-            raise ValueError(
-                f"state_dict of parameter {key} is {_kind(state)}, not a dict; {_WHOLE}"
-            )
     for index, group in enumerate(groups):
         _check_saved_group(f"state_dict group {index}", group)
+        for key in group["params"]:
+            if not isinstance(state := states.get(key, {}), Mapping):
+                raise ValueError(
+                    f"state_dict of parameter {key} is {_kind(state)}, not a dict; {_WHOLE}"
+                )
 
 
 def _check_saved_group(where: str, group: Any) -> None:
@@ -91,7 +91,9 @@ def check_named(saved: Mapping[Any, Any], keys: Sequence[Any]) -> None:
     """
     if twice := [key for key, times in Counter(keys).items() if times > 1]:
         raise ValueError(f"the groups of state_dict name parameters {twice} twice; {_WHOLE}")
-    if unknown := saved.keys() - set(keys):
+    wrappers = not any(isinstance(key, str) for key in keys)  # may have entries by name
+    unknown = {key for key in saved.keys() - set(keys) if not (wrappers and isinstance(key, str))}
+    if unknown:
         raise ValueError(
             f"state_dict has state for parameters {_sorted(unknown)} that none of its "
             "groups names; load it into the optimizer that saved it and save it again"
@@ -131,12 +133,19 @@ def check_settings(
                 raise ValueError(f"{where}: {name} is too large for a float; {_DAMAGED}")
 
 
+def check_data(where: str, saved: Mapping[str, Any]) -> None:
+    """Raise a ValueError for saved state that cannot be read, a wrapper's too."""
+    for key, value in saved.items():
+        fault = _no_data(value) if isinstance(value, Tensor) else ""
+        if fault and (is_own(key) or value.is_meta):
+            raise ValueError(f"{where}: {key} is {fault}; it must be a dense tensor with data")
+
+
 def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any]) -> State:
     """The saved values as tensors that the declared state can take without a loss.
 
     Raises:
-        ValueError: no dense tensor with data, a shape or dtype that does not fit, numbers that no
-            state has.
+        ValueError: no tensor, a shape or dtype that does not fit, numbers that no state has.
     """
     return {
         key: _checked(f"{where}: {key}", key, initial, saved[key]) for key, initial in spec.items()
@@ -167,8 +176,6 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
         return _count(where, value, declared.dtype)
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} is {_kind(value)}; it must be a tensor")
-    if fault := _no_data(value):
-        raise ValueError(f"{where} is {fault}; it must be a dense tensor with data")
     if value.shape != declared.shape:
         raise ValueError(
             f"{where} has shape {tuple(value.shape)} but this model needs "

@@ -108,7 +108,8 @@ FORMS = {
 
 def mutations(saved, data):
     """A place of a state dict at random, what to put there, and the words that refuse it."""
-    kind = data.draw(st.sampled_from(["form", "cut short", "setting", "step", "tensor", "square"]))
+    kinds = ["form", "cut short", "setting", "missing", "step", "tensor", "square"]
+    kind = data.draw(st.sampled_from(kinds))
     damaged = copy.deepcopy(saved)
     group = data.draw(st.sampled_from([0, 1]))
     settings = damaged["param_groups"][group]
@@ -125,6 +126,9 @@ def mutations(saved, data):
         key = data.draw(st.sampled_from(sorted(OUT_OF_RANGE)))
         settings[key] = data.draw(st.sampled_from(OUT_OF_RANGE[key]))
         words = key
+    elif kind == "missing":
+        del state[data.draw(st.sampled_from(sorted(state)))]
+        words = f"parameter {place} has keys .* needs"
     elif kind == "step":
         state["step"], words = STEPS[data.draw(st.sampled_from(sorted(STEPS)))]
         words = f"parameter {place}: step .*{words}"
