@@ -142,8 +142,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes[1].set_yticks([], minor=True)
     axes[0].legend(frameon=False)
     seeds = len({row["detail"]["seed"] for row in select(rows, metric="test loss")})
-    figure.suptitle(f"{TITLES[case]}: mean and range of {seeds} seeds")
-    save(figure, rows, path)
+    save(figure, rows, path, f"{TITLES[case]}: mean and range of {seeds} seeds")
 
 
 def _lines(rows: list[Row], key: str) -> Tensor:

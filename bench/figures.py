@@ -10,26 +10,27 @@ from typing import Any
 from .common import optional
 from .rows import Row, provenance
 
-# By the name before the comma: colours that are distinct to the colour-blind, a dash and a marker;
-# ours have full lines.
+# By the name before the comma: a colour of its own, a dash and a marker; ours have full lines, and
+# what stands beside them most often is distinct to the colour-blind.
 STYLES = {
     "IFShampoo": ("#0072b2", "-", "o"),
     "RootFreeRMSprop": ("#009e73", "-", "s"),
     "RootFreeAdamW": ("#56b4e9", "-", "D"),
     "torch AdamW": ("#d55e00", "-.", "^"),
     "torch RMSprop": ("#000000", ":", "P"),
-    "torch SGD": ("#555555", ":", "v"),
-    "torch Muon": ("#009e73", ":", "X"),
+    "torch SGD": ("#777777", ":", "v"),
+    "torch Muon": ("#8c564b", ":", "X"),
     "SOAP": ("#cc79a7", "--", "<"),
-    "HeavyBall SOAP": ("#cc79a7", ":", ">"),
-    "HeavyBall PSGD": ("#56b4e9", ":", "p"),
+    "Muon": ("#5f3a31", "--", "X"),
+    "HeavyBall SOAP": ("#7b3294", ":", ">"),
+    "HeavyBall PSGD": ("#66a61e", ":", "p"),
     "sirfshampoo": ("#e69f00", "--", "s"),
-    "Shampoo": ("#555555", "-.", "v"),
-    "ScalableShampoo": ("#000000", "-.", "^"),
-    "Shampoo by batched eigh": ("#d55e00", "--", "D"),
-    "Distributed Shampoo": ("#000000", "--", "*"),
-    "torch.bmm": ("#d55e00", "--", "^"),
-    "torch.compile": ("#009e73", "-.", "D"),
+    "Shampoo": ("#8c1a11", "-.", "v"),
+    "ScalableShampoo": ("#a6a600", "-.", "^"),
+    "Shampoo by batched eigh": ("#f781bf", "--", "D"),
+    "Distributed Shampoo": ("#1b4d3e", "--", "*"),
+    "torch.bmm": ("#e6550d", "--", "^"),
+    "torch.compile": ("#31a354", "-.", "D"),
 }
 OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#555555")
 WIDTH = 9.0  # inches; at 120 dots an inch the width of a README
@@ -40,12 +41,14 @@ def styles(names: list[str]) -> dict[str, dict[str, Any]]:
     """Keywords of a line for each provider; of two variants of one the second is hollow."""
     found: dict[str, dict[str, Any]] = {}
     bases: list[str] = []
+    taken = {STYLES[base][0] for name in names if (base := name.partition(",")[0]) in STYLES}
+    free = [colour for colour in OTHERS if colour not in taken] or list(OTHERS)
     for name in names:
         base = name.partition(",")[0]
         fill = "none" if base in bases else "full"
         bases += [] if base in bases else [base]
         number = bases.index(base)
-        other = (OTHERS[number % len(OTHERS)], "--", "oDs^v<>P"[number % 8])
+        other = (free[number % len(free)], "--", "oDs^v<>P"[number % 8])
         colour, dash, marker = STYLES.get(base, other)
         found[name] = {"color": colour, "ls": dash, "marker": marker, "fillstyle": fill}
         found[name]["label"] = name
@@ -75,8 +78,9 @@ def logarithmic(axis: Any, *sides: str) -> None:
         of_side.set_minor_formatter("")
 
 
-def save(figure: Any, rows: list[Row], path: Path) -> None:
+def save(figure: Any, rows: list[Row], path: Path, title: str) -> None:
     """Write a plot of `rows`, of one run, with that run's name below and their digest inside."""
+    figure.suptitle(title)
     figure.supxlabel(provenance(rows), fontsize=7, color=GREY)
     figure.savefig(path, dpi=120, metadata={"rows": digest(rows)})
     optional("matplotlib.pyplot").close(figure)

@@ -3,7 +3,7 @@
 A row takes part by what it has, whatever benchmark it is from:
 
     roofline    a rate with `flops` and `bytes` in its detail, or a bandwidth of a diagonal update;
-                roofs: the bandwidth of a copy and of an in-place add, the rate of `mm`
+                lines: the bandwidth of a copy and of an in-place add, the rate of `mm`
     speed-up    a `speed` of a kernel of ours on a case like "16 of 2048", a stack and its n
     step cost   an `update step` with `parameters` in its detail
     peers       times of `bench matrix`, beside IFShampoo's in bfloat16
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +103,9 @@ def roofline(rows: list[Row], path: Path) -> None:
     """Achieved GFLOP/s against FLOPs a byte, under what the same run measured of the machine."""
     figure, axis = subplots(height=4.4)
     points = [row for row in rows if intensity(row) is not None]
-    left, right = min(map(intensity, points)) / 1.6, max(map(intensity, points)) * 1.6
+    clusters = clusters_of([row for row in points if row["provider"].startswith("RootFree")])
+    room = 6 if clusters else 1.6  # for their names
+    left, right = min(map(intensity, points)) / 1.6, max(map(intensity, points)) * room
     products = [row for row in rows if _is_roof(row) and row["metric"] == "rate"]
     top = max(map(achieved, products), default=math.inf)
     for name, dash in zip(PROBE_BYTES, ("--", "-"), strict=True):
@@ -113,14 +117,38 @@ def roofline(rows: list[Row], path: Path) -> None:
             axis.plot(ends, [bandwidth * x for x in ends], color=GREY, ls=dash, label=label)
     for row in products:
         label = f"{row['provider']}, {achieved(row):,.0f} GFLOP/s"
-        axis.axhline(achieved(row), color=GREY, ls=":", label=label)
+        axis.axhline(achieved(row), color=GREY, ls=":")
+        axis.annotate(label, (left, achieved(row)), (4, 3), textcoords="offset points", fontsize=8)
     for name, look in styles(unique(points, "provider")).items():
         own = select(points, provider=name)
         axis.plot(list(map(intensity, own)), list(map(achieved, own)), **look | {"ls": ""})
+    for height, names in clusters:
+        text = textwrap.fill("; ".join(names), 40)
+        axis.text(right / 1.05, height, text, fontsize=6.5, ha="right", va="center")
     logarithmic(axis, "x", "y")
     axis.set(xlim=(left, right), xlabel="arithmetic intensity, FLOP a byte", ylabel="GFLOP/s")
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
-    save(figure, rows, path)
+    what = "Diagonal updates" if clusters else "Products of IFShampoo"
+    save(figure, rows, path, f"{what}; lines: what the same run reached with one operator")
+
+
+def clusters_of(rows: list[Row]) -> list[tuple[float, list[str]]]:
+    """Cases that are within 60 % of the next: their middle in GFLOP/s, and their names."""
+    heights = {
+        case: statistics.median(map(achieved, select(rows, case=case)))
+        for case in unique(rows, "case")
+    }
+    clusters: list[list[str]] = []
+    for case in sorted(heights, key=heights.__getitem__):
+        if clusters and heights[case] < 1.6 * heights[clusters[-1][-1]]:
+            clusters[-1].append(case)
+        else:
+            clusters.append([case])
+    middles = [math.sqrt(heights[cases[0]] * heights[cases[-1]]) for cases in clusters]
+    return [
+        (middle, [case.removesuffix(", float32") for case in cases])
+        for middle, cases in zip(middles, clusters, strict=True)
+    ]
 
 
 # Against size ---------------------------------------------------------------------------------
@@ -154,7 +182,7 @@ def speed_up(rows: list[Row], path: Path) -> None:
         axis.set(xlabel="n, of matrices of n x n", ylabel="times as fast as torch.bmm", title=title)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
-    save(figure, rows, path)
+    save(figure, rows, path, "Kernels of IFShampoo, times as fast as torch.bmm (above 1: faster)")
 
 
 def cost_rows(rows: list[Row]) -> list[Row]:
@@ -170,9 +198,14 @@ def cost(rows: list[Row], path: Path) -> None:
         own = sorted((r["detail"]["parameters"], r["value"]) for r in select(rows, provider=name))
         axis.plot([size / 1e6 for size, _ in own], [value for _, value in own], **look, ms=5)
     logarithmic(axis, "x", "y")
-    axis.set(xlabel="million parameters", ylabel="ms an update step")
+    axis.set(xlabel="million parameters", ylabel="ms an update step (lower: faster)")
+    for case in unique(rows, "case"):
+        size = select(rows, case=case)[0]["detail"]["parameters"] / 1e6
+        axis.axvline(size, color=GREY, lw=0.5, alpha=0.5)
+        place = {"transform": axis.get_xaxis_transform(), "rotation": 25}
+        axis.text(size, 1.01, case.partition(",")[0], fontsize=8, **place)
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
-    save(figure, rows, path)
+    save(figure, rows, path, "A step that renews the preconditioner, on the layers of networks")
 
 
 # Whole steps beside IFShampoo -----------------------------------------------------------------
@@ -198,11 +231,18 @@ def peers(rows: list[Row], path: Path) -> None:
         y = [cases.index(row["case"]) for row in own]
         axis.plot(x, y, **look | {"ls": "", "ms": 8})
     logarithmic(axis, "x")
-    axis.set_xlabel("time of a step that updates the factors, in units of IFShampoo's in bfloat16")
+    axis.set_xlabel("times as long as a step of IFShampoo in bfloat16")
     axis.set_yticks(range(len(cases)), labels=cases)
     axis.set_ylim(len(cases) - 0.5, -0.5)
+    for words, side in (("IFShampoo is faster \u2192", "left"), ("\u2190 slower", "right")):
+        place, shift = (1, 1), (4 if side == "left" else -4, 3)
+        axis.annotate(
+            words, place, shift, ("data", "axes fraction"), "offset points", ha=side, fontsize=8
+        )
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
-    save(figure, rows, path)
+    save(
+        figure, rows, path, "Time of a step that updates its factors, beside IFShampoo in bfloat16"
+    )
 
 
 # Curves ---------------------------------------------------------------------------------------
@@ -215,11 +255,11 @@ def curve_rows(rows: list[Row]) -> list[Row]:
 
 PLOTS = {
     "roofline": Plot(
-        "Roofline",
-        "Achieved rates under what the same run measured of the machine. FLOPs of a diagonal "
-        "update are those of its plain loop, and points far below the roof are many small tensors. "
-        "A CPU copy also fetches the lines that it overwrites, which is not counted, so that an "
-        "in-place add passes it.",
+        "Rates beside what the machine reached",
+        "Achieved rates, and as lines what the same run measured of the machine: no hard limits, a "
+        "point may lie a little above. FLOPs of a diagonal update are those of its plain loop, and "
+        "points far below the lines are many small tensors. A CPU copy also fetches the lines that "
+        "it overwrites, which is not counted, so that an in-place add passes it.",
         roofline_rows,
         roofline,
         "`bench diag`",

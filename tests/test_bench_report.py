@@ -57,7 +57,7 @@ def test_a_mark_without_rows_or_of_an_unknown_name_is_refused(files):
     page = "<!-- bench:diag -->\n<!-- /bench -->"
     with pytest.raises(SystemExit, match=r"bench:diag needs the rows 'diag'.jsonl"):
         readme.rewritten(page, {})
-    with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, gpu, diag"):
+    with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, .*diag"):
         readme.rewritten(page.replace("diag", "dig"), files)
 
 
@@ -91,6 +91,29 @@ class CountFlops(TorchDispatchMode):
             scaled = kwargs.get("value", 1) != 1 or kwargs.get("alpha", 1) != 1
             self.total += self.FLOPS.get(name, 1) + scaled
         return operator(*args, **kwargs)
+
+
+def test_a_peer_has_a_colour_of_its_own_in_a_plot():
+    """A variant of a peer, "sirfshampoo, float32", has its colour and is hollow."""
+    known = [look[0] for look in figures.STYLES.values()]
+    assert len(set(known)) == len(known)
+    names = ["a new peer", *list(figures.STYLES)[:4], "another", "sirfshampoo, bfloat16"]
+    looks = figures.styles([*names, "sirfshampoo, float32"])
+    colours = [looks[name]["color"] for name in names]
+    assert len(set(colours)) == len(colours)
+    first, second = (looks[f"sirfshampoo, {dtype}"] for dtype in ("bfloat16", "float32"))
+    assert first["color"] == second["color"]
+    assert [first["fillstyle"], second["fillstyle"]] == ["full", "none"]
+
+
+def test_points_that_lie_together_have_one_line_of_names():
+    rows = [
+        row("RootFreeAdamW", "bandwidth", value, case=case, bytes_per_parameter=15)
+        for case, value in (("large", 30.0), ("small", 2.0), ("larger, float32", 40.0))
+    ]
+    found = plots.clusters_of(rows)
+    assert [names for _, names in found] == [["small"], ["large", "larger"]]
+    assert found[1][0] == pytest.approx((30 * 40) ** 0.5)
 
 
 @pytest.mark.parametrize("name", plots.DIAGONAL_FLOPS)
