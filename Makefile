@@ -1,4 +1,5 @@
 # make test    ruff, mypy and the tests        make bench    the benchmarks on this machine
+# make sanitize    the tests of csrc under ASan and UBSan
 # Each sets up its own virtual environment first; Python >= 3.10, g++ and make are all it needs.
 
 PYTHON ?= python3
@@ -10,7 +11,11 @@ BIN := $(VENV)/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
-.PHONY: test bench clean
+# What the sanitizers of g++ look for in csrc; without vptr, which asks torch for its types.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+SANITIZED := build/sanitized
+
+.PHONY: test bench sanitize clean
 
 test: $(VENV)/installed $(VENV)/triton36
 	$(BIN)/ruff check
@@ -23,6 +28,15 @@ bench: $(VENV)/installed
 	$(BIN)/python -m bench diag
 	$(BIN)/python -m bench train --seeds 2
 	$(BIN)/python -m bench report --rows bench/out
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over csrc: two to seven minutes, so not in `make test`.
+# pytest and not python -m pytest: the sources in this folder would hide what was built.
+sanitize: $(VENV)/installed
+	CFLAGS="$(SANITIZE) -fno-omit-frame-pointer -g1" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q \
+		build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
+		OMP_WAIT_POLICY=passive $(BIN)/pytest $(addprefix tests/test_,cpu_matrix.py cpu_diag.py prepared.py)
 
 $(VENV)/base:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \"Python >= 3.10 is needed; make PYTHON=python3.x\")"
