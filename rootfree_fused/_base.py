@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ._groups import Group, devices_of, trains
 from ._loading import (
@@ -118,7 +119,7 @@ class RootFreeOptimizer(SteppingOptimizer):
         loaded = [
             (param, group, self._check_loaded(label, param, group, saved.get(key, {})))
             for key, label, (param, group) in zip(keys, labels(saved_groups), owners, strict=True)
-            if param.requires_grad or saved.get(key)
+            if saved.get(key) or (param.requires_grad and not is_lazy(param))
         ]
 
         self.param_groups = groups
@@ -156,6 +157,11 @@ class RootFreeOptimizer(SteppingOptimizer):
     ) -> State:
         """A copy of the saved state of one parameter, or a ValueError: what does not fit."""
         where = f"state_dict of parameter {label}"
+        if is_lazy(param):
+            raise ValueError(
+                f"{where} has no parameter yet to go to: a lazy module makes it in its first call; "
+                "call the model once, then load"
+            )
         spec = self._full_spec(param, group)
         check_data(where, saved)
         saved = separated(saved, spec)

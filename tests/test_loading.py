@@ -235,3 +235,36 @@ def test_the_default_device_is_not_asked():
     with torch.device("meta"):
         optimizer.load_state_dict(saved)
     assert_identical(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_lazy_parameter_trains_as_in_torch_and_loads_after_its_first_call(name):
+    def lazy():
+        torch.manual_seed(0)
+        model = torch.nn.LazyLinear(3)
+        return model, build(name, model.parameters())
+
+    def train(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(4, 5)).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = lazy()
+    fresh = optimizer.state_dict()
+    assert fresh["state"].keys().isdisjoint({0, 1})  # LazyLinear's bias is lazy too
+    optimizer.load_state_dict(fresh)
+    train(model, optimizer, 2)
+    saved, weights = optimizer.state_dict(), copy.deepcopy(model.state_dict())
+    resumed, other = lazy()
+    with pytest.raises(ValueError, match=r"parameter 0 has no parameter yet.*call the model once"):
+        other.load_state_dict(saved)
+    assert len(other.state) == 0
+    resumed(torch.ones(4, 5))
+    resumed.load_state_dict(weights)
+    other.load_state_dict(saved)
+    for trained, by in ((model, optimizer), (resumed, other)):
+        train(trained, by, 2)
+    assert_identical(
+        snapshot(other, list(resumed.parameters())), snapshot(optimizer, list(model.parameters()))
+    )
