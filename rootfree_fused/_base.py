@@ -138,7 +138,10 @@ class RootFreeOptimizer(SteppingOptimizer):
             where = f"state_dict group {index}"
             check_settings(where, type(self).__name__, group, saved)
             merged = {**group, **loaded_group(group, saved), "params": group["params"]}
-            self._check_group(merged)
+            try:
+                self._check_group(merged)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{where}: {error}") from None
             self._check_fixed(index, group, merged)
             groups.append(merged)
         return groups
@@ -163,7 +166,7 @@ class RootFreeOptimizer(SteppingOptimizer):
                 "call the model once, then load"
             )
         spec = self._full_spec(param, group)
-        check_data(where, saved)
+        check_data(where, param, saved)
         saved = separated(saved, spec)
         own = {name for name in saved if is_own(name)}
         needed = spec.keys() - self._unused_state(group)

@@ -122,8 +122,8 @@ def check_settings(
         )
     if missing:
         raise ValueError(
-            f"{where} has no {' and no '.join(missing)}, so it was not saved by {owner} or is cut "
-            f"short; load a whole checkpoint of {owner}, or set what is missing in that group"
+            f"{where} has no {', no '.join(missing)}, so it was not saved by {owner} or is cut "
+            f"short; load a checkpoint of {owner}, or set what is missing in that group"
         )
     for name, value in saved.items():
         for part in value if isinstance(value, (tuple, list)) else (value,):
@@ -133,9 +133,18 @@ def check_settings(
                 raise ValueError(f"{where}: {name} is too large for a float; {_DAMAGED}")
 
 
-def check_data(where: str, saved: Mapping[str, Any]) -> None:
+def is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, found without an import of torch.distributed."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+
+
+def check_data(where: str, param: Tensor, saved: Mapping[str, Any]) -> None:
     """Raise a ValueError for saved state that cannot be read, a wrapper's too."""
     for key, value in saved.items():
+        if is_sharded(value) and is_own(key) and not is_sharded(param):
+            raise ValueError(
+                f"{where}: {key} is a DTensor but the parameter is whole; load full_tensor() of it"
+            )
         fault = _no_data(value) if isinstance(value, Tensor) else ""
         if fault and (is_own(key) or value.is_meta):
             raise ValueError(f"{where}: {key} is {fault}; it must be a dense tensor with data")
@@ -154,6 +163,8 @@ def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any
 
 def fresh(initial: Initial, value: Tensor, device: torch.device) -> Tensor:
     """A copy of a saved value that nobody else holds, as the state is declared."""
+    if is_sharded(value):
+        return value.detach().clone()
     declared = initial(torch.device("meta"))
     return torch.empty_like(declared, device=device).copy_(value)
 
@@ -200,10 +211,10 @@ def _no_data(value: Tensor) -> str:
         return f"a tensor of layout {value.layout}"
     if value.is_quantized:
         return "a quantized tensor"
-    if hasattr(value, "full_tensor"):
-        return "a DTensor, which full_tensor() makes a whole one"
     if value.is_meta:
         return "on the device meta, without data"
+    if is_sharded(value):
+        return ""  # its shards are another's
     steps = zip(value.shape, value.stride(), strict=True)
     last = value.storage_offset() + sum((size - 1) * stride for size, stride in steps)
     if value.numel() and (last + 1) * value.element_size() > value.untyped_storage().nbytes():
@@ -230,9 +241,11 @@ def _count(where: str, value: Any, dtype: torch.dtype) -> Tensor:
 
 def _check_numbers(where: str, value: Tensor, *, not_negative: bool) -> None:
     """Raise a ValueError for numbers that stop or reverse every later step."""
-    if not value.numel() or not value.is_floating_point():
+    shards: Any = value
+    own: Tensor = shards.to_local() if is_sharded(value) else value
+    if not own.numel() or not own.is_floating_point():
         return
-    low, high = (bound.item() for bound in torch.aminmax(value))  # NaN if there is one
+    low, high = (bound.item() for bound in torch.aminmax(own))  # NaN if there is one
     if not math.isfinite(low) or not math.isfinite(high):
         bad = low if not math.isfinite(low) else high
         raise ValueError(f"{where} holds {bad}: {_DAMAGED}")

@@ -58,6 +58,18 @@ def test_parameters_exchanged_for_dtensors_save_and_are_refused_by_the_step(name
     assert all(state["step"] == 0 for state in optimizer.state.values())
 
 
+def test_state_of_a_sharded_parameter_is_no_state_of_a_whole_one():
+    exchanged, whole = (build("adamw", model().parameters()) for _ in range(2))
+    exchanged.param_groups[0]["params"] = list(sharded().parameters())
+    saved = exchanged.state_dict()
+    with pytest.raises(ValueError, match=r"exp_avg is a DTensor but .* whole; load full_tensor"):
+        whole.load_state_dict(saved)
+    for state in saved["state"].values():
+        state["exp_avg_sq"].to_local().fill_(torch.nan)
+    with pytest.raises(ValueError, match="parameter 0: exp_avg_sq holds nan"):
+        exchanged.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_flattened_modules_are_for_the_diagonal_classes(name, use_orig_params):
