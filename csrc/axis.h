@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "product.h"
+#include "update.h"
 
 namespace rootfree_fused {
 
@@ -32,12 +33,15 @@ struct Arena {
   Gram gram(int64_t rows, int64_t columns) { return {left(rows, columns), right(columns, rows)}; }
 };
 
+// Limits of the specification: a norm of m stays finite in float32.
+constexpr float largest_gradient = 0x1p40f, largest_momentum = 0x1p48f;
+
 constexpr int64_t strip_size = block_depth;  // rows that are packed at once
 
 // One axis of one matrix. With a cached product P = ... K K^T, else P = ... K^T then K.
 struct Axis {
   int64_t size, tiles;
-  bool on_rows, cached;
+  bool on_rows, cached, told;  // told: the gradient is not exactly zero
   BFloat16 *factor, *momentum, *product;
   int16_t* residual;
   // K^T, K and the momentum. After the update `now` is K, in the memory of K^T, which is no longer
@@ -166,6 +170,7 @@ ROOTFREE_BF16 inline void update_momentum(const Axis& axis, int64_t pair, Tile& 
       values[j] = m - weight * m + of_gram * values[j];
     }
     if (diagonal) values[i] -= half_weight;
+    for (int64_t j = 0; j < gram.columns; ++j) values[j] = within(values[j], largest_momentum);
   }
   axis.norms[pair] = (diagonal ? 1 : 2) * sum_of_squares(gram);
   write_symmetric(axis, gram, axis.momentum, axis.packed_momentum);

@@ -9,8 +9,12 @@
 #if defined(__x86_64__)
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
+#include <functional>
+#include <limits>
 #include <memory>
 #endif
 
@@ -53,10 +57,33 @@ ROOTFREE_BF16 void descend(const Descent<float>& rule, void* params, float* buff
   }
 }
 
+// The bits of |x| order as |x| does, infinity and then NaN last.
 template <class T>
-void pack_grad(const Right& to, const void* grad, int64_t row, int64_t rows, int64_t columns) {
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+template <class T>
+ROOTFREE_INLINE Bits<T> magnitude(T x) {
+  return std::bit_cast<Bits<T>>(x) & std::numeric_limits<Bits<T>>::max() >> 1;
+}
+
+// Returns whether any of the numbers is not zero.
+template <class T>
+ROOTFREE_BF16 bool pack_grad(const Right& to, const void* grad, int64_t row, int64_t rows,
+                             int64_t columns) {
   const T* first = static_cast<const T*>(grad) + row * columns;
+  Bits<T> largest = 0;
+  for (int64_t i = 0; i < rows * columns; ++i) largest = std::max(largest, magnitude(first[i]));
+  std::vector<T> limited;
+  const T limit = largest_gradient;  // infinity in float16, which has no such numbers
+  if (largest > magnitude(limit)) {
+    const Bits<T> infinity = magnitude(std::numeric_limits<T>::infinity());
+    limited.assign(first, first + rows * columns);
+    for (T& x : limited) {
+      if (magnitude(x) > magnitude(limit) && magnitude(x) < infinity) x = x > 0 ? limit : -limit;
+    }
+    first = limited.data();
+  }
   pack(to, Block<T>{row, 0, rows, columns, first, columns});
+  return largest != 0;
 }
 
 template <template <class> class Body>
@@ -76,14 +103,17 @@ struct PackGradFor {
   static constexpr PackGrad body = pack_grad<T>;
 };
 
+// Of the matrices whose gradient is not exactly zero.
 void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   const Matrix& shape = *matrices;
   for_each(matrices, count, shape.tiles(), cost_on_rows, [](Matrix& m, int64_t task) {
+    if (!m.rows.told) return;
     Tile tile = m.tile(task);
     multiply(tile, m.rows.transposed.x, m.packed_grad);
     pack(m.half, tile.block());
   });
   for_each(matrices, count, shape.tiles(), cost_on_columns, [](Matrix& m, int64_t task) {
+    if (!m.rows.told) return;
     Tile tile = m.tile(task);
     multiply(tile, m.half, m.columns.transposed.x_transposed);
     pack(m.transformed, tile.block());
@@ -94,6 +124,7 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
                   return symmetric_cost(triangle_tile(axis, task), axis.size + other.size);
                 },
                 [&](const Axis& axis, const Axis& other, const Gram& transformed, int64_t task) {
+                  if (!axis.told) return;
                   const double trace = sum(other.squares, other.strips()) / other.size;
                   const double scale = options.batch_size / other.size;
                   Tile tile = triangle_tile(axis, task);
@@ -107,6 +138,7 @@ void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& option
                   return cost(square_tile(axis, task), axis.size);
                 },
                 [&](const Axis& axis, const Axis&, const Gram&, int64_t task) {
+                  if (!axis.told) return;
                   Tile tile = square_tile(axis, task);
                   update_factor(axis, tile, options.factor_lr);
                 });
@@ -171,14 +203,18 @@ void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   const auto alike = [](auto&&...) { return int64_t(1); };
   for_each(matrices, count, matrices->rows.strips(), alike, [](Matrix& m, int64_t strip) {
     const int64_t row = strip * strip_size, rows = std::min(strip_size, m.rows.size - row);
-    m.pack_grad(m.packed_grad, m.grad, row, rows, m.columns.size);
+    m.told[strip] = m.pack_grad(m.packed_grad, m.grad, row, rows, m.columns.size);
   });
+  for (Matrix* m = matrices; m < matrices + count; ++m) {
+    const auto any = std::any_of(m->told, m->told + m->rows.strips(), std::identity());
+    m->rows.told = m->columns.told = any;
+  }
   for_each_axis(matrices, count, matrices->rows.strips(), matrices->columns.strips(),
                 [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
                 [&](const Axis& axis, const Axis&, const Gram&, int64_t strip) {
-                  if (options.update_factors) {
+                  if (options.update_factors && axis.told) {
                     pack_factor(axis, strip);
-                  } else if (options.refresh_products || !axis.cached) {
+                  } else if (options.update_factors || options.refresh_products || !axis.cached) {
                     keep(axis, strip_of(axis, axis.factor, strip));
                   } else if (axis.on_rows) {
                     pack(axis.left_product, strip_of(axis, axis.product, strip));
@@ -281,6 +317,7 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
               ceil_div(d, tile_size),
               k == 0,
               cached,
+              true,
               factor + first,
               momentum + first,
               cached ? product + first : nullptr,
@@ -318,7 +355,7 @@ bool bf16_kernel_runs() {
 }
 
 void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 18);
+  Arguments arguments(stack, argument_count, 19);
 #if defined(__x86_64__)
   Lists lists;
   for (TensorHandles* list : {&lists.params, &lists.grads, &lists.factors, &lists.residuals,
@@ -337,6 +374,8 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   options.descent.weight_decay = arguments.next<double>();
   options.descent.decoupled = arguments.next<bool>();
   options.descent.maximize = arguments.next<bool>();
+  const auto bound = arguments.next<std::optional<double>>();
+  if (bound) options.descent.bound = *bound;
   STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");
   std::vector<Matrix> matrices = matrices_of(lists);
   run_all(matrices, options);

@@ -48,7 +48,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
       "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
       "Tensor(f!)[] momentum_buffers, Tensor lr, *, bool update_factors, bool refresh_products, "
       "float factor_lr, float factor_momentum, float damping, float batch_size, float momentum, "
-      "float weight_decay, bool decoupled, bool maximize) -> ()");
+      "float weight_decay, bool decoupled, bool maximize, float? bound=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CompositeExplicitAutograd, m) {

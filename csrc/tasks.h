@@ -10,7 +10,7 @@
 namespace rootfree_fused {
 
 using Descend = void (*)(const Descent<float>&, void*, float*, const Tile&, int64_t);
-using PackGrad = void (*)(const Right&, const void*, int64_t, int64_t, int64_t);
+using PackGrad = bool (*)(const Right&, const void*, int64_t, int64_t, int64_t);
 
 // A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
 struct Matrix {
@@ -21,6 +21,7 @@ struct Matrix {
   Descend descend;
   PackGrad pack_grad;
   Right packed_grad;
+  bool* told;  // of each strip of the gradient, whether it is not exactly zero
   Left half;  // C^T G, later half of the way to P
   // M = C^T G K and its transpose, for M M^T and M^T M; later what uncached products multiply next.
   Gram transformed, transformed_transposed;
@@ -29,6 +30,7 @@ struct Matrix {
     rows.take_scratch(arena);
     columns.take_scratch(arena);
     packed_grad = arena.right(rows.size, columns.size);
+    told = arena.take<bool>(rows.strips());
     half = arena.left(rows.size, columns.size);
     transformed = arena.gram(rows.size, columns.size);
     transformed_transposed = arena.gram(columns.size, rows.size);

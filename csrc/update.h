@@ -4,10 +4,22 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "isa.h"
 
 namespace rootfree_fused {
+
+// The largest g whose B g^2 is finite, to a rounding.
+template <class T>
+T largest_gradient_of(double batch_size) {
+  return (1 - 1e-6) * std::sqrt(std::numeric_limits<T>::max() / batch_size);
+}
+// NaN stays.
+template <class T>
+ROOTFREE_INLINE T within(T x, T bound) {
+  return x > bound ? bound : x < -bound ? -bound : x;
+}
 
 // start + weight (end - start), as torch.lerp from the nearer end: exact at weight 0 and weight 1.
 template <class T>
@@ -26,7 +38,7 @@ template <class T>
 struct Rmsprop {
   using Options = RmspropOptions;
   static constexpr bool needs_state1 = false;
-  T lr, square_avg_weight, damping, momentum, batch_size, grad_factor;
+  T lr, square_avg_weight, damping, momentum, batch_size, grad_factor, largest_grad;
   T coupled_decay, decoupled_decay;  // one of them is 0
 
   explicit Rmsprop(const Options& o)
@@ -36,6 +48,7 @@ struct Rmsprop {
         momentum(o.momentum),
         batch_size(o.batch_size),
         grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
+        largest_grad(largest_gradient_of<T>(o.batch_size)),
         coupled_decay(o.decoupled ? 0 : o.weight_decay),
         decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
 };
@@ -49,7 +62,8 @@ struct Rmsprop {
 template <class T>
 ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T& s, T& buf) {
   g *= h.grad_factor;
-  s = lerp(s, h.batch_size * g * g, h.square_avg_weight);
+  const T a = within(g, h.largest_grad);
+  s = lerp(s, h.batch_size * a * a, h.square_avg_weight);
   T u = g / (s + h.damping);
   u += h.coupled_decay * p;
   p -= h.decoupled_decay * p;
@@ -72,7 +86,8 @@ template <class T>
 struct Adamw {
   using Options = AdamwOptions;
   static constexpr bool needs_state1 = true;
-  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, grad_factor;
+  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, grad_factor,
+      largest_grad;
 
   // (lr/bc1) m / (s/bc2 + damping) is evaluated as (lr bc2/bc1) m / (s + bc2 damping).
   explicit Adamw(const Options& o)
@@ -82,7 +97,8 @@ struct Adamw {
         damping(o.bias_correction2 * o.damping),
         weight_decay(o.lr * o.weight_decay),
         batch_size(o.batch_size),
-        grad_factor((o.maximize ? -1 : 1) / o.grad_scale) {}
+        grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
+        largest_grad(largest_gradient_of<T>(o.batch_size)) {}
 };
 
 // p <- p - lr weight_decay p
@@ -94,37 +110,41 @@ ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
   g *= h.grad_factor;
   p -= h.weight_decay * p;
   m = lerp(m, g, h.exp_avg_weight);
-  s = lerp(s, h.batch_size * g * g, h.exp_avg_sq_weight);
+  const T a = within(g, h.largest_grad);
+  s = lerp(s, h.batch_size * a * a, h.exp_avg_sq_weight);
   p -= h.step_size * m / (s + h.damping);
 }
 
 struct DescentOptions {
   double lr, momentum, weight_decay;
   bool decoupled, maximize;
+  double bound = std::numeric_limits<double>::infinity();  // of the entries of P
 };
 
 // Along a preconditioned gradient P.
 template <class T>
 struct Descent {
   using Options = DescentOptions;
-  T lr, momentum, sign;
+  T lr, momentum, sign, bound;
   T coupled_decay, decoupled_decay;  // one of them is 0
 
   explicit Descent(const Options& o)
       : lr(o.lr),
         momentum(o.momentum),
         sign(o.maximize ? -1 : 1),
+        bound(o.bound),
         coupled_decay(o.decoupled ? 0 : o.weight_decay),
         decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
 };
 
+// P   <- min(max(P, -bound), bound)
 // u    = P + weight_decay p       (P if decoupled)
 // p   <- p - lr weight_decay p    if decoupled
 // buf <- momentum buf + u
 // p   <- p - lr buf
 template <class T>
 ROOTFREE_INLINE void update(const Descent<T>& h, T& p, T preconditioned, T& buf) {
-  const T u = h.sign * preconditioned + h.coupled_decay * p;
+  const T u = h.sign * within(preconditioned, h.bound) + h.coupled_decay * p;
   p -= h.decoupled_decay * p;
   buf = h.momentum * buf + u;
   p -= h.lr * buf;

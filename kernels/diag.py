@@ -47,6 +47,8 @@ NUM_WARPS = 4
 # 16-bit types 8; 8 would make the two disagree and send the 16-bit ones through shared memory.
 VECTOR = 4
 
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
 
 @triton.jit
 def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
@@ -57,7 +59,7 @@ def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
     coupled = tl.load(scalars_ptr + 5)
 
     g *= sign
-    s = _decay(s, batch_size * g * g, scalars_ptr + 6)
+    s = _decay(s, _square(batch_size, g), scalars_ptr + 6)
     u = g / (s + damping) + coupled * p
     p -= lr * decoupled * p
     if buf is not None:
@@ -75,13 +77,19 @@ def _adamw_update(p, g, s, m, lr, scalars_ptr, step_ptr):
     g *= sign
     p -= lr * weight_decay * p
     m = _decay(m, g, scalars_ptr + 5)
-    s = _decay(s, batch_size * g * g, scalars_ptr + 7)
+    s = _decay(s, _square(batch_size, g), scalars_ptr + 7)
     denominator = s + damping
     if step_ptr is not None:
         step = tl.load(step_ptr)
         lr /= _bias_correction(tl.load(scalars_ptr + 9), step)
         denominator = s / _bias_correction(tl.load(scalars_ptr + 10), step) + damping
     return p - lr * (m / denominator), s, m
+
+
+@triton.jit
+def _square(batch_size, g):
+    # At most the largest finite number: an infinite s would be NaN at the next step.
+    return tl.minimum(batch_size * g * g, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -3,10 +3,12 @@
 Equations, shapes and dtypes are those of kernels/matrix.py. A program works on one tile of one
 matrix, found through a job table (kernels/jobs.py); a job has, by launch, in its columns
 
-    gather           source, target, rows, columns, partial sums of squares, kind, aligned
+    gather           source, target, rows, columns, partial sums of squares | of G, counts of
+                     elements other than 0, kind, aligned
     product, params  A, its columns, B, its columns, output, -, m, n, k, row scales, column scales,
                      row sums of squares | where tiles are parked, column sums of squares
-    factors          K, m, d, factor, residual, copy, partial ||m||^2, their count, kind, parking
+    factors          K, m, d, factor, residual, copy, partial ||m||^2, their count, kind, parking,
+                     partial counts of G's elements other than 0, their count
 
 where a product's k of 0 means that both factors are diagonal: A is G, in float32, and the tile is A
 scaled. Gathering reads and writes each element once; the others are 2 m n k FLOPs.
@@ -32,31 +34,49 @@ from .tiles import (
     tile_of,
 )
 
+# Limit of the specification: products of G stay finite.
+_LARGEST = tl.constexpr(2.0**40)
+
 
 @triton.jit
-def _copy_rows(source_ptr, stride, target_ptr, size, squares_ptr, unscale, tile, BLOCK_M, BLOCK_N):
-    """Copy a tile of rows `stride` apart into padded ones, and store its sum of squares."""
+def _limited(g):
+    within = tl.clamp(g, -_LARGEST, _LARGEST)
+    return tl.where(tl.abs(g) < float("inf"), within, g)
+
+
+@triton.jit
+def _copy_rows(
+    source_ptr, stride, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
+):
+    """Copy a tile of rows `stride` apart into padded ones, and store a sum over its elements."""
     ptrs, mask = tile_of(source_ptr, stride, (size[0], stride), tile, BLOCK_M, BLOCK_N)
     value = tl.load(ptrs, mask=mask, other=0.0)
-    if unscale is not None:
-        value = value.to(tl.float32) * unscale
+    if IS_GRAD:
+        value = value.to(tl.float32)
+        if unscale is not None:
+            value *= unscale
+        value = _limited(value)
     target = padded(size[1])
     ptrs, mask = tile_of(target_ptr, target, (size[0], target), tile, BLOCK_M, BLOCK_N)
     tl.store(ptrs, value.to(target_ptr.dtype.element_ty), mask=mask)
-    if squares_ptr.to(tl.int64) != 0:
+    if sums_ptr.to(tl.int64) != 0:
         wide = value.to(tl.float32)
-        tl.store(squares_ptr, tl.sum(tl.sum(wide * wide, 1), 0))
+        terms = tl.where(wide != 0, 1.0, 0.0) if IS_GRAD else wide * wide
+        tl.store(sums_ptr, tl.sum(tl.sum(terms, 1), 0))
 
 
 @triton.jit
-def _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, unscale, tile, BLOCK_M, BLOCK_N):
+def _copy_tile(
+    source_ptr, aligned, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
+):
     if aligned:
         _copy_rows(
             source_ptr,
             padded(size[1]),
             target_ptr,
             size,
-            squares_ptr,
+            sums_ptr,
+            IS_GRAD,
             unscale,
             tile,
             BLOCK_M,
@@ -64,7 +84,16 @@ def _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, unscale, tile
         )
     else:
         _copy_rows(
-            source_ptr, size[1], target_ptr, size, squares_ptr, unscale, tile, BLOCK_M, BLOCK_N
+            source_ptr,
+            size[1],
+            target_ptr,
+            size,
+            sums_ptr,
+            IS_GRAD,
+            unscale,
+            tile,
+            BLOCK_M,
+            BLOCK_N,
         )
 
 
@@ -83,14 +112,16 @@ def _gather_kernel(
     job_ptr, tile, place = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + 2), size_at(job_ptr + 3))
     kind = tl.load(job_ptr + 5)
+    sums_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
+    if sums_ptr.to(tl.int64) != 0:
+        sums_ptr += place
     if kind == 0:  # a factor or a product
         source_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
         target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-        squares_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
-        if squares_ptr.to(tl.int64) != 0:
-            squares_ptr += place
         aligned = tl.load(job_ptr + 6) != 0
-        _copy_tile(source_ptr, aligned, target_ptr, size, squares_ptr, None, tile, BLOCK_M, BLOCK_N)
+        _copy_tile(
+            source_ptr, aligned, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
+        )
     else:
         unscale = None
         if grad_scale_ptr is not None:
@@ -98,13 +129,16 @@ def _gather_kernel(
         member_ptr = members_ptr + 4 * tl.load(job_ptr)
         grad_ptr = pointer_at(member_ptr + 1, scratch_ptr, GRAD)
         aligned = size[1] % 8 == 0
-        null = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
         if kind == 1:
             target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-            _copy_tile(grad_ptr, aligned, target_ptr, size, null, unscale, tile, BLOCK_M, BLOCK_N)
+            _copy_tile(
+                grad_ptr, aligned, target_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
+            )
         else:  # both factors are diagonal, and no GEMM will read it
             wide_ptr = pointer_at(job_ptr + 1, scratch_ptr, tl.float32)
-            _copy_tile(grad_ptr, aligned, wide_ptr, size, null, unscale, tile, BLOCK_M, BLOCK_N)
+            _copy_tile(
+                grad_ptr, aligned, wide_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
+            )
 
 
 @triton.jit
@@ -185,7 +219,8 @@ def _product_kernel(
 
 @triton.jit
 def _factor_update(k, product, step):
-    return k - step * product
+    # Where the step is 0, the product may be of an m that nobody wrote.
+    return tl.where(step == 0, k, k - step * product)
 
 
 @triton.jit
@@ -242,6 +277,8 @@ def _factors_kernel(
     norm_ptr = pointer_at(job_ptr + 6, scratch_ptr, tl.float32)
     norm = tl.sqrt(sum_of(norm_ptr, size_at(job_ptr + 7), False, BLOCK))
     step = tl.load(scalars_ptr + 5) / tl.maximum(norm, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    told_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
+    step = tl.where(sum_of(told_ptr, size_at(job_ptr + 11), False, BLOCK) > 0, step, 0.0)
     kind = tl.load(job_ptr + 8)
 
     if kind == 2:  # a diagonal factor
@@ -280,6 +317,8 @@ def _factors_kernel(
 def _param_update(p, update, buf, lr, scalars_ptr):
     decoupled = tl.load(scalars_ptr + 7)
     coupled = tl.load(scalars_ptr + 8)
+    bound = tl.load(scalars_ptr + 10)
+    update = tl.clamp(update, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
     u = tl.load(scalars_ptr + 6) * update + coupled * p
     p -= lr * decoupled * p
     if buf is not None:

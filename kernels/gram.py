@@ -36,6 +36,9 @@ from .tiles import (
     tile_of,
 )
 
+# Limit of the specification: a norm of m stays finite.
+_LARGEST = tl.constexpr(2.0**48)
+
 
 @triton.jit
 def decayed(average, value, decay, one_minus_decay):
@@ -61,7 +64,8 @@ def _sum_rows(ptr, d, count, pid, BLOCK: tl.constexpr):
 def _momentum_update(m, gram, c1, identity, scalars_ptr):
     """`gram` is M M^T + (c2 / c1) K^T K."""
     h = 0.5 * (c1 * gram - identity)
-    return decayed(m, h, tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4))
+    m = decayed(m, h, tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4))
+    return tl.clamp(m, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -134,6 +138,10 @@ def _factor_momenta_kernel(
     c1 = tl.load(scalars_ptr + 1) / e
     ratio = tl.load(scalars_ptr + 2) * trace / c1
     norm_ptr = pointer_at(job_ptr + 11, scratch_ptr, tl.float32) + place
+    # A gradient that is exactly zero leaves m alone, and its factor takes a step of 0.
+    told_ptr = pointer_at(job_ptr + 13, scratch_ptr, tl.float32)
+    if sum_of(told_ptr, size_at(job_ptr + 14), False, BLOCK) == 0:
+        return
     side = tl.load(job_ptr + 5)
 
     if side == 2:  # a diagonal factor

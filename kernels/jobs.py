@@ -92,6 +92,8 @@ class _Axis:
     squares_count = 0
     norms: Any = 0  # partial ||m||_F^2
     norms_count = 0
+    told: Any = 0  # partial counts of the gradient's elements other than 0
+    told_count = 0
 
     def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:
         self.size, self.dense, self.aligned = size, dense, aligned
@@ -140,11 +142,17 @@ class _Builder:
         itemsize = self.dtype.itemsize
         elements = rows * padded(columns)
         gradient = self.scratch(count, elements, 4 if neither else itemsize)
+        told, told_count = torch.zeros(count, device="cpu", dtype=torch.int64), 0
+        if self.update:
+            told_count = len(_grid(rows, columns, GATHER_ROWS, GATHER_COLUMNS))
+            told = self.scratch(count, told_count, 4)
+        for axis in axes:
+            axis.told, axis.told_count = told, told_count
         for dtype in dict.fromkeys(bucket.grad_dtypes):
             chosen = torch.tensor([other == dtype for other in bucket.grad_dtypes], device="cpu")
             places = torch.tensor(bucket.places, device="cpu")[chosen]
             kind = 2 if neither else 1
-            self.gather(places, gradient[chosen], rows, columns, 0, kind, False, dtype)
+            self.gather(places, gradient[chosen], rows, columns, told[chosen], kind, False, dtype)
         half = self.scratch(count, elements, itemsize) if all(bucket.dense) else gradient
         if self.update:
             self.add_update(axes, gradient, half)
@@ -190,13 +198,13 @@ class _Builder:
         target: Tensor,
         rows: int,
         columns: int,
-        squares: Any,
+        sums: Any,
         kind: int,
         aligned: bool,
         dtype: torch.dtype | None = None,
     ) -> None:
         grid = _grid(rows, columns, GATHER_ROWS, GATHER_COLUMNS)
-        operands = source, target, rows, columns, squares, kind, int(aligned)
+        operands = source, target, rows, columns, sums, kind, int(aligned)
         self.job("gather", 0, grid, *operands, dtype=dtype)
 
     def add_update(self, axes: list[_Axis], gradient: Tensor, half: Tensor) -> None:
@@ -236,14 +244,15 @@ class _Builder:
         copy = axis.momentum_operand if axis.copied else 0
         grid = _triangle(d, block) if axis.dense else _grid(d, 1, block, block)
         cost = d + other.size if axis.dense else 0
-        columns = axis.old, *gram, axis.momentum, copy, *trace, axis.norms, axis.park
+        told = axis.told, axis.told_count
+        columns = axis.old, *gram, axis.momentum, copy, *trace, axis.norms, axis.park, *told
         self.job("momenta", cost, grid, *columns)
 
         copy = axis.new if axis.copied else 0
         kind = int(axis.aligned) if axis.dense else 2
         grid = _grid(d, d if axis.dense else 1, block, block)
         columns = axis.old, axis.momentum_operand, d, axis.factor, axis.residual, copy
-        columns = *columns, axis.norms, axis.norms_count, kind, axis.park
+        columns = *columns, axis.norms, axis.norms_count, kind, axis.park, *told
         self.job("factors", d if axis.dense else 0, grid, *columns)
 
     def add_products(self, axis: _Axis) -> None:

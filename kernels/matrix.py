@@ -10,8 +10,9 @@ For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the spe
     factors          K <- K - factor_lr / max(1, ||m||_F) K m
     products         C C^T and K K^T, kernels/gram.py
     precondition     V = (C C^T) G
-    parameters       P = V (K K^T); u = P + coupled p; p <- p - lr decoupled p;
-                     buf <- momentum buf + u (buf = u where there are no buffers); p <- p - lr buf
+    parameters       P = V (K K^T), its entries within +-bound; u = P + coupled p;
+                     p <- p - lr decoupled p; buf <- momentum buf + u (buf = u where there are no
+                     buffers); p <- p - lr buf
 
 A step between updates is gather, precondition and parameters. A diagonal factor takes part as a
 row or column scale of its neighbour's GEMM, which is then the only one.
@@ -32,6 +33,7 @@ of an n x n bfloat16 weight at an update (G, T or V, M, the old factors) and 4 b
 from __future__ import annotations
 
 import contextvars
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -99,6 +101,7 @@ def ifshampoo_(
     weight_decay: float,
     decoupled: bool,
     maximize: bool,
+    bound: float | None = None,
     **scaling: Tensor | None,
 ) -> list[int]:
     """One IF-Shampoo step on every bucket of matrices; returns the buckets left to the caller.
@@ -119,6 +122,7 @@ def ifshampoo_(
         weight_decay if decoupled else 0.0,
         0.0 if decoupled else weight_decay,
         momentum,
+        math.inf if bound is None else bound,
     )
     lists = [params, grads, momentum_buffers] if momentum_buffers else [params, grads]
     groups: dict[Any, list[Bucket]] = defaultdict(list)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Kernels compute in float32: what is larger would be infinite there.
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Above it a kernel, which computes in float32, has inf.
-_LARGEST = torch.finfo(torch.float32).max
 _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
+    "lr": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
     "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     "betas": (lambda x: 0 <= x < 1, "two numbers, each at least 0 and below 1"),
-    "damping": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
-    "weight_decay": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
-    "momentum": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
-    "factor_lr": (lambda x: 0 <= x <= _LARGEST, "a finite number >= 0"),
+    "damping": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
+    "weight_decay": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
+    "momentum": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
+    "factor_lr": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
     "factor_momentum": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
     "batch_size": (
-        lambda x: 0 < x <= _LARGEST,
-        "the number of loss terms that the gradient averages, a finite number > 0: the global "
+        lambda x: 0 < x <= LARGEST,
+        "the number of loss terms that the gradient averages, above 0 and finite in float32: the "
+        "global "
         "batch size for a loss averaged over examples, the number of tokens for one averaged over "
         "tokens, 1 for a summed loss",
     ),
+    "max_update": (lambda x: x > 0, "a number > 0, or None for no bound"),
 }
 _STRUCTURES = ("auto", "dense", "diagonal")
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -42,9 +46,14 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
 
-def check_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Raise a ValueError or TypeError for a value out of its domain; skip unknown names."""
-    for name, value in values.items():
+def check_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters among `values`, their numbers as Python's own.
+
+    Raises:
+        ValueError, TypeError: a value out of its domain.
+    """
+    settings = {k: _plain(k, v) for k, v in values.items() if k in HYPERPARAMETERS}
+    for name, value in settings.items():
         if name in _CHOICES:
             if not any(value is c or (isinstance(c, str) and value == c) for c in _CHOICES[name]):
                 raise ValueError(
@@ -54,11 +63,52 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
             _check_structures(value)
         elif name in ("update_interval", "max_dense_dim"):
             _check_count(name, value)
-        elif name in _DOMAINS:
+        elif value is not None or name != "max_update":
             contains, meaning = _DOMAINS[name]
             for number in _numbers(name, value, meaning):
                 if not contains(number):
                     raise ValueError(f"{name} is {value!r}; pass {meaning}")
+    return settings
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Python's number in place of numpy's, of a 0-d tensor or of any other real number's.
+
+    A tensor lr stays: it is read where it is.
+    """
+    if name == "betas" and isinstance(value, (tuple, list)):
+        return tuple([_plain("beta", beta) for beta in value])
+    if isinstance(value, Tensor):
+        one = value.numel() == 1 and not value.is_meta and not value.is_complex()
+        return value.item() if one and name != "lr" else value
+    if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
+        value = value.item()
+    is_plain = type(value) in (bool, int, float) or not isinstance(value, numbers.Real)
+    return value if is_plain else float(value)
+
+
+# What users of torch.optim pass from habit, and what there is instead.
+_REPLACED = {
+    "eps": "damping replaces it: added to s without a root, in the unit of s, a squared gradient "
+    "times the batch size",
+    "fused": "leave it out: every step runs fused kernels, as ops.backends() says",
+    "foreach": "leave it out: every step runs fused kernels, as ops.backends() says",
+    "differentiable": "leave it out: a step is not differentiable",
+    "amsgrad": "leave it out: there is no such variant",
+    "centered": "leave it out: there is no such variant",
+    "nesterov": "leave it out: there is no such variant",
+    "dampening": "leave it out: there is no such variant",
+    "decoupled_weight_decay": "pass weight_decay_mode='decoupled' or 'momentum' where there is one",
+}
+
+
+def refuse_unknown(owner: type, names: Iterable[str]) -> None:
+    """Raise a TypeError for arguments that the constructor of `owner` does not have."""
+    for name in names:
+        known = ", ".join(list(inspect.signature(owner).parameters)[1:-1])
+        raise TypeError(
+            f"{owner.__name__} has no argument {name!r}; " + _REPLACED.get(name, f"it has {known}")
+        )
 
 
 def _check_structures(value: Any) -> None:
@@ -86,13 +136,15 @@ def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:
             )
         # Reading a tensor on another device would stall the host: such an lr is the caller's word.
         return (value.detach().reshape(()).item(),) if value.device.type == "cpu" else ()
-    numbers = tuple(value) if name == "betas" and isinstance(value, (tuple, list)) else (value,)
-    if name == "betas" and len(numbers) != 2:
+    found = tuple(value) if name == "betas" and isinstance(value, (tuple, list)) else (value,)
+    if name == "betas" and len(found) != 2:
         raise ValueError(f"betas is {value!r}; pass {meaning}")
-    for number in numbers:
+    for number in found:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise TypeError(f"{name} is {value!r}, a {type(number).__name__}; pass {meaning}")
-    return numbers
+            cure = "; .item() makes a number of one element" if hasattr(number, "item") else ""
+            what = f"{value!r}, a {type(number).__name__}"
+            raise TypeError(f"{name} is {what}; pass {meaning}{cure}")
+    return found
 
 
 def check_param(name: str, param: Tensor) -> None:

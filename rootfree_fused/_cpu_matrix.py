@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,14 +111,23 @@ def _stacked(
     momentum: float,
     weight_decay: float,
     decoupled: bool,
+    bound: float | None = None,
     **scalars: float,
 ) -> None:
     sizes = [factor.shape[1] for factor in stacks.factors]
     dtype = next((f.dtype for f in stacks.factors if f.dim() == 3), stacks.factors[0].dtype)
-    grad = torch.stack([g.reshape(sizes) for g in stacks.grads]).to(dtype)
+    grad = torch.stack([g.reshape(sizes) for g in stacks.grads])
+    lowest, highest = torch.aminmax(grad.flatten(1), dim=1)
+    if bool((torch.maximum(-lowest, highest) > matrix.LARGEST_GRADIENT).any()):
+        grad = matrix.limited(grad)
+    grad = grad.to(dtype)
     factors = _unversioned(stacks.factors)
     if update_factors:
+        untold = (lowest == 0) & (highest == 0)
+        kept = _rows(untold, factors, stacks.residuals, stacks.momenta)
         _update_factors(grad, factors, stacks.residuals, stacks.momenta, **scalars)
+        for stack, rows in kept:
+            stack[untold] = rows
     if update_factors or refresh_products:
         for factor, product in zip(factors, stacks.products, strict=True):
             if product.numel():
@@ -142,10 +152,17 @@ def _stacked(
         momentum=momentum,
         weight_decay=weight_decay,
         decoupled=decoupled,
+        bound=math.inf if bound is None else bound,
     )
     _scatter(p, stacks.params)
     if buffer is not None:
         _scatter(buffer, stacks.buffers)
+
+
+def _rows(chosen: Tensor, *lists: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Each stack with a copy of the chosen of its matrices, if there are any."""
+    stacks = [stack for stacks in lists for stack in stacks if stack.numel()]
+    return [(stack, stack[chosen]) for stack in stacks] if chosen.any() else []
 
 
 def _unversioned(factors: list[Tensor]) -> list[Tensor]:
@@ -187,6 +204,7 @@ def _update_factors(
             square = (factor.mT @ factor).to(value.dtype)
         new.addcmul_(square, damping * mean_squares[1 - axis].view(each), value=weight)
         (new.diagonal(dim1=1, dim2=2) if factor.dim() == 3 else new).sub_(weight)
+        new.clamp_(-matrix.LARGEST_MOMENTUM, matrix.LARGEST_MOMENTUM)
         m.copy_(new)
         step = factor_lr / _square_sums(new).sqrt().clamp_min(1)
         product = factor @ m if factor.dim() == 3 else factor * m

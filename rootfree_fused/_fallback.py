@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,6 +85,7 @@ def ifshampoo_(
     weight_decay: float,
     decoupled: bool,
     maximize: bool,
+    bound: float | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -104,7 +106,7 @@ def ifshampoo_(
                 factor.clone() if residual is None else matrix.join(factor, residual)
                 for factor, residual in zip(stored, kept, strict=True)
             ]
-            g = grad.reshape([value.shape[0] for value in values]).to(values[0].dtype)
+            g = grad.reshape([value.shape[0] for value in values])
             if update_factors:
                 momenta = [m[i].to(values[0].dtype) for m in factor_momenta[first:last]]
                 matrix.update_factors_(
@@ -134,6 +136,7 @@ def ifshampoo_(
                 momentum=momentum,
                 weight_decay=weight_decay,
                 decoupled=decoupled,
+                bound=math.inf if bound is None else bound,
             )
         first = last
 

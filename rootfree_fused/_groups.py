@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ._checks import HYPERPARAMETERS, check_hyperparameters
+from ._checks import HYPERPARAMETERS, check_hyperparameters, refuse_unknown
 from ._planning import check_plain, has_no_values, lacks, name_of
 from ._prepared import PreparedSteps
 from ._stacks import allocate
@@ -46,10 +46,11 @@ class DeclaringOptimizer(Optimizer):
     _shaping: tuple[str, ...] = ()
     _fixed: tuple[str, ...] = ()
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
+    def __init__(self, params: Any, defaults: dict[str, Any], unknown: Mapping[str, Any]) -> None:
+        refuse_unknown(type(self), unknown)
+        given = check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
         self._reset_caches()
-        super().__init__(params, defaults)
+        super().__init__(params, defaults | given)
 
     # For subclasses ---------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class DeclaringOptimizer(Optimizer):
         self._watch_state()
 
     def _check_group(self, group: Group) -> None:
-        """Check the hyperparameters of a group and require all; lists become tuples."""
+        """Check the hyperparameters of a group and require all; they become Python's numbers."""
         if group.get("batch_size") is None:
             raise ValueError(
                 "batch_size is missing; pass it to the constructor or in every group: the number "
@@ -114,7 +115,7 @@ class DeclaringOptimizer(Optimizer):
         if missing := (HYPERPARAMETERS & self.defaults.keys()) - group.keys():
             name = min(missing)
             raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
-        check_hyperparameters(group)
+        group.update(check_hyperparameters(group))
         for key in HYPERPARAMETERS & group.keys():
             if isinstance(group[key], list):  # whose changes in place nobody would see
                 group[key] = tuple(group[key])

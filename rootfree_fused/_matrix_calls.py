@@ -51,6 +51,14 @@ def planned_calls(group: Group, due: Due, work: Work, plan: Plan) -> list[Call]:
     return calls
 
 
+def _bound(group: Group) -> float | None:
+    """Of the entries of P; see `IFShampoo`'s max_update."""
+    if group["max_update"] is None:
+        return None
+    bound: float = group["max_update"] / (group["batch_size"] ** 0.5 * group["damping"] ** 0.5)
+    return bound
+
+
 def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
     return [[items[i] for i in places] for items in lists]
 
@@ -106,6 +114,7 @@ class _Matrices:
             "factor_momentum": group["factor_momentum"],
             "damping": group["damping"],
             "batch_size": float(group["batch_size"]),
+            "bound": _bound(group),
             "momentum": group["momentum"],
             "weight_decay": group["weight_decay"],
             "decoupled": group["weight_decay_mode"] == "decoupled",

@@ -47,6 +47,7 @@ _SIRFSHAMPOO = {
 }
 # What both IF-Shampoos do.
 _SHAMPOO: Group = {
+    "max_update": None,
     "merge_axes": False,
     "vector_method": "factor",
     "weight_decay_mode": "momentum",

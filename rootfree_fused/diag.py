@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ class RootFreeRMSprop(RootFreeOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, a DTensor, or a sparse gradient.
+        TypeError: a parameter that is not dense and floating, a DTensor, a sparse gradient, or an
+            argument that torch.optim has and this class has not.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     Fig. 4 and Fig. 7.
@@ -156,15 +157,16 @@ class RootFreeRMSprop(RootFreeOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         alpha: float = 0.99,
+        *,
         damping: float = 1e-4,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
-        *,
         batch_size: float | None = None,
         weight_decay_mode: ops.WeightDecayMode = "decoupled",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        **unknown: NoReturn,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -178,7 +180,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
             "capturable": capturable,
             "amp_scaling": amp_scaling,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, unknown)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         return {"square_avg": full_like(param, 1.0), "momentum_buffer": full_like(param, 0.0)}
@@ -247,7 +249,8 @@ class RootFreeAdamW(RootFreeOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, a DTensor, or a sparse gradient.
+        TypeError: a parameter that is not dense and floating, a DTensor, a sparse gradient, or an
+            argument that torch.optim has and this class has not.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     and its released code.
@@ -258,14 +261,15 @@ class RootFreeAdamW(RootFreeOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.99),
+        *,
         damping: float = 1e-4,
         weight_decay: float = 1e-2,
-        *,
         batch_size: float | None = None,
         bias_correction: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        **unknown: NoReturn,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -278,7 +282,7 @@ class RootFreeAdamW(RootFreeOptimizer):
             "capturable": capturable,
             "amp_scaling": amp_scaling,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, unknown)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         return {"exp_avg": full_like(param, 0.0), "exp_avg_sq": full_like(param, 1.0)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from .factors import Plan, Stacks, default_dtype, factor_state, layout_of
 from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
+# float32 counts one by one up to here.
+_LARGEST_EXACT = 2**24
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -43,13 +45,15 @@ class IFShampoo(RootFreeOptimizer):
 
     and every step, with the newest factors::
 
-        P    = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T)
+        P    = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T), every entry within
+               max_update / sqrt(B damping)
         buf <- momentum buf + P
         p   <- (1 - lr weight_decay) p - lr buf
 
     or, with ``weight_decay_mode="momentum"``, as released, ``buf <- momentum buf + P +
     weight_decay p``. Axes of size 1 are dropped. Vectors and scalars take the update of
-    :class:`RootFreeRMSprop`, or a factor as released with ``vector_method="factor"``.
+    :class:`RootFreeRMSprop`, or a factor as released with ``vector_method="factor"``. A gradient
+    that is exactly zero leaves K_n and m_n alone: an expert without tokens learns nothing.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
@@ -58,8 +62,8 @@ class IFShampoo(RootFreeOptimizer):
             ``vector_method``, which decide what state there is, may change between steps.
         lr: step size. A 0-d tensor is read, never written. The paper's beta_1.
         momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
-        damping: weight of the identity, in the unit of a squared gradient times the batch size;
-            sirfshampoo's lam.
+        damping: weight of the identity, above 0, in the unit of a squared gradient times the batch
+            size; sirfshampoo's lam. Without it a factor grows for ever where there is no gradient.
         weight_decay: per unit of lr; sirfshampoo's kappa.
         batch_size: the number B of loss terms that the gradient averages: the global batch size
             for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
@@ -77,6 +81,9 @@ class IFShampoo(RootFreeOptimizer):
         merge_axes: see a tensor of three axes or more as the matrix (first axis, all others).
         vector_method: "rmsprop" or "factor".
         alpha: decay of root-free RMSProp's s for vectors.
+        max_update: bound of the entries of P, in units of 1 / sqrt(batch_size damping), near which
+            those of a root-free diagonal step stay by themselves: P is linear in G, and one
+            corrupt sample would move the weights as far as it likes. None means no bound.
         factor_dtype: dtype of the products: torch.bfloat16, torch.float32 or torch.float64. None
             chooses bfloat16 where the device multiplies it natively, float64 for float64
             parameters, and float32 elsewhere; the group then shows which.
@@ -96,7 +103,8 @@ class IFShampoo(RootFreeOptimizer):
         ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
             supported or does not fit a shape, an axis too large for a dense factor.
         TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
-            FullyShardedDataParallel, or a sparse gradient.
+            FullyShardedDataParallel, a sparse gradient, or an argument that torch.optim has and this
+            class has not.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     Fig. 3, and its released code.
@@ -109,10 +117,10 @@ class IFShampoo(RootFreeOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
+        *,
         momentum: float = 0.5,
         damping: float = 1e-3,
         weight_decay: float = 0.0,
-        *,
         batch_size: float | None = None,
         factor_lr: float = 0.4,
         factor_momentum: float = 0.5,
@@ -123,11 +131,13 @@ class IFShampoo(RootFreeOptimizer):
         merge_axes: bool = True,
         vector_method: Literal["rmsprop", "factor"] = "rmsprop",
         alpha: float = 0.9,
+        max_update: float | None = 8.0,
         factor_dtype: torch.dtype | None = None,
         weight_decay_mode: ops.WeightDecayMode = "decoupled",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        **unknown: NoReturn,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -144,13 +154,22 @@ class IFShampoo(RootFreeOptimizer):
             "merge_axes": merge_axes,
             "vector_method": vector_method,
             "alpha": alpha,
+            "max_update": max_update,
             "factor_dtype": factor_dtype,
             "weight_decay_mode": weight_decay_mode,
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, unknown)
+
+    def _check_group(self, group: Group) -> dict[str, Any]:
+        settings = super()._check_group(group)
+        if settings["damping"] == 0:
+            raise ValueError(
+                "damping is 0; pass a number > 0: factors grow for ever where there is no gradient"
+            )
+        return settings
 
     def _complete(self, group: Group) -> None:
         params = [p for p in group["params"] if isinstance(p, Tensor) and not p.is_meta]
@@ -259,7 +278,7 @@ class IFShampoo(RootFreeOptimizer):
         if group["update_interval"] == 1:
             return (True,) * len(steps)
         source, counts = self._counts.get(index, (None, []))
-        counts = counts if source is steps else steps.int().tolist()
+        counts = counts if source is steps else [int(count) for count in steps.tolist()]
         return _due_at([count + 1 for count in counts], group)
 
     def _due(self, index: int, group: Group, steps: Tensor) -> Due:
@@ -267,10 +286,11 @@ class IFShampoo(RootFreeOptimizer):
         source, counts = self._counts.pop(index, (None, []))
         if group["update_interval"] == 1:
             return (True,) * len(steps)
-        # Read once, then counted on the host: nothing waits for the device.
-        counts = [count + 1 for count in counts] if source is steps else steps.int().tolist()
-        if group["capturable"] or not steps.is_cpu:
-            self._counts[index] = steps, counts
+        counts = [count + 1 for count in counts] if source is steps else []
+        # On a device they are read once: nothing waits for it.
+        if not counts or (steps.is_cpu and not group["capturable"]):
+            counts = _exact(steps, counts)
+        self._counts[index] = steps, counts
         return _due_at(counts, group)
 
     def _next_kind(self) -> Hashable:
@@ -303,6 +323,21 @@ def _has_matrices(params: list[Tensor]) -> bool:
 def _waits(group: Group, scaling: Scaling) -> bool:
     """Whether a step that the scaler skips leaves the schedule as it is."""
     return group["update_interval"] > 1 and skips(scaling.get("found_inf"))
+
+
+def _exact(steps: Tensor, counted: list[int]) -> list[int]:
+    """The counts, which float32 holds up to 2^24; above, those of the host, which it then rounds.
+
+    A count that a load or a user changed is taken from `steps`, and so is one without a host's;
+    this step's own 1 is lost there from 2^25 on.
+    """
+    counts = [int(count) + (count >= 2 * _LARGEST_EXACT) for count in steps.tolist()]
+    if counted and max(counts) >= _LARGEST_EXACT:
+        before = torch.tensor([count - 1 for count in counted], dtype=steps.dtype)
+        if torch.equal(before + 1, steps):
+            steps.copy_(torch.tensor(counted, dtype=steps.dtype))
+            return counted
+    return counts
 
 
 def _due_at(counts: list[int], group: Group) -> Due:

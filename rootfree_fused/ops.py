@@ -46,7 +46,7 @@ _library.define(
     "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] axes, bool update_factors, "
     "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
     "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize, "
-    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "float? bound=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 
 
@@ -96,7 +96,7 @@ def rmsprop_(
         ValueError: lists of unequal lengths, unequal shapes or devices, values out of range.
         TypeError: a dtype or layout that is not supported.
     """
-    check_hyperparameters(
+    settings = check_hyperparameters(
         {
             "lr": lr,
             "alpha": alpha,
@@ -114,9 +114,9 @@ def rmsprop_(
     states = {"square_avgs": square_avgs}
     if momentum_buffers:
         states["momentum_buffers"] = momentum_buffers
-    elif momentum != 0 and params:
+    elif settings["momentum"] != 0 and params:
         raise ValueError(
-            f"momentum is {momentum} but momentum_buffers is empty; "
+            f"momentum is {settings['momentum']} but momentum_buffers is empty; "
             "pass one tensor of zeros a parameter before the first step"
         )
     _check_lists(params, grads, states, lr=lr, grad_scale=grad_scale, found_inf=found_inf)
@@ -125,14 +125,14 @@ def rmsprop_(
         grads,
         square_avgs,
         momentum_buffers,
-        as_scalar_tensor(lr),
-        alpha=alpha,
-        damping=damping,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        batch_size=as_scalar_tensor(batch_size),
+        as_scalar_tensor(settings["lr"]),
+        alpha=settings["alpha"],
+        damping=settings["damping"],
+        weight_decay=settings["weight_decay"],
+        momentum=settings["momentum"],
+        batch_size=as_scalar_tensor(settings["batch_size"]),
         decoupled=weight_decay_mode == "decoupled",
-        maximize=maximize,
+        maximize=settings["maximize"],
         grad_scale=grad_scale,
         found_inf=found_inf,
     )
@@ -180,7 +180,7 @@ def adamw_(
         ValueError: lists of unequal lengths, unequal shapes or devices, values out of range.
         TypeError: a dtype or layout that is not supported.
     """
-    check_hyperparameters(
+    settings = check_hyperparameters(
         {
             "lr": lr,
             "betas": betas,
@@ -202,13 +202,13 @@ def adamw_(
         exp_avgs,
         exp_avg_sqs,
         steps,
-        as_scalar_tensor(lr),
-        beta1=betas[0],
-        beta2=betas[1],
-        damping=damping,
-        weight_decay=weight_decay,
-        batch_size=as_scalar_tensor(batch_size),
-        maximize=maximize,
+        as_scalar_tensor(settings["lr"]),
+        beta1=settings["betas"][0],
+        beta2=settings["betas"][1],
+        damping=settings["damping"],
+        weight_decay=settings["weight_decay"],
+        batch_size=as_scalar_tensor(settings["batch_size"]),
+        maximize=settings["maximize"],
         grad_scale=grad_scale,
         found_inf=found_inf,
     )

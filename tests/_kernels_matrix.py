@@ -31,6 +31,7 @@ CASES = {
     "momentum coupled maximize": {**SCALARS, "decoupled": False, "maximize": True},
     "plain": {**SCALARS, "momentum": 0.0},
     "plain coupled": {**SCALARS, "momentum": 0.0, "decoupled": False},
+    "bounded": {**SCALARS, "bound": 0.2},
 }
 # Parameter shape, which axes are dense, how many. Rows of 8 n are aligned, others are ragged; 66 is
 # more than a tile.
@@ -77,7 +78,9 @@ def eager_step(grad, factors, momenta, products, *, update, scalars):
         product = mul(operand.T, tensor) if axis == 0 else mul(tensor, operand)
         return product.to(low) if keep else product
 
-    if update:
+    if update and (grad == 0).all():  # nothing but the products, which nobody has made yet
+        refresh_products(factors, products)
+    elif update:
         transformed = along(g, operands[0], 0, keep=not wide[1])
         transformed = along(transformed, operands[1], 1, keep=False)
         stored = transformed.to(low)
@@ -227,6 +230,7 @@ class Model:
                 lists["buffers"][i] if lists["buffers"] else None,
                 lr=lr,
                 **{name: scalars[name] for name in ("momentum", "weight_decay", "decoupled")},
+                bound=scalars.get("bound", math.inf),
             )
 
     def check(self, factor=2.0):

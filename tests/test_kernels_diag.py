@@ -39,6 +39,16 @@ def _interpreter(request):
 # The update ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("case", ["rmsprop momentum", "adamw bias correction"])
+def test_finite_gradients_never_make_nan(case, device):
+    lists = Lists(case, SHAPES, device, (F32, F32))
+    for size in (1e18, 1e19, 1e37):
+        for _ in range(3):
+            lists.step(grads=[size * torch.randn(s, device=device) for s in SHAPES])
+    for tensors in lists.actual:
+        assert all(t.isfinite().all() for t in tensors)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_steps_follow_the_specification(case, dtypes, device):

@@ -208,6 +208,36 @@ def test_a_nonfinite_gradient_stays_in_its_matrix(device):
     assert not finite[2][1]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_zero_gradient_leaves_factors_alone(dtype, device):
+    model = Model(device, "momentum", dtype, [(shape, dense, 2) for shape, dense, _ in FEW])
+    grads = model.fresh_grads()
+    for gradient in grads[::2]:
+        gradient.zero_()
+    before = [t.clone() for t in (*model.factors, *model.residuals, *model.momenta)]
+    model.step(grads=grads)
+    model.check()
+    after = [*model.factors, *model.residuals, *model.momenta]
+    for old, new in zip(before, after, strict=True):
+        if new.numel():
+            assert torch.equal(old[0], new[0])
+            assert not torch.equal(old[1], new[1])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("size", [1e-40, 1e9, 1e13, 1e30])
+def test_gradients_of_any_finite_size(size, dtype, device):
+    model = Model(device, "momentum", dtype, FEW)
+    model.scalars = {**model.scalars, "batch_size": 256.0, "bound": 10.0}
+    before = [t.clone() for t in model.factors]
+    for _ in range(3):
+        grads = [size * g for g in model.fresh_grads()]
+        model.launch(grads, torch.tensor(0.1), update=True)
+    for tensors in (model.params, model.buffers, model.values(), model.momenta):
+        assert all(t.isfinite().all() for t in tensors)
+    assert not any(map(torch.equal, before, model.factors))
+
+
 def test_the_nan_of_a_gpu_keeps_its_sign_and_stays_a_nan(device):
     """All bits set but the sign: rounded like a number it would become -0 in bfloat16."""
     model = Model(device, "plain", BF16, [((8, 8), DENSE, 1)])

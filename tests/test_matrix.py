@@ -160,7 +160,7 @@ def test_factors_do_not_freeze_in_bfloat16(device, size):
     """factor_lr = 0.01 moves diag(K) as in float64, where bfloat16 alone stays exactly 1."""
     (p,) = parameters((size, 32), device=device)
     optimizer = IFShampoo(
-        [p], lr=0.0, batch_size=1, factor_lr=0.01, factor_dtype=torch.bfloat16, damping=0.0
+        [p], lr=0.0, batch_size=1, factor_lr=0.01, factor_dtype=torch.bfloat16, damping=1e-9
     )
     factors = [torch.eye(d, dtype=FLOAT64) for d in (size, 32)]
     momenta = [torch.zeros(d, d, dtype=FLOAT64) for d in (size, 32)]
@@ -175,7 +175,7 @@ def test_factors_do_not_freeze_in_bfloat16(device, size):
             momenta,
             factor_lr=0.01,
             factor_momentum=0.5,
-            damping=0.0,
+            damping=1e-9,
             batch_size=1,
         )
         step = 0.01 / momenta[0].norm().clamp_min(1)

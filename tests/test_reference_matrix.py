@@ -88,7 +88,7 @@ def test_one_update_by_hand():
 
 
 def test_small_gradients_grow_the_factors_at_most_by_factor_lr_over_root_d():
-    """PAPER: with G = 0, H = -I/2 and K grows by b / sqrt(d) an update once m has settled."""
+    """PAPER: where G is next to 0, H = -I/2 and K grows by b / sqrt(d) once m has settled."""
     d = 16
     factors = [torch.eye(d, dtype=FLOAT64) for _ in range(2)]
     momenta = [torch.zeros(d, d, dtype=FLOAT64) for _ in range(2)]
@@ -96,7 +96,7 @@ def test_small_gradients_grow_the_factors_at_most_by_factor_lr_over_root_d():
     for _ in range(40):
         before = factors[0][0, 0].item()
         reference.update_factors_(
-            torch.zeros(d, d, dtype=FLOAT64),
+            torch.full((d, d), 1e-30, dtype=FLOAT64),
             factors,
             momenta,
             factor_lr=0.1,

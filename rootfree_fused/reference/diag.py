@@ -6,7 +6,8 @@ v = s / B; here s itself is stored, so that a batch size that changes between st
 
 Every function works in place and computes in the dtype of the state: float64 state makes it exact
 to about 1e-15, and a bfloat16 parameter with float32 state is rounded once, at the write. The
-gradient is never written.
+gradient is never written. B g^2 beyond the largest finite number counts as that number: s would
+become infinite, and NaN at the next step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def rmsprop_(
     """
     g, p = _operands(param, grad, square_avg, maximize)
 
-    square_avg.lerp_(batch_size * g * g, 1 - alpha)
+    square_avg.lerp_(_square(g, batch_size), 1 - alpha)
     u = g / (square_avg + damping)
     if decoupled:
         p = p - lr * weight_decay * p
@@ -88,7 +89,7 @@ def adamw_(
 
     p = p - lr * weight_decay * p
     exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.lerp_(batch_size * g * g, 1 - beta2)
+    exp_avg_sq.lerp_(_square(g, batch_size), 1 - beta2)
     denominator = exp_avg_sq / bias_correction2 + damping
     param.copy_(p - (lr / bias_correction1) * exp_avg / denominator)
 
@@ -97,6 +98,10 @@ def _operands(param: Tensor, grad: Tensor, state: Tensor, maximize: bool) -> tup
     """The ascent-corrected gradient and the parameter, both in the dtype of the state."""
     g = grad.to(state.dtype)
     return (-g if maximize else g), param.to(state.dtype)
+
+
+def _square(g: Tensor, batch_size: float) -> Tensor:
+    return (batch_size * g * g).clamp_max(torch.finfo(g.dtype).max)
 
 
 def _bias_correction(beta: float, step: Tensor | None) -> float | Tensor:

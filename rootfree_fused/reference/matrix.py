@@ -8,6 +8,10 @@ alone and is left out.
 The gradient has N axes of sizes d_1 .. d_N, none of size 1 unless N = 1, and a factor K_n an axis:
 a (d_n, d_n) matrix, or for a diagonal factor its diagonal, (d_n,). Factors start at the identity
 and their momenta m_n at zero. Everything is computed in the dtype of the factors.
+
+Two limits, the same in every dtype, keep products and norms finite in float32: finite entries of G
+beyond 2^40 count as 2^40, entries of m_n beyond 2^48 as 2^48, with their signs. G or m_n of such a
+size is a million times what training is known to survive. Infinities and NaN in G stay.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+LARGEST_GRADIENT = 2.0**40
+LARGEST_MOMENTUM = 2.0**48
 
 
 def update_factors_(
@@ -37,9 +44,11 @@ def update_factors_(
     m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
     K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
 
-    A diagonal factor keeps the diagonal of H_n alone.
+    A diagonal factor keeps the diagonal of H_n alone. Where G is exactly zero nothing changes: it
+    says nothing, and without it the factors would grow to 1 / damping.
     """
-    transformed = grad.to(factors[0].dtype)
+    told = (grad != 0).any().to(factors[0].dtype)
+    transformed = limited(grad).to(factors[0].dtype)
     for axis, factor in enumerate(factors):
         transformed = _mode_product(transformed, factor, axis, transpose=True)
     mean_squares = [factor.square().sum() / factor.shape[0] for factor in factors]
@@ -58,19 +67,25 @@ def update_factors_(
         targets.append((batch_size / others * gram + damping * trace * square - identity) / 2)
 
     for factor, momentum, target in zip(factors, factor_momenta, targets, strict=True):
-        momentum.lerp_(target, 1 - factor_momentum)
-        step = factor_lr / momentum.norm().clamp_min(1)
+        momentum.lerp_(target, (1 - factor_momentum) * told)
+        momentum.clamp_(-LARGEST_MOMENTUM, LARGEST_MOMENTUM)
+        step = told * factor_lr / momentum.norm().clamp_min(1)
         product = factor * momentum if factor.dim() == 1 else factor @ momentum
         factor.sub_(step * product)
 
 
 def precondition(grad: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """P = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T), with the newest factors."""
-    result = grad.to(factors[0].dtype)
+    result = limited(grad).to(factors[0].dtype)
     for axis, factor in enumerate(factors):
         result = _mode_product(result, factor, axis, transpose=True)
         result = _mode_product(result, factor, axis, transpose=False)
     return result
+
+
+def limited(grad: Tensor) -> Tensor:
+    """G with its finite entries within LARGEST_GRADIENT."""
+    return torch.where(grad.isinf(), grad, grad.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT))
 
 
 def apply_(
@@ -82,9 +97,11 @@ def apply_(
     momentum: float,
     weight_decay: float,
     decoupled: bool,
+    bound: float = math.inf,
 ) -> None:
     """One step of a parameter along its preconditioned gradient P = `update`.
 
+    P   <- min(max(P, -bound), bound)    every entry; as released there is no bound
     u    = P + weight_decay p            (P where decoupled)
     p   <- p - lr weight_decay p         if decoupled
     buf <- momentum buf + u              (buf = u where there is no momentum buffer)
@@ -93,7 +110,7 @@ def apply_(
     Computed in float32, or float64 for float64 parameters.
     """
     dtype = torch.promote_types(param.dtype, torch.float32)
-    p, u = param.to(dtype), update.to(dtype)
+    p, u = param.to(dtype), update.to(dtype).clamp(-bound, bound)
     if decoupled:
         p = p - lr * weight_decay * p
     else:
