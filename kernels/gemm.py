@@ -70,17 +70,9 @@ def _copy_tile(
     source_ptr, aligned, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
 ):
     if aligned:
+        stride = padded(size[1])
         _copy_rows(
-            source_ptr,
-            padded(size[1]),
-            target_ptr,
-            size,
-            sums_ptr,
-            IS_GRAD,
-            unscale,
-            tile,
-            BLOCK_M,
-            BLOCK_N,
+            source_ptr, stride, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
         )
     else:
         _copy_rows(
