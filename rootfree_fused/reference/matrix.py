@@ -85,7 +85,8 @@ def precondition(grad: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 def limited(grad: Tensor) -> Tensor:
     """G with its finite entries within LARGEST_GRADIENT."""
-    return torch.where(grad.isinf(), grad, grad.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT))
+    limit = min(LARGEST_GRADIENT, torch.finfo(grad.dtype).max)
+    return torch.where(grad.isinf(), grad, grad.clamp(-limit, limit))
 
 
 def apply_(
