@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -103,8 +103,8 @@ class IFShampoo(RootFreeOptimizer):
         ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
             supported or does not fit a shape, an axis too large for a dense factor.
         TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
-            FullyShardedDataParallel, a sparse gradient, or an argument that torch.optim has and this
-            class has not.
+            FullyShardedDataParallel, a sparse gradient, or an argument that torch.optim has and
+            this class has not.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     Fig. 3, and its released code.
@@ -163,13 +163,12 @@ class IFShampoo(RootFreeOptimizer):
         }
         super().__init__(params, defaults, unknown)
 
-    def _check_group(self, group: Group) -> dict[str, Any]:
-        settings = super()._check_group(group)
-        if settings["damping"] == 0:
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["damping"] == 0:
             raise ValueError(
                 "damping is 0; pass a number > 0: factors grow for ever where there is no gradient"
             )
-        return settings
 
     def _complete(self, group: Group) -> None:
         params = [p for p in group["params"] if isinstance(p, Tensor) and not p.is_meta]
