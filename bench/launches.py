@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from rootfree_fused.kernels import diag, matrix
-from rootfree_fused.kernels.jobs import Tiling
+from rootfree_fused.kernels.plan import Tiling
 
 from .offline import Call, Program, Recorder, compile_call
 
@@ -77,11 +77,10 @@ def diag_program(case: str, dtypes: Dtypes, architecture: int) -> Program:
 TILINGS: dict[str, Tiling] = {
     "large": matrix.LARGE,
     "large_hopper": matrix.LARGE_HOPPER,
-    "large_descriptors": matrix.LARGE_DESCRIPTORS,
+    "stacked": matrix.LARGE_HOPPER,
     "small": matrix.SMALL,
     "float32": matrix.FLOAT32,
 }
-NOT_CHOSEN = "large_descriptors"
 MATRIX_KERNELS = (
     "gather",
     "product left",
@@ -109,9 +108,14 @@ def large_tiling(architecture: int) -> str:
 
 
 def tilings(architecture: int) -> list[str]:
-    """Those that the launcher chooses from on this architecture, and those that it may."""
-    descriptors = [NOT_CHOSEN] if architecture >= 90 else []
-    return [large_tiling(architecture), "small", "float32", *descriptors]
+    """Those that the launcher chooses from on this architecture."""
+    stacked = ["stacked"] if architecture == 90 else []
+    return [large_tiling(architecture), "small", "float32", *stacked]
+
+
+def matrix_kernels(tiling: str) -> tuple[str, ...]:
+    """Names of its launches; beside stacked ones, others are large_hopper's or cuBLAS's."""
+    return ("factors", "products") if tiling == "stacked" else MATRIX_KERNELS
 
 
 def matrix_calls(
@@ -121,21 +125,24 @@ def matrix_calls(
     names = [name for name in vars(matrix) if name.endswith("_kernel")]
     kernels = {name: getattr(matrix, name) for name in names}
     recorders = {name: Recorder() for name in names}
-    choose = matrix._tiling
+    choose, enough = matrix._tiling, matrix.ENOUGH_LARGE_TILES
     for name, recorder in recorders.items():
         setattr(matrix, name, recorder)
     matrix._tiling = lambda *_: TILINGS[tiling]
+    if tiling == "stacked":
+        matrix.ENOUGH_LARGE_TILES = 0
     try:
         _ifshampoo(F32 if tiling == "float32" else BF16, dtypes, momentum, buckets)
     finally:
-        matrix._tiling = choose
+        matrix._tiling, matrix.ENOUGH_LARGE_TILES = choose, enough
         for name, kernel in kernels.items():
             setattr(matrix, name, kernel)
     calls = {}
-    for name, recorder in recorders.items():
-        for call in recorder.calls:
+    for name, kernel in kernels.items():
+        for call in recorders[name].calls:
             side = {True: " left", False: " right"}.get(call[2].get("TRANS_A"), "")
-            calls[name.strip("_").removesuffix("_kernel") + side] = kernels[name], call
+            short = name.strip("_").removeprefix("stacked_").removesuffix("_kernel")
+            calls[short + side] = kernel, call
     return calls
 
 

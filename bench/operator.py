@@ -82,7 +82,7 @@ def kernel_times(run: Call, rounds: int = 10) -> dict[str, float]:
         torch.cuda.synchronize()
     times: dict[str, float] = defaultdict(float)
     for event in profile.events():
-        name = event.name.removeprefix("_").removesuffix("_kernel")
+        name = event.name.removeprefix("_").removeprefix("stacked_").removesuffix("_kernel")
         if event.name.startswith("_") and name in PROFILED:
             times[name] += event.time_range.elapsed_us() / 1e6 / rounds
     return dict(times)

@@ -144,8 +144,6 @@ def matrix_entry(
     if name in FLOPS:
         modelled = f"{FLOPS[name]} n FLOPs an element"
     configuration = tiling
-    if tiling == launches.NOT_CHOSEN:
-        configuration += " (not chosen by anything yet)"
     if name == "gather":  # one tiling for all
         factor = "float32" if tiling == "float32" else "bfloat16"
         configuration = f"{factor} factors, {_name(grad)} gradients"
@@ -170,9 +168,8 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
         for dtypes in launches.DIAG_DTYPES[: 1 if quick else None]:
             yield diag_entry(case, dtypes, architecture)
     for tiling in [large] if quick else launches.tilings(architecture):
-        for name in launches.MATRIX_KERNELS:
-            # Only the products read through descriptors.
-            if name != "gather" or tiling not in ("small", launches.NOT_CHOSEN):
+        for name in launches.matrix_kernels(tiling):
+            if name != "gather" or tiling != "small":
                 yield matrix_entry(name, tiling, architecture)
     for dtypes in () if quick else launches.MATRIX_DTYPES:
         if dtypes[1] != torch.float32:

@@ -1,17 +1,15 @@
-"""The products of IF-Shampoo that are not symmetric, in Triton, and the gather before them.
+"""The products of IF-Shampoo that are not symmetric, in Triton.
 
 Equations, shapes and dtypes are those of kernels/matrix.py. A program works on one tile of one
 matrix, found through a job table (kernels/jobs.py); a job has, by launch, in its columns
 
-    gather           source, target, rows, columns, partial sums of squares | of G, counts of
-                     elements other than 0, kind, aligned
     product, params  A, its columns, B, its columns, output, -, m, n, k, row scales, column scales,
                      row sums of squares | where tiles are parked, column sums of squares
     factors          K, m, d, factor, residual, copy, partial ||m||^2, their count, kind, parking,
                      partial counts of G's elements other than 0, their count
 
 where a product's k of 0 means that both factors are diagonal: A is G, in float32, and the tile is A
-scaled. Gathering reads and writes each element once; the others are 2 m n k FLOPs.
+scaled. FLOPs: 2 m n k.
 """
 
 from __future__ import annotations
@@ -34,104 +32,6 @@ from .tiles import (
     tile_of,
 )
 
-# Limit of the specification: products of G stay finite.
-_LARGEST = tl.constexpr(2.0**40)
-
-
-@triton.jit
-def _limited(g):
-    within = tl.clamp(g, -_LARGEST, _LARGEST)
-    return tl.where(tl.abs(g) < float("inf"), within, g)
-
-
-@triton.jit
-def _copy_rows(
-    source_ptr, stride, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
-):
-    """Copy a tile of rows `stride` apart into padded ones, and store a sum over its elements."""
-    ptrs, mask = tile_of(source_ptr, stride, (size[0], stride), tile, BLOCK_M, BLOCK_N)
-    value = tl.load(ptrs, mask=mask, other=0.0)
-    if IS_GRAD:
-        value = value.to(tl.float32)
-        if unscale is not None:
-            value *= unscale
-        value = _limited(value)
-    target = padded(size[1])
-    ptrs, mask = tile_of(target_ptr, target, (size[0], target), tile, BLOCK_M, BLOCK_N)
-    tl.store(ptrs, value.to(target_ptr.dtype.element_ty), mask=mask)
-    if sums_ptr.to(tl.int64) != 0:
-        wide = value.to(tl.float32)
-        terms = tl.where(wide != 0, 1.0, 0.0) if IS_GRAD else wide * wide
-        tl.store(sums_ptr, tl.sum(tl.sum(terms, 1), 0))
-
-
-@triton.jit
-def _copy_tile(
-    source_ptr, aligned, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
-):
-    if aligned:
-        stride = padded(size[1])
-        _copy_rows(
-            source_ptr, stride, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
-        )
-    else:
-        _copy_rows(
-            source_ptr,
-            size[1],
-            target_ptr,
-            size,
-            sums_ptr,
-            IS_GRAD,
-            unscale,
-            tile,
-            BLOCK_M,
-            BLOCK_N,
-        )
-
-
-@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
-def _gather_kernel(
-    tiles_ptr,
-    jobs_ptr,
-    scratch_ptr,
-    members_ptr,
-    grad_scale_ptr,
-    GRAD: tl.constexpr,
-    FACTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    job_ptr, tile, place = find_tile(tiles_ptr, jobs_ptr)
-    size = (size_at(job_ptr + 2), size_at(job_ptr + 3))
-    kind = tl.load(job_ptr + 5)
-    sums_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
-    if sums_ptr.to(tl.int64) != 0:
-        sums_ptr += place
-    if kind == 0:  # a factor or a product
-        source_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
-        target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-        aligned = tl.load(job_ptr + 6) != 0
-        _copy_tile(
-            source_ptr, aligned, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
-        )
-    else:
-        unscale = None
-        if grad_scale_ptr is not None:
-            unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
-        member_ptr = members_ptr + 4 * tl.load(job_ptr)
-        grad_ptr = pointer_at(member_ptr + 1, scratch_ptr, GRAD)
-        aligned = size[1] % 8 == 0
-        if kind == 1:
-            target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-            _copy_tile(
-                grad_ptr, aligned, target_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
-            )
-        else:  # both factors are diagonal, and no GEMM will read it
-            wide_ptr = pointer_at(job_ptr + 1, scratch_ptr, tl.float32)
-            _copy_tile(
-                grad_ptr, aligned, wide_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
-            )
-
 
 @triton.jit
 def _scales(ptr, size, pid, BLOCK: tl.constexpr):
@@ -142,14 +42,12 @@ def _scales(ptr, size, pid, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
-):
+def _product(job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION):
     a_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
     b_ptr = pointer_at(job_ptr + 2, scratch_ptr, FACTOR)
     a, b = (a_ptr, size_at(job_ptr + 1)), (b_ptr, size_at(job_ptr + 3))
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    return product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION, DESCRIPTORS)
+    return product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION)
 
 
 @triton.jit
@@ -181,14 +79,11 @@ def _product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
     m, n, k = size
-    acc = _product(
-        job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
-    )
+    acc = _product(job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION)
     out_ptr = pointer_at(job_ptr + 4, scratch_ptr, FACTOR)
     if (tl.load(job_ptr + 9) | tl.load(job_ptr + 10)) == 0:  # both factors are dense
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), tile, BLOCK, BLOCK)
@@ -231,11 +126,14 @@ def _split(value):
 
 
 @triton.jit
-def _update_factor_part(factor_ptr, residual_ptr, d, stride, copy_ptr, product, step, part):
+def _update_factor_part(
+    old_ptr, factor_ptr, residual_ptr, d, stride, copy_ptr, product, step, part
+):
     ROWS: tl.constexpr = product.shape[0]
     COLUMNS: tl.constexpr = product.shape[1]
+    old_ptrs, _ = tile_of(old_ptr, stride, (d, stride), part, ROWS, COLUMNS)
     ptrs, mask = tile_of(factor_ptr, stride, (d, stride), part, ROWS, COLUMNS)
-    k = tl.load(ptrs, mask=mask, other=0.0)
+    k = tl.load(old_ptrs, mask=mask, other=0.0)
     if factor_ptr.dtype.element_ty == tl.float32:
         k = _factor_update(k, product, step)
     else:
@@ -249,6 +147,27 @@ def _update_factor_part(factor_ptr, residual_ptr, d, stride, copy_ptr, product, 
         tl.store(ptrs, k, mask=mask)
 
 
+@triton.jit
+def update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, tile):
+    """Where rows are aligned; the old bfloat16 half may lie apart from the new one."""
+    parts = quarters(product)
+    for i in tl.static_range(4):
+        part = (tile[0], 4 * tile[1] + i)
+        _update_factor_part(
+            old_ptr, factor_ptr, residual_ptr, d, padded(d), None, parts[i], step, part
+        )
+
+
+@triton.jit
+def factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK: tl.constexpr):
+    """factor_lr / max(1, ||m||_F), or 0 where the gradient was exactly zero."""
+    norm_ptr = pointer_at(job_ptr + 6, scratch_ptr, tl.float32)
+    norm = tl.sqrt(sum_of(norm_ptr, size_at(job_ptr + 7), False, BLOCK))
+    step = tl.load(scalars_ptr + 5) / tl.maximum(norm, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    told_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
+    return tl.where(sum_of(told_ptr, size_at(job_ptr + 11), False, BLOCK) > 0, step, 0.0)
+
+
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
 def _factors_kernel(
     tiles_ptr,
@@ -260,17 +179,12 @@ def _factors_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     if skips(found_inf_ptr):
         return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
-    norm_ptr = pointer_at(job_ptr + 6, scratch_ptr, tl.float32)
-    norm = tl.sqrt(sum_of(norm_ptr, size_at(job_ptr + 7), False, BLOCK))
-    step = tl.load(scalars_ptr + 5) / tl.maximum(norm, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    told_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
-    step = tl.where(sum_of(told_ptr, size_at(job_ptr + 11), False, BLOCK) > 0, step, 0.0)
+    step = factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
     kind = tl.load(job_ptr + 8)
 
     if kind == 2:  # a diagonal factor
@@ -283,18 +197,11 @@ def _factors_kernel(
         factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
         momentum = (pointer_at(job_ptr + 1, scratch_ptr, FACTOR), d)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-        acc = product_tile(
-            factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION, DESCRIPTORS
-        )
+        acc = product_tile(factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION)
         factor_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
         residual_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.int16)
         if kind == 1:  # rows are aligned
-            parts = quarters(acc)
-            for i in tl.static_range(4):
-                part = (tile[0], 4 * tile[1] + i)
-                _update_factor_part(
-                    factor_ptr, residual_ptr, d, padded(d), None, parts[i], step, part
-                )
+            update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
         else:
             park_ptr = pointer_at(job_ptr + 9, scratch_ptr, tl.float32)
             copy_ptr = pointer_at(job_ptr + 5, scratch_ptr, FACTOR)
@@ -302,7 +209,9 @@ def _factors_kernel(
             for i in range(BLOCK // PARKED_ROWS):
                 part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
                 product = parked(park_ptr, (d, d), part, PARKED_ROWS, BLOCK)
-                _update_factor_part(factor_ptr, residual_ptr, d, d, copy_ptr, product, step, part)
+                _update_factor_part(
+                    factor_ptr, factor_ptr, residual_ptr, d, d, copy_ptr, product, step, part
+                )
 
 
 @triton.jit
@@ -359,16 +268,13 @@ def _params_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     if skips(found_inf_ptr):
         return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
     m, n, k = size
-    update = _product(
-        job_ptr, scratch_ptr, size, tile, False, FACTOR, BLOCK, BLOCK_K, PRECISION, DESCRIPTORS
-    )
+    update = _product(job_ptr, scratch_ptr, size, tile, False, FACTOR, BLOCK, BLOCK_K, PRECISION)
     lr = tl.load(lr_ptr).to(tl.float32)
     member_ptr = members_ptr + 4 * tl.load(job_ptr + 4)
     param_ptr = pointer_at(member_ptr, scratch_ptr, PARAM)

@@ -82,6 +82,15 @@ def _store_symmetric(ptr, d, stride, value, part, is_diagonal):
 
 
 @triton.jit
+def store_symmetric_tile(ptr, d, value, tile):
+    """Where rows are aligned."""
+    parts = quarters(value)
+    for i in tl.static_range(4):
+        part = (tile[0], 4 * tile[1] + i)
+        _store_symmetric(ptr, d, padded(d), parts[i], part, tile[0] == tile[1])
+
+
+@triton.jit
 def _update_momentum_part(ptr, d, stride, copy_ptr, gram, c1, scalars_ptr, part, is_diagonal):
     """Returns the part's sums of squares by rows."""
     ROWS: tl.constexpr = gram.shape[0]
@@ -126,7 +135,6 @@ def _factor_momenta_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     if skips(found_inf_ptr):
         return
@@ -154,18 +162,12 @@ def _factor_momenta_kernel(
         m = (pointer_at(job_ptr + 1, scratch_ptr, FACTOR), size_at(job_ptr + 4))
         size = (d, d, e)
         gram = tl.zeros([BLOCK, BLOCK], tl.float32)
-        gram = product_tile(
-            factor, factor, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION, DESCRIPTORS
-        )
+        gram = product_tile(factor, factor, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION)
         gram *= ratio
         if side == 0:
-            gram = product_tile(
-                m, m, gram, size, tile, False, True, BLOCK_K, PRECISION, DESCRIPTORS
-            )
+            gram = product_tile(m, m, gram, size, tile, False, True, BLOCK_K, PRECISION)
         else:
-            gram = product_tile(
-                m, m, gram, size, tile, True, False, BLOCK_K, PRECISION, DESCRIPTORS
-            )
+            gram = product_tile(m, m, gram, size, tile, True, False, BLOCK_K, PRECISION)
         momentum_ptr = pointer_at(job_ptr + 6, scratch_ptr, FACTOR)
         is_diagonal = tile[0] == tile[1]
         if tl.load(job_ptr + 12) == 0:  # rows are aligned
@@ -201,23 +203,17 @@ def _products_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + 2)
     factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    acc = product_tile(
-        factor, factor, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION, DESCRIPTORS
-    )
+    acc = product_tile(factor, factor, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION)
     product_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-    is_diagonal = tile[0] == tile[1]
     if tl.load(job_ptr + 4) == 0:  # rows are aligned
-        parts = quarters(acc)
-        for i in tl.static_range(4):
-            part = (tile[0], 4 * tile[1] + i)
-            _store_symmetric(product_ptr, d, padded(d), parts[i], part, is_diagonal)
+        store_symmetric_tile(product_ptr, d, acc, tile)
     else:
+        is_diagonal = tile[0] == tile[1]
         park_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
         copy_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
         park(acc, park_ptr, (d, d), tile)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .common import DeviceTable
+from .plan import Bucket, Launch, Operands, Plan, Product, Stack, Tiling
 from .tiles import JOB_COLUMNS
 
 # Tiles of the gather launch: rows are contiguous, so a warp reads 256 or 512 bytes of one.
@@ -26,50 +27,13 @@ GATHER_ROWS, GATHER_COLUMNS = 64, 128
 GROUP = 8
 
 
-class Tiling(NamedTuple):
-    """How a GEMM is cut: tiles of block x block, operands staged block_k at a time.
-
-    `descriptors`: operands come through the tensor memory accelerator (sm_90 and newer).
-    """
-
-    block: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    precision: str | None
-    max_registers: int | None = None
-    descriptors: bool = False
-
-
-class Bucket(NamedTuple):
-    """Matrices of equal shapes, whose factor state is stacked; a list has a tensor an axis."""
-
-    sizes: tuple[int, int]
-    dense: tuple[bool, bool]
-    places: tuple[int, ...]
-    param_dtypes: tuple[torch.dtype, ...]
-    grad_dtypes: tuple[torch.dtype, ...]
-    factors: Sequence[Tensor]
-    residuals: Sequence[Tensor]
-    momenta: Sequence[Tensor]
-    products: Sequence[Tensor]
-
-
-class Plan(NamedTuple):
-    """Launches by name: a dtype, where the name has several launches, and tiles [first, last)."""
-
-    jobs: DeviceTable
-    tiles: DeviceTable
-    launches: dict[str, list[tuple[torch.dtype | None, int, int]]]
-    scratch_bytes: int
-
-
 def padded(size: int) -> int:
     return -(-size // 8) * 8
 
 
 def build_plan(
     buckets: Sequence[Bucket],
+    stacked: Sequence[bool],
     dtype: torch.dtype,
     tiling: Tiling,
     device: torch.device,
@@ -77,10 +41,15 @@ def build_plan(
     update: bool,
     refresh: bool,
 ) -> Plan:
-    """The launches of one step: with new factors (update), or with new products alone (refresh)."""
+    """The launches of one step: with new factors (update), or with new products alone (refresh).
+
+    stacked: of each bucket, whether its factors and products are the stacked kernels' (stacked.py)
+    and its other products of two dense operands the vendor's; it must be aligned, with both
+    factors dense.
+    """
     builder = _Builder(dtype, tiling.block, update, update or refresh)
-    for bucket in buckets:
-        builder.add(bucket)
+    for number, (bucket, is_stacked) in enumerate(zip(buckets, stacked, strict=True)):
+        builder.add(bucket, number, is_stacked)
     return builder.finish(device)
 
 
@@ -110,14 +79,19 @@ class _Axis:
         return self.dense and not self.aligned
 
 
+_Key = tuple[str, "torch.dtype | None", Operands]  # of a launch
+
+
 class _Builder:
+    number: int  # of the bucket that is being added
+    stacked: bool
+
     def __init__(self, dtype: torch.dtype, block: int, update: bool, products: bool) -> None:
         self.dtype, self.block = dtype, block
         self.update, self.products = update, products
         self.scratch_bytes = 0
-        self.entries: dict[tuple[str, torch.dtype | None], list[tuple[int, Tensor, Tensor]]] = (
-            defaultdict(list)
-        )
+        self.entries: dict[_Key, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        self.vendors: dict[str, list[Product]] = defaultdict(list)
 
     def scratch(self, count: int, elements: int, itemsize: int) -> Tensor:
         """Places for `count` arrays, as a job names them."""
@@ -126,16 +100,37 @@ class _Builder:
         self.scratch_bytes += size * count
         return -1 - places
 
-    def job(self, name: str, cost: int, grid: Tensor, *columns: Any, dtype: Any = None) -> None:
+    def job(
+        self,
+        name: str,
+        cost: int,
+        grid: Tensor,
+        *columns: Any,
+        dtype: Any = None,
+        operands: Operands = (),
+    ) -> None:
         """One job a matrix of a bucket; `cost` is the length of a program's loop."""
         count = max(len(c) for c in columns if isinstance(c, Tensor))
         table = torch.zeros(count, JOB_COLUMNS, device="cpu", dtype=torch.int64)
         for i, column in enumerate(columns):
             table[:, i] = column
+        table[:, -1] = torch.arange(count, device="cpu")  # places in `operands`
         if count:
-            self.entries[name, dtype].append((cost, table, grid))
+            self.entries[name, dtype, operands].append((cost, table, grid))
 
-    def add(self, bucket: Bucket) -> None:
+    def vendor(self, name: str, a: Stack, b: Stack, out: Stack, transposed: bool = False) -> None:
+        self.vendors[name].append(Product(a, b, out, transposed))
+
+    def stack(self, places: Tensor, rows: int, columns: int) -> Stack:
+        """Operands in the scratch."""
+        return Stack(self.number, -1 - int(places[0]), (len(places), rows, columns))
+
+    def state(self, name: str, n: int, axis: _Axis) -> Stack:
+        """Operands of axis n in the state."""
+        return Stack(self.number, (name, n), (len(axis.factor), axis.size, axis.size))
+
+    def add(self, bucket: Bucket, number: int, stacked: bool) -> None:
+        self.number, self.stacked = number, stacked
         axes = [self.axis(bucket, 0), self.axis(bucket, 1)]
         rows, columns = bucket.sizes
         count, neither = len(bucket.places), not any(bucket.dense)
@@ -157,8 +152,8 @@ class _Builder:
         if self.update:
             self.add_update(axes, gradient, half)
         if self.products:
-            for axis in axes:
-                self.add_products(axis)
+            for n, axis in enumerate(axes):
+                self.add_products(n, axis)
         self.add_step(bucket, axes, gradient, half)
 
     def axis(self, bucket: Bucket, n: int) -> _Axis:
@@ -221,6 +216,23 @@ class _Builder:
         transformed = 0
         if left.dense or right.dense:
             transformed = self.scratch(count, rows * padded(columns), self.dtype.itemsize)
+        if self.stacked:
+            g, t, m = (self.stack(s, rows, columns) for s in (gradient, half, transformed))
+            self.vendor("left", self.state("factors", 0, left), g, t, transposed=True)
+            self.vendor("right", t, self.state("factors", 1, right), m)
+        else:
+            self.add_transformed(axes, grid, gradient, half, transformed, sums)
+        for n, axis in enumerate(axes):
+            gram = transformed, axis.size, axes[1 - n].size, columns, n
+            if not axis.dense:
+                gram = sums[n], axis.size, axes[1 - n].size, across[1 - n], 2
+            self.add_factor(n, axis, axes[1 - n], *gram)
+
+    def add_transformed(
+        self, axes: list[_Axis], grid: Tensor, gradient: Any, half: Any, transformed: Any, sums: Any
+    ) -> None:
+        left, right = axes
+        rows, columns = left.size, right.size
         if left.dense:
             operands = left.old, rows, gradient, columns, half if right.dense else transformed, 0
             scales = (0, 0, 0, 0) if right.dense else (0, right.scale, 0, sums[1])
@@ -230,13 +242,8 @@ class _Builder:
             operands = half if left.dense else gradient, columns, right.old, columns, transformed, 0
             scales = left.scale, right.scale, *sums
             self.job("right", depth, grid, *operands, rows, columns, depth, *scales)
-        for n, axis in enumerate(axes):
-            gram = transformed, axis.size, axes[1 - n].size, columns, n
-            if not axis.dense:
-                gram = sums[n], axis.size, axes[1 - n].size, across[1 - n], 2
-            self.add_factor(axis, axes[1 - n], *gram)
 
-    def add_factor(self, axis: _Axis, other: _Axis, *gram: Any) -> None:
+    def add_factor(self, n: int, axis: _Axis, other: _Axis, *gram: Any) -> None:
         d, block = axis.size, self.block
         trace = other.factor, other.size, 1
         if other.dense:
@@ -253,13 +260,18 @@ class _Builder:
         grid = _grid(d, d if axis.dense else 1, block, block)
         columns = axis.old, axis.momentum_operand, d, axis.factor, axis.residual, copy
         columns = *columns, axis.norms, axis.norms_count, kind, axis.park, *told
-        self.job("factors", d if axis.dense else 0, grid, *columns)
+        operands: Operands = ()
+        if self.stacked:
+            operands = (self.stack(axis.old, d, d), False), (self.state("momenta", n, axis), True)
+        self.job("factors", d if axis.dense else 0, grid, *columns, operands=operands)
 
-    def add_products(self, axis: _Axis) -> None:
+    def add_products(self, n: int, axis: _Axis) -> None:
         if axis.dense:
             copy = axis.product_operand if axis.copied else 0
             columns = axis.new, axis.product, axis.size, copy, axis.park
-            self.job("products", axis.size, _triangle(axis.size, self.block), *columns)
+            grid = _triangle(axis.size, self.block)
+            operands = ((self.state("factors", n, axis), False),) if self.stacked else ()
+            self.job("products", axis.size, grid, *columns, operands=operands)
 
     def add_step(self, bucket: Bucket, axes: list[_Axis], gradient: Tensor, half: Tensor) -> None:
         left, right = axes
@@ -270,7 +282,10 @@ class _Builder:
             park = self.scratch(len(gradient), rows * padded(columns), 4)
         if left.dense:
             operands, depth = (left.product_operand, rows, gradient, columns), rows
-        if left.dense and right.dense:
+        if self.stacked:
+            g, v = (self.stack(s, rows, columns) for s in (gradient, half))
+            self.vendor("precondition", self.state("products", 0, left), g, v)
+        elif left.dense and right.dense:
             self.job("precondition", rows, grid, *operands, half, 0, rows, columns, rows)
         if right.dense:
             operands, depth = (half, columns, right.product_operand, columns), columns
@@ -286,13 +301,13 @@ class _Builder:
 
     def finish(self, device: torch.device) -> Plan:
         """Join the tables; the longest programs of a launch start first."""
-        copies = self.entries.pop(("gather", None), [])
+        copies = self.entries.pop(("gather", None, ()), [])
         first = next(key for key in self.entries if key[0] == "gather")
         self.entries[first] += copies
         jobs, tiles = [], []
-        launches: dict[str, list[tuple[torch.dtype | None, int, int]]] = defaultdict(list)
+        launches: dict[str, list[Launch]] = defaultdict(list)
         job_count = tile_count = 0
-        for (name, dtype), entries in self.entries.items():
+        for (name, dtype, operands), entries in self.entries.items():
             start = tile_count
             for _, table, grid in sorted(entries, key=lambda entry: -entry[0]):
                 indices = torch.arange(job_count, job_count + len(table), device="cpu")
@@ -301,9 +316,9 @@ class _Builder:
                 jobs.append(table)
                 job_count += len(table)
                 tile_count += len(indices)
-            launches[name].append((dtype, start, tile_count))
+            launches[name].append(Launch(start, tile_count, dtype, operands))
         tables = DeviceTable(torch.cat(jobs), device), DeviceTable(torch.cat(tiles), device)
-        return Plan(*tables, dict(launches), self.scratch_bytes)
+        return Plan(*tables, dict(launches), dict(self.vendors), self.scratch_bytes)
 
 
 def _addresses(stack: Tensor, count: int) -> Tensor:

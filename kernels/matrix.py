@@ -1,4 +1,4 @@
-"""IF-Shampoo in Triton: at most 8 launches an update of any number of matrices of any shapes.
+"""IF-Shampoo in Triton: 8 launches an update of any number of matrices of any shapes.
 
 For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the specification):
 
@@ -17,6 +17,18 @@ For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the spe
 A step between updates is gather, precondition and parameters. A diagonal factor takes part as a
 row or column scale of its neighbour's GEMM, which is then the only one.
 
+Each line is one launch for all matrices, one a dtype for gather and parameters. On Hopper, stacks
+of enough aligned matrices (`_is_stacked`) have launches of their own: cuBLAS for left, right and
+precondition, kernels/stacked.py for factors and products, one an axis. Roundings are the same; the
+milliseconds of 114 of 1024 x 1024 and of 16 of 2048 x 2048 on an H200 (torch 2.11, Triton 3.6):
+
+                                 one launch for all    one a stack
+    left, right, precondition    1.29    1.29          1.04    1.11
+    factors                      1.33    1.13          1.21    1.04
+    products                     0.52    0.49          0.47    0.45
+
+bench/NOTES.md has other sizes, and what was not faster by stacks.
+
 Shapes: params (d_C, d_K) up to axes of size 1; factors dense (d, d) or diagonal (d,). Dtypes:
 params and grads float32, bfloat16 or float16; a GEMM's operands and the intermediates G, T, M, V
 bfloat16, or float32 for float32 factors (three TF32 products, never one); accumulation, norms,
@@ -32,37 +44,35 @@ of an n x n bfloat16 weight at an update (G, T or V, M, the old factors) and 4 b
 
 from __future__ import annotations
 
-import contextvars
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .common import DTYPES, DeviceTable, at_scaling, readable, scalar_table
-from .gemm import _factors_kernel, _gather_kernel, _params_kernel, _product_kernel
+from .gather import _gather_kernel
+from .gemm import _factors_kernel, _params_kernel, _product_kernel
 from .gram import _factor_momenta_kernel, _products_kernel
-from .jobs import GATHER_COLUMNS, GATHER_ROWS, Bucket, Plan, Tiling, build_plan
+from .jobs import build_plan
+from .launches import Launches
+from .plan import Bucket, Plan, Tiling
+from .stacked import _stacked_factors_kernel, _stacked_products_kernel
 
 # Not yet measured on a GPU. 128 x 128 on 8 warps is 64 accumulators a thread and 32 KB a stage.
 LARGE = Tiling(block=128, block_k=64, num_warps=8, num_stages=3, precision=None)
 # Without the limit some kernels take 130 to 170 registers (Triton 3.6) and one program fills a
 # multiprocessor; with it two do, and nothing spills. On sm_80 and sm_100 it would spill.
 LARGE_HOPPER = LARGE._replace(max_registers=128)
-# Operands by tensor descriptors need fewer registers, but every program must write its own: their
-# addresses come from a table. Not yet measured, so nothing chooses it.
-LARGE_DESCRIPTORS = LARGE._replace(descriptors=True)
 # Fewer large tiles than multiprocessors leave some idle; small matrices leave tiles half empty.
 SMALL = Tiling(block=64, block_k=64, num_warps=4, num_stages=4, precision=None)
 ENOUGH_LARGE_TILES = 132  # the multiprocessors of an H100
 # Three TF32 products a product keep float32's bits. On an H200, 114 of 1024 x 1024: 59 ms a step,
 # by scalar units 105 ms in 64 x 64 x 16 tiles and 79 ms in 128 x 128 x 16.
 FLOAT32 = Tiling(block=64, block_k=32, num_warps=4, num_stages=3, precision="tf32x3")
-GATHER_WARPS = 8
 
 # In-tile offsets are 32 bits wide: 128 rows of at most this many elements.
 MAX_COLUMNS = 2**24
@@ -200,18 +210,31 @@ def _gemm_dtype(bucket: Bucket) -> torch.dtype | None:
 def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket]) -> Tiling:
     if dtype == torch.float32:
         return FLOAT32
-    tiles = sum(
-        (bucket.sizes[0] // LARGE.block) * (bucket.sizes[1] // LARGE.block) * len(bucket.places)
-        for bucket in buckets
-    )
-    if tiles < ENOUGH_LARGE_TILES:
+    if sum(map(_large_tiles, buckets)) < ENOUGH_LARGE_TILES:
         return SMALL
     return LARGE_HOPPER if _is_hopper(device) else LARGE
+
+
+def _large_tiles(bucket: Bucket) -> int:
+    rows, columns = bucket.sizes
+    return (rows // LARGE.block) * (columns // LARGE.block) * len(bucket.places)
 
 
 @lru_cache(maxsize=64)
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _is_stacked(bucket: Bucket, tiling: Tiling) -> bool:
+    """Whether a bucket has launches of its own: all rows on 16 bytes, enough tiles to fill them."""
+    stacks = [stack for stacks in bucket[5:] for stack in stacks]
+    return (
+        tiling == LARGE_HOPPER
+        and _large_tiles(bucket) >= ENOUGH_LARGE_TILES
+        and all(bucket.dense)
+        and all(size % 8 == 0 for size in bucket.sizes)
+        and all(stack.data_ptr() % 16 == 0 for stack in stacks)
+    )
 
 
 def _find_plan(
@@ -222,12 +245,13 @@ def _find_plan(
     stacks = [
         tuple([t.data_ptr() for tensors in bucket[5:] for t in tensors]) for bucket in buckets
     ]
-    key = (device, dtype, tiling, update, refresh, *(b[:5] for b in buckets), *stacks)
+    stacked = [_is_stacked(bucket, tiling) for bucket in buckets]
+    key = (device, dtype, tiling, *stacked, update, refresh, *(b[:5] for b in buckets), *stacks)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
             del _plans[next(iter(_plans))]
-        plan = build_plan(buckets, dtype, tiling, device, update=update, refresh=refresh)
+        plan = build_plan(buckets, stacked, dtype, tiling, device, update=update, refresh=refresh)
         _plans[key] = plan
     return plan, tiling
 
@@ -261,55 +285,28 @@ def _run(
     lr = step.lr
     values = (float(lr) if lr.is_cpu else 0.0, *step.scalars)
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
-        jobs, tiles = plan.jobs.on_device(), plan.tiles.on_device()
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
+        launches = Launches(plan, tiling, dtype, buckets, scratch)
+        launch, multiply = launches.launch, launches.multiply
         members = _members(device, addresses).on_device()
         numbers = scalar_table(device, values).on_device()
-        gather = {"FACTOR": DTYPES[dtype], "num_warps": GATHER_WARPS, "enable_fp_fusion": True}
-        gather |= {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS}
-        gemm = {
-            "FACTOR": DTYPES[dtype],
-            "BLOCK": tiling.block,
-            "BLOCK_K": tiling.block_k,
-            "PRECISION": tiling.precision,
-            "DESCRIPTORS": tiling.descriptors,
-            "num_warps": tiling.num_warps,
-            "num_stages": tiling.num_stages,
-            "maxnreg": tiling.max_registers,
-            "enable_fp_fusion": True,
-        }
-
-        context = contextvars.copy_context()
-        if tiling.descriptors:
-            context.run(triton.set_allocator, partial(_allocate, device))
-
-        def launch(name: str, kernel: Any, *args: Any, **options: Any) -> None:
-            for other, start, stop in plan.launches.get(name, ()):
-                named = {} if other is None else {_DTYPE_OPTIONS[name]: DTYPES[other]}
-                run = kernel[(stop - start,)]
-                context.run(run, tiles[start:stop], jobs, scratch, *args, **named, **options)
-
         grad_scale, found_inf = at_scaling(step.scaling, device)
-        launch("gather", _gather_kernel, members, grad_scale, **gather)
-        launch("left", _product_kernel, TRANS_A=True, **gemm)
-        launch("right", _product_kernel, TRANS_A=False, **gemm)
-        launch("momenta", _factor_momenta_kernel, numbers, found_inf, **gemm)
-        launch("factors", _factors_kernel, numbers, found_inf, **gemm)
-        launch("products", _products_kernel, **gemm)
-        launch("precondition", _product_kernel, TRANS_A=False, **gemm)
+        launches.gather(_gather_kernel, members, grad_scale)
+        launch("left", _product_kernel, TRANS_A=True)
+        multiply("left")
+        launch("right", _product_kernel, TRANS_A=False)
+        multiply("right")
+        args = numbers, found_inf
+        launch("momenta", _factor_momenta_kernel, *args)
+        launch("factors", _factors_kernel, *args, stacked=_stacked_factors_kernel)
+        launch("products", _products_kernel, stacked=_stacked_products_kernel)
+        launch("precondition", _product_kernel, TRANS_A=False)
+        multiply("precondition")
         lr = numbers if lr.is_cpu else readable(lr, device)
         args = members, numbers, lr, found_inf
-        launch("params", _params_kernel, *args, HAS_BUF=len(lists) == 3, **gemm)
+        launch("params", _params_kernel, *args, HAS_BUF=len(lists) == 3)
     for tensors, results in zip(lists[::2], dense[::2], strict=True):
         for bucket in buckets:
             for i in bucket.places:
                 if results[i] is not tensors[i]:
                     tensors[i].copy_(results[i])
-
-
-def _allocate(device: torch.device, size: int, alignment: int, stream: int | None) -> Tensor:
-    """Room for the descriptors of a launch, for Triton."""
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-_DTYPE_OPTIONS = {"gather": "GRAD", "params": "PARAM"}

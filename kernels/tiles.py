@@ -11,14 +11,22 @@ import triton.language as tl
 
 JOB_COLUMNS = 16
 _JOB = tl.constexpr(JOB_COLUMNS)
+# The column of a matrix's place in the stacks of its bucket.
+MATRIX = tl.constexpr(JOB_COLUMNS - 1)
 # Rows that are worked on at a time where rows are not aligned.
 PARKED_ROWS = tl.constexpr(8)
 
 
 @triton.jit
 def find_tile(tiles_ptr, jobs_ptr):
-    """This program's job, its tile's (row, column), and the tile's place among its job's."""
-    tile_ptr = tiles_ptr + 4 * tl.program_id(0).to(tl.int64)
+    """This program's tile: `tile_at`."""
+    return tile_at(tiles_ptr, jobs_ptr, tl.program_id(0).to(tl.int64))
+
+
+@triton.jit
+def tile_at(tiles_ptr, jobs_ptr, index):
+    """A tile's job, its (row, column), and its place among its job's."""
+    tile_ptr = tiles_ptr + 4 * index
     job_ptr = jobs_ptr + tl.load(tile_ptr).to(tl.int64) * _JOB
     return job_ptr, (tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)), tl.load(tile_ptr + 3)
 
@@ -64,51 +72,12 @@ def product_tile(
     TRANS_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
 ):
     """acc + a tile of A B, for A (m, k) and B (k, n), stored as (k, m) or (n, k) where transposed.
 
     a and b are a pointer and how many columns are stored; size is (m, n, k). Rows are padded with
-    zeros to a multiple of 8, and read to there: no mask may cut a vector. DESCRIPTORS: one thread
-    asks the tensor memory accelerator for whole tiles (Hopper and newer).
+    zeros to a multiple of 8, and read to there: no mask may cut a vector.
     """
-    if DESCRIPTORS:
-        acc = _product_by_descriptors(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K)
-    else:
-        acc = _product_by_pointers(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECISION)
-    return acc
-
-
-@triton.jit
-def _operand(stored, outer, inner, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """A descriptor of an (outer, inner) matrix; an empty one has no descriptor, so at least 8."""
-    shape = [tl.maximum(outer, 1), tl.maximum(padded(inner), 8)]
-    return tl.make_tensor_descriptor(stored[0], shape, [padded(stored[1]), 1], [OUTER, INNER])
-
-
-@triton.jit
-def _product_by_descriptors(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K):
-    m, n, k = size
-    row, column = tile[0] * acc.shape[0], tile[1] * acc.shape[1]
-    if TRANS_A:
-        a_tiles = _operand(a, k, m, BLOCK_K, acc.shape[0])
-    else:
-        a_tiles = _operand(a, m, k, acc.shape[0], BLOCK_K)
-    if TRANS_B:
-        b_tiles = _operand(b, n, k, acc.shape[1], BLOCK_K)
-    else:
-        b_tiles = _operand(b, k, n, BLOCK_K, acc.shape[1])
-    for done in range(0, k, BLOCK_K):
-        place = [done, row] if TRANS_A else [row, done]
-        a_tile = tl.trans(a_tiles.load(place)) if TRANS_A else a_tiles.load(place)
-        place = [column, done] if TRANS_B else [done, column]
-        b_tile = tl.trans(b_tiles.load(place)) if TRANS_B else b_tiles.load(place)
-        acc = tl.dot(a_tile, b_tile, acc)
-    return acc
-
-
-@triton.jit
-def _product_by_pointers(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECISION):
     m, n, k = size
     offs_m = tl.arange(0, acc.shape[0])
     offs_n = tl.arange(0, acc.shape[1])
@@ -137,6 +106,28 @@ def _product_by_pointers(a, b, acc, size, tile, TRANS_A, TRANS_B, BLOCK_K, PRECI
         acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
         a_ptrs += a_step
         b_ptrs += b_step
+    return acc
+
+
+@triton.jit
+def stacked_product_tile(
+    a, b, acc, depth, matrix, tile, TRANS_B: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """acc + a tile of A B, or A B^T, of a matrix of two stacks.
+
+    a and b are descriptors of (matrices, rows, columns) with blocks of one matrix: beyond the edge
+    of each matrix the tensor memory accelerator reads zeros, never the neighbour.
+    """
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    row, column = tile[0] * BLOCK_M, tile[1] * BLOCK_N
+    for done in range(0, depth, BLOCK_K):
+        a_tile = a.load([matrix, row, done]).reshape(BLOCK_M, BLOCK_K)
+        if TRANS_B:
+            b_tile = tl.trans(b.load([matrix, column, done]).reshape(BLOCK_N, BLOCK_K))
+        else:
+            b_tile = b.load([matrix, done, column]).reshape(BLOCK_K, BLOCK_N)
+        acc = tl.dot(a_tile, b_tile, acc)
     return acc
 
 

@@ -107,6 +107,7 @@ def test_kernels_import_only_torch_and_triton():
         "contextvars",
         "functools",
         "math",
+        "threading",
         "typing",
     }
     allowed = library | {"torch", "triton"}

@@ -14,7 +14,7 @@ from _kernels_matrix import BF16, F16, F32, FEW, Model
 from _offline import interpreted
 from triton.runtime.interpreter import InterpretedFunction
 
-from rootfree_fused.kernels import common, diag, gemm, gram, matrix, tiles
+from rootfree_fused.kernels import common, diag, gather, gemm, gram, matrix, tiles
 
 LR = torch.tensor(0.3)
 DIAGONAL = ["rmsprop", "rmsprop momentum", "adamw", "adamw bias correction"]
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.fixture(autouse=True)
 def _interpreter(device):
     if device.type == "cpu":
-        with interpreted(common, diag, tiles, gram, gemm, matrix):
+        with interpreted(common, diag, tiles, gather, gram, gemm, matrix):
             yield
     elif isinstance(diag._diag_kernel, InterpretedFunction):
         pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")

@@ -10,23 +10,24 @@ import torch
 pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import sass
 from bench.launches import (
     ARCHITECTURES,
     MATRIX_DTYPES,
     MATRIX_KERNELS,
-    NOT_CHOSEN,
     TILINGS,
     large_tiling,
     matrix_calls,
+    matrix_kernels,
     matrix_program,
     tilings,
 )
 from bench.machine_code import LOCAL_MEMORY, TENSOR_CORE, first_index, widths
 from bench.occupancy import CHIPS
 from bench.offline import compile_call
-from rootfree_fused.kernels import gemm, matrix, tiles
+from rootfree_fused.kernels import gemm, jobs, launches, matrix, tiles
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm._product_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
@@ -39,13 +40,14 @@ TENSOR_CORES = {
 }
 TENSOR_CORE_NAMES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 GEMMS = MATRIX_KERNELS[1:]
+STACKED = matrix_kernels("stacked")
 DENSE = (True, True)
 
 
 def targets():
-    """Every architecture with the tilings that it may run."""
+    """Every architecture with the tilings of the kernels that read by addresses."""
     for architecture in ARCHITECTURES:
-        for tiling in tilings(architecture):
+        for tiling in tilings(architecture)[:3]:
             yield pytest.param((architecture, tiling), id=f"sm_{architecture}-{tiling}")
 
 
@@ -127,11 +129,6 @@ def test_products_are_tensor_core_products(programs, rows, name, architecture, t
 def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, tiling):
     """But float32's operands: the copy may also transpose them, an element at a time."""
     widths_found = copies(programs[name])
-    if tiling == NOT_CHOSEN:  # by the tensor memory accelerator alone
-        lines = programs[name].instructions
-        assert not widths_found
-        assert first_index(lines, r"\bUTMALDG\.2D") < len(lines)
-        return
     assert widths_found if tiling == "float32" else widths_found == {"128"}
 
 
@@ -139,7 +136,7 @@ def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, t
 def test_the_main_path_moves_vectors(programs, rows, name, tiling):
     """Nothing else, and at least every element of an aligned tile once."""
     assert rows[name]["wide_share"] == 1
-    tile = matrix.GATHER_ROWS * matrix.GATHER_COLUMNS // (32 * matrix.GATHER_WARPS)
+    tile = jobs.GATHER_ROWS * jobs.GATHER_COLUMNS // (32 * launches.GATHER_WARPS)
     if name != "gather":
         tile = TILINGS[tiling].block ** 2 // threads(tiling)
     factor_bytes = 4 if tiling == "float32" else 2
@@ -173,6 +170,45 @@ def test_two_large_tiles_fit_a_hopper_multiprocessor(rows, name, architecture, t
     """One computes while the other begins or ends. Of the tilings that something chooses."""
     if architecture == 90 and tiling in ("large_hopper", "small"):
         assert rows[name]["ctas_per_sm"] >= 2
+
+
+# Stacks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacks_are_read_by_the_tensor_memory_accelerator(name):
+    program = matrix_program(name, "stacked", 90)
+    row = sass.matrix_entry(name, "stacked", 90).row()
+    assert_nothing_spills(program, row)
+    assert row["tensor_core"] == "HGMMA"
+    assert set(widths(program.instructions, "STG")) == {16}
+    assert row["ctas_per_sm"] == launches.STACKED_PROGRAMS
+    assert not copies(program)
+    assert first_index(program.instructions, r"\bUTMALDG\.3D") < len(program.instructions)
+    assert first_index(program.flow.main_loop, r"\bUTMALDG\.3D") < len(program.flow.main_loop)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_gradient_scaler_costs_stacks_no_spill(name):
+    kernel, (grid, args, options) = matrix_calls("stacked")[name]
+    number = torch.zeros(3)[1]  # a view: no alignment beyond its own
+    scaled = [number if arg is None else arg for arg in args]
+    assert compile_call(kernel, (grid, scaled, options), 90).spill_bytes == 0
+
+
+def test_stacks_of_other_sizes_recompile_nothing():
+    """Sizes are in tables and in descriptors; the one number is not specialized."""
+    few = matrix_calls("stacked")
+    more = matrix_calls("stacked", buckets=[((384, 1000), DENSE, 3)])
+    left_to_cublas = {"product left", "product right"}
+    assert set(few) == set(more) == set(MATRIX_KERNELS) - left_to_cublas
+    for name in STACKED:
+        (_, (_, args, options)), (_, (_, others, other_options)) = few[name], more[name]
+        assert options == other_options
+        for arg, other in zip(args, others, strict=True):
+            assert type(arg) is type(other)
+            if isinstance(arg, TensorDescriptor):
+                assert arg.block_shape == other.block_shape
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

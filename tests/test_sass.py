@@ -200,21 +200,29 @@ def test_every_configuration_has_one_row_an_architecture():
         assert {kernel for kernel, _ in names} == {"diag", *launches.MATRIX_KERNELS}
         diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
         assert sum(kernel == "diag" for kernel, _ in names) == diagonal
-        descriptors = [name for _, name in names if name.startswith(launches.NOT_CHOSEN)]
-        assert len(descriptors) == (6 if architecture >= 90 else 0)
-        assert all("not chosen" in name for name in descriptors)
+        stacked = {kernel for kernel, name in names if name.startswith("stacked")}
+        assert stacked == (set(launches.matrix_kernels("stacked")) if architecture == 90 else set())
 
 
 @pytest.mark.parametrize("architecture", launches.ARCHITECTURES)
 def test_the_tilings_are_those_that_the_launcher_chooses(architecture, monkeypatch):
     monkeypatch.setattr(matrix_kernels, "_is_hopper", lambda device: architecture == 90)
-    large = matrix_kernels.Bucket((4096, 4096), (True, True), (0,), (), (), (), (), (), ())
-    chosen = [
-        matrix_kernels._tiling(torch.device("cuda"), dtype, buckets)
-        for dtype, buckets in [(launches.BF16, [large]), (launches.BF16, []), (launches.F32, [])]
-    ]
-    expected = [name for name in launches.tilings(architecture) if name != launches.NOT_CHOSEN]
+    cuda, nothing = torch.device("cuda"), [[]] * 4
+    square, both = (1024, 1024), (True, True)
+
+    def bucket(count, sizes=square, dense=both):
+        return matrix_kernels.Bucket(sizes, dense, (0,) * count, (), (), *nothing)
+
+    few, many = bucket(2), bucket(3)
+    cases = [(launches.BF16, [many]), (launches.BF16, [few]), (launches.F32, [many])]
+    chosen = [matrix_kernels._tiling(cuda, *case) for case in cases]
+    expected = [name for name in launches.tilings(architecture) if name != "stacked"]
     assert chosen == [launches.TILINGS[name] for name in expected]
+
+    buckets = [many, few, bucket(3, (1024, 1028)), bucket(3, dense=(True, False))]
+    tiling = matrix_kernels._tiling(cuda, launches.BF16, buckets)
+    stacked = [matrix_kernels._is_stacked(bucket, tiling) for bucket in buckets]
+    assert stacked == [architecture == 90, False, False, False]
 
 
 def test_the_modelled_flops_are_those_of_an_update_step():

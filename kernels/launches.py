@@ -1,0 +1,89 @@
+"""How the launches of a plan are called: kernels with their tables and descriptors, and cuBLAS."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .bmm import bmm
+from .common import DTYPES
+from .jobs import GATHER_COLUMNS, GATHER_ROWS
+from .plan import Bucket, Launch, Plan, Stack, Tiling
+
+GATHER_WARPS = 8
+STACKED_PROGRAMS = 2  # of a stacked kernel, a multiprocessor
+
+
+class Launches:
+    """The launches of a plan, with the arguments that they share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        tiling: Tiling,
+        dtype: torch.dtype,
+        buckets: Sequence[Bucket],
+        scratch: Tensor,
+    ) -> None:
+        self.plan, self.tiling, self.dtype = plan, tiling, dtype
+        self.buckets, self.scratch = buckets, scratch
+        self.jobs, self.tiles = plan.jobs.on_device(), plan.tiles.on_device()
+        self.options = {"FACTOR": DTYPES[dtype], "enable_fp_fusion": True}
+        self.gemm = self.options | {
+            "BLOCK": tiling.block,
+            "BLOCK_K": tiling.block_k,
+            "num_warps": tiling.num_warps,
+            "num_stages": tiling.num_stages,
+            "maxnreg": tiling.max_registers,
+        }
+
+    def parts(self, name: str) -> Iterator[tuple[Launch, int, tuple[Tensor, ...]]]:
+        """Launches, with their tiles' number and the tables that every kernel takes first."""
+        for part in self.plan.launches.get(name, ()):
+            tiles = self.tiles[part.start : part.stop]
+            yield part, len(tiles), (tiles, self.jobs, self.scratch)
+
+    def gather(self, kernel: Any, *args: Any) -> None:
+        blocks = {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS, "num_warps": GATHER_WARPS}
+        for part, count, tables in self.parts("gather"):
+            run = kernel[(count,)]
+            run(*tables, *args, GRAD=DTYPES[part.dtype], **blocks, **self.options)
+
+    def launch(self, name: str, kernel: Any, *args: Any, stacked: Any = None, **named: Any) -> None:
+        """`kernel` finds its operands by the tables, `stacked` has descriptors of them."""
+        for part, count, tables in self.parts(name):
+            options = named | self.gemm
+            if part.operands:
+                run = stacked[(min(count, _programs(self.scratch.device)),)]
+                operands = [self.descriptor(*operand) for operand in part.operands]
+                run(*tables, count, *operands, *args, **options)
+                continue
+            if part.dtype is not None:
+                options["PARAM"] = DTYPES[part.dtype]
+            kernel[(count,)](*tables, *args, PRECISION=self.tiling.precision, **options)
+
+    def descriptor(self, stack: Stack, deep_rows: bool) -> TensorDescriptor:
+        block, depth = self.tiling.block, self.tiling.block_k
+        shape = [1, depth, block] if deep_rows else [1, block, depth]
+        return TensorDescriptor.from_tensor(self.tensor(stack), shape)
+
+    def tensor(self, stack: Stack) -> Tensor:
+        return stack.tensor(self.buckets, self.scratch, self.dtype)
+
+    def multiply(self, name: str) -> None:
+        for a, b, out, transposed in self.plan.products.get(name, ()):
+            first = self.tensor(a)
+            bmm(first.mT if transposed else first, self.tensor(b), self.tensor(out))
+
+
+@lru_cache(maxsize=64)
+def _programs(device: torch.device) -> int:
+    """How many programs of a stacked kernel a device holds."""
+    if device.type != "cuda":
+        return STACKED_PROGRAMS
+    return STACKED_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
