@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "sass": "compile every kernel for GPUs, and show registers, spills and wide accesses",
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train a CNN on digits and a transformer on text with several optimizers",
+    "defaults": "train small networks at every constructor's defaults",
     "report": "tables and plots of stored rows, and README's from them",
 }
 

@@ -67,9 +67,9 @@ def _line(rows: list[Row], columns: int) -> list[str]:
     return [
         rows[0]["provider"],
         ", ".join(f"{key} {_text(value)}" for key, value in settings.items()),
-        *([_mean_and_deviation(accuracy, ".2f")] if accuracy else []),
+        *([mean_and_deviation(accuracy, ".2f")] if accuracy else []),
         loss(rows),
-        _mean_and_deviation(_values(rows, "training loss"), ".2g"),
+        mean_and_deviation(_values(rows, "training loss"), ".2g"),
         step_time(rows, "optimizer step"),
         step_time(rows, "training step"),
         f"{_values(rows, 'state')[0]:.3g}",
@@ -84,7 +84,7 @@ def step_time(rows: list[Row], metric: str) -> str:
 
 def loss(rows: list[Row]) -> str:
     """The last test loss, mean and standard deviation over the seeds."""
-    return _mean_and_deviation(_values(rows, "test loss"), ".3f")
+    return mean_and_deviation(_values(rows, "test loss"), ".3f")
 
 
 def reached(rows: list[Row], other: list[Row]) -> tuple[float, float] | None:
@@ -111,7 +111,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _mean_and_deviation(values: list[float], spec: str) -> str:
+def mean_and_deviation(values: list[float], spec: str) -> str:
+    """Of the seeds; the mean alone of one."""
     mean = f"{statistics.mean(values):{spec}}"
     return f"{mean} ± {statistics.stdev(values):{spec}}" if len(values) > 1 else mean
 

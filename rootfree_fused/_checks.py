@@ -30,6 +30,11 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "tokens, 1 for a summed loss",
     ),
     "max_update": (lambda x: x > 0, "a number > 0, or None for no bound"),
+    "initial_square_avg": (
+        lambda x: 0 < x <= _LARGEST,
+        "'auto', which takes the scale of the first gradient, or a finite number > 0 (1 is the "
+        "released start)",
+    ),
 }
 _STRUCTURES = ("auto", "dense", "diagonal")
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -136,6 +141,8 @@ def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:
             )
         # Reading a tensor on another device would stall the host: such an lr is the caller's word.
         return (value.detach().reshape(()).item(),) if value.device.type == "cpu" else ()
+    if name == "initial_square_avg" and isinstance(value, str) and value == "auto":
+        return ()
     found = tuple(value) if name == "betas" and isinstance(value, (tuple, list)) else (value,)
     if name == "betas" and len(found) != 2:
         raise ValueError(f"betas is {value!r}; pass {meaning}")

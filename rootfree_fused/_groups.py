@@ -21,6 +21,7 @@ from ._checks import HYPERPARAMETERS, check_hyperparameters, refuse_unknown
 from ._planning import check_plain, has_no_values, lacks, name_of
 from ._prepared import PreparedSteps
 from ._stacks import allocate
+from ._starts import Starts
 from ._state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart
 
 Group = dict[str, Any]
@@ -75,6 +76,7 @@ class DeclaringOptimizer(Optimizer):
         """Drop what was derived from settings and values, which a load replaces."""
         self._checked: dict[int, Group] = {}
         self._shaped_by: dict[int, Group] = {}
+        self._starts = Starts()
 
     def _reset_caches(self) -> None:
         """Drop everything derived; the next step rebuilds it from groups and state."""

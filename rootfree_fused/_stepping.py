@@ -5,8 +5,9 @@ Tensors that C++ knows again (`_prepared`) were checked when they were met first
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from ._groups import DeclaringOptimizer, Group, devices_of
 from ._overlap import check_apart
 from ._planning import check_devices, check_gradient, check_state, memory, name_of
 from ._prepared import Launch, Prepared, fingerprint
-from ._scaling import Scaling, on_host, scaling_of, skips, steps_taken
+from ._scaling import Scaling, on_host, scaling_of, steps_taken
 from ._stacks import Counts
+from ._starts import AUTO, Waiting, start_
 from ._state import DeclaredState, State
 
 
@@ -45,14 +47,6 @@ class Unprepared(NamedTuple):
 class SteppingOptimizer(DeclaringOptimizer):
     """An optimizer whose subclasses give `_update`."""
 
-    def _begins_with_gradient(self, group: Group) -> bool:
-        """Whether some state has its first value from the first gradient, by `_begin`."""
-        return False
-
-    def _begin(self, index: int, work: Work, places: list[int]) -> None:
-        """Set in place what starts from the gradient, of those whose first step this is."""
-        raise NotImplementedError
-
     def _update(self, index: int, work: Work) -> None:
         """Update parameters and states of a group in place."""
         raise NotImplementedError
@@ -60,6 +54,11 @@ class SteppingOptimizer(DeclaringOptimizer):
     def _next_kind(self) -> Hashable:
         """What tells the next step's kernels from another's; None where it cannot be known."""
         return ()
+
+    def _kind_of_next_step(self) -> Hashable:
+        """As `_next_kind`, with the groups whose step looks whether some state starts."""
+        starts, kind = self._starts.kind(len(self.param_groups)), self._next_kind()
+        return None if starts is None or kind is None else (starts, kind)
 
     def _count_replay(self) -> None:
         """Note on the host that a graph took a step."""
@@ -184,23 +183,37 @@ class SteppingOptimizer(DeclaringOptimizer):
         work = Work(params, usable_gradients(params), states, counts.steps, scaling)
         launch = self._prepare(index, work)
 
+        starts = self._starts.waiting(index, group, params, states)
+        if launch is not None and starts:
+            launch = self._starting(starts, launch)
+
         def run(group: Group, scaling: Scaling) -> None:
-            if new and not skips(scaling.get("found_inf")):
-                self._begin(index, work, new)
             if launch is None:
+                self._starts.start_(starts, group, scaling)
                 self._update(index, work)
             else:
                 launch.run(launch.plan, group, scaling)
             ops.mark_changed(params)
 
-        begins = self._begins_with_gradient(group)
-        new = [i for i, state in enumerate(states) if begins and not state["step"].item()]
         owned = [dict.get(self.state, p, {}) for p in group["params"]]
-        if launch is None or new or not (found := fingerprint(group["params"], owned)):
+        if launch is None or not (found := fingerprint(group["params"], owned)):
             return Unprepared(params, counts, run)
         prepared = Prepared(*found, owned, params, counts, launch)
         self._prepared.keep(index, prepared)
         return prepared
+
+    def _starting(self, waiting: list[Waiting], launch: Launch) -> Launch:
+        """The launch, after a look whether what waits for a gradient starts with this one."""
+        optimizer = weakref.ref(self)  # which will own the launch
+
+        def run(plan: Any, group: Group, scaling: Scaling) -> None:
+            if waiting:
+                owner = optimizer()
+                assert owner is not None
+                owner._starts.start_(waiting, group, scaling)
+            launch.run(plan, group, scaling)
+
+        return launch._replace(run=run)
 
     def _step_traced(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it, which guards the tensors itself."""
@@ -216,7 +229,15 @@ class SteppingOptimizer(DeclaringOptimizer):
             own_scaling = on_host(scaling) if params[0].is_cpu else scaling
             torch._foreach_add_(counts, steps_taken(own_scaling, counts[0].device))
             grads = usable_gradients(params)
+            if group["initial_square_avg"] == AUTO:  # what has started, only the device knows
+                self._start_traced(states, grads, group, own_scaling)
             self._update(index, Work(params, grads, states, torch.stack(counts), own_scaling))
+
+    def _start_traced(
+        self, states: list[State], grads: list[Tensor], group: Group, scaling: Scaling
+    ) -> None:
+        for state, grad in zip(states, grads, strict=True):
+            start_(state, grad, group, scaling)
 
     @_disable_dynamo
     def _declare_untraced(self, index: int, group: Group, params: list[Tensor]) -> None:

@@ -114,7 +114,7 @@ class CapturedStep(Generic[T]):
     def __call__(self) -> T:
         """One training step; returns what `train_step` returns."""
         self._check_settings()
-        kind = self._optimizer._next_kind()
+        kind = self._optimizer._kind_of_next_step()
         if kind is None or self._runs[kind] < self._warmup:
             self._runs[kind] += 1
             self._last = None

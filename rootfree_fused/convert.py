@@ -329,7 +329,7 @@ def _assembled(optimizer: RootFreeOptimizer, converted: Sequence[_Converted]) ->
     for index, group in enumerate(optimizer.param_groups):
         places = range(len(states), len(states) + len(group["params"]))
         settings = converted[places[0]].settings if places else {}
-        merged = {**group, **settings}
+        merged = {**group, **settings, "initial_square_avg": 1.0}  # as they start
         unused = optimizer._unused_state(merged)
         for place, param in zip(places, group["params"], strict=True):
             _check_same(index, places[0], settings, place, converted[place].settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ._checks import gradients_suit
 from ._groups import Group
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling
+from ._starts import declared_start
 from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
 from ._stepping import Work
 
@@ -152,17 +153,20 @@ class RootFreeRMSprop(RootFreeOptimizer):
     Fig. 4 and Fig. 7.
     """
 
+    _shaping = ("initial_square_avg",)
+
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
-        alpha: float = 0.99,
+        alpha: float = 0.9,
         *,
-        damping: float = 1e-4,
+        damping: float = 1e-3,
         weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        momentum: float = 0.9,
         batch_size: float | None = None,
         weight_decay_mode: ops.WeightDecayMode = "decoupled",
+        initial_square_avg: float | Literal["auto"] = "auto",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
@@ -176,6 +180,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
             "momentum": momentum,
             "batch_size": batch_size,
             "weight_decay_mode": weight_decay_mode,
+            "initial_square_avg": initial_square_avg,
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
@@ -183,7 +188,8 @@ class RootFreeRMSprop(RootFreeOptimizer):
         super().__init__(params, defaults, unknown)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        return {"square_avg": full_like(param, 1.0), "momentum_buffer": full_like(param, 0.0)}
+        start = declared_start(group)
+        return {"square_avg": full_like(param, start), "momentum_buffer": full_like(param, 0.0)}
 
     def _unused_state(self, group: Group) -> frozenset[str]:
         return unused_momentum(group)
@@ -256,16 +262,19 @@ class RootFreeAdamW(RootFreeOptimizer):
     and its released code.
     """
 
+    _shaping = ("initial_square_avg",)
+
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
         *,
-        damping: float = 1e-4,
+        damping: float = 3e-4,
         weight_decay: float = 1e-2,
         batch_size: float | None = None,
         bias_correction: bool = False,
+        initial_square_avg: float | Literal["auto"] = "auto",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
@@ -278,6 +287,7 @@ class RootFreeAdamW(RootFreeOptimizer):
             "weight_decay": weight_decay,
             "batch_size": batch_size,
             "bias_correction": bias_correction,
+            "initial_square_avg": initial_square_avg,
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
@@ -285,7 +295,8 @@ class RootFreeAdamW(RootFreeOptimizer):
         super().__init__(params, defaults, unknown)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        return {"exp_avg": full_like(param, 0.0), "exp_avg_sq": full_like(param, 1.0)}
+        start = declared_start(group)
+        return {"exp_avg": full_like(param, 0.0), "exp_avg_sq": full_like(param, start)}
 
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._stacks import as_stack, follows, runs
 from ._state import Initial, State
+from .reference.matrix import initial_scale, split
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,31 @@ def caches_product(layout: Layout, axis: int, interval: int, device: torch.devic
     return layout.dense[axis] and (device.type == "cuda" or 2 * size < 3 * interval * others)
 
 
-def factor_state(layout: Layout, dtype: torch.dtype) -> dict[str, Initial]:
-    """How the factors of a parameter start: the identity, with momenta of zero.
+def factor_state(layout: Layout, dtype: torch.dtype, start: float) -> dict[str, Initial]:
+    """How the factors of a parameter start: c I such that G becomes G / start, momenta of zero.
+
+    Where `start` is 0 they are 0, until a gradient starts them.
 
     A dense factor has the GEMM dtype; in bfloat16 a 16-bit residual holds the bits that the GEMMs
     do not read. A diagonal factor takes part in no GEMM and is float32, or float64 for float64.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     spec: dict[str, Initial] = {}
+    square = torch.tensor(start, dtype=torch.float64, device="cpu")
+    scale = initial_scale(square, 0.0, len(layout.sizes)) if start else square
+    high, residual = split(scale.float())
     for axis, (size, dense) in enumerate(zip(layout.sizes, layout.dense, strict=True)):
+        parts = dense and dtype == torch.bfloat16
         shape = (size, size) if dense else (size,)
         kept = dtype if dense else wide
-        spec[f"factor_{axis}"] = Initial(shape, kept, 1.0, identity=dense)
+        spec[f"factor_{axis}"] = Initial(
+            shape, kept, (high if parts else scale).item(), identity=dense
+        )
         spec[f"factor_momentum_{axis}"] = Initial(shape, kept)
-        if dense and dtype == torch.bfloat16:
-            spec[f"factor_{axis}_residual"] = Initial(shape, torch.int16)
+        if parts:
+            spec[f"factor_{axis}_residual"] = Initial(
+                shape, torch.int16, residual.item(), identity=True
+            )
     return spec
 
 

@@ -20,6 +20,7 @@ from ._matrix_calls import Call, Due, Known, planned_calls
 from ._planning import check_state, check_whole, name_of
 from ._prepared import Launch, on_gradients
 from ._scaling import Scaling, skips
+from ._starts import declared_start
 from ._state import Initial, State, full_like, unused_momentum
 from ._stepping import Work
 from .factors import Plan, Stacks, default_dtype, factor_state, layout_of
@@ -110,19 +111,26 @@ class IFShampoo(RootFreeOptimizer):
     Fig. 3, and its released code.
     """
 
-    _shaping = ("factor_dtype", "structures", "max_dense_dim", "merge_axes", "vector_method")
+    _shaping = (
+        "factor_dtype",
+        "structures",
+        "max_dense_dim",
+        "merge_axes",
+        "vector_method",
+        "initial_square_avg",
+    )
     _fixed = ("factor_dtype",)
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 1.2e-2,
         *,
         momentum: float = 0.5,
-        damping: float = 1e-3,
+        damping: float = 3e-3,
         weight_decay: float = 0.0,
         batch_size: float | None = None,
-        factor_lr: float = 0.4,
+        factor_lr: float = 0.8,
         factor_momentum: float = 0.5,
         update_interval: int = 1,
         update_schedule: Literal["constant", "log4"] = "constant",
@@ -133,6 +141,7 @@ class IFShampoo(RootFreeOptimizer):
         alpha: float = 0.9,
         max_update: float | None = 8.0,
         factor_dtype: torch.dtype | None = None,
+        initial_square_avg: float | Literal["auto"] = "auto",
         weight_decay_mode: ops.WeightDecayMode = "decoupled",
         maximize: bool = False,
         capturable: bool = False,
@@ -156,6 +165,7 @@ class IFShampoo(RootFreeOptimizer):
             "alpha": alpha,
             "max_update": max_update,
             "factor_dtype": factor_dtype,
+            "initial_square_avg": initial_square_avg,
             "weight_decay_mode": weight_decay_mode,
             "maximize": maximize,
             "capturable": capturable,
@@ -176,12 +186,11 @@ class IFShampoo(RootFreeOptimizer):
             group["factor_dtype"] = default_dtype(params[0])
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        layout = layout_of(param.shape, group)
-        own = (
-            {"square_avg": full_like(param, 1.0)}
-            if layout is None
-            else factor_state(layout, group["factor_dtype"])
-        )
+        layout, start = layout_of(param.shape, group), declared_start(group)
+        if layout is None:
+            own = {"square_avg": full_like(param, start)}
+        else:
+            own = factor_state(layout, group["factor_dtype"], start)
         return {**own, "momentum_buffer": full_like(param, 0.0)}
 
     def _unused_state(self, group: Group) -> frozenset[str]:
@@ -217,6 +226,8 @@ class IFShampoo(RootFreeOptimizer):
     def _check_taken(self, index: int, place: int, group: Group) -> None:
         super()._check_taken(index, place, group)
         check_whole(name_of(index, place, group), group["params"][place])
+
+    _start_traced = _disable_dynamo(RootFreeOptimizer._start_traced)
 
     @_disable_dynamo
     def _update(self, index: int, work: Work) -> None:

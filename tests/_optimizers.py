@@ -6,9 +6,14 @@ import torch
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
+# For 1,000 steps on random gradients, where the defaults amplify every rounding.
+TAME = {"damping": 1e-3, "factor_lr": 0.4}
 # (class, settings): each body of each update once.
 SETTINGS = {
-    "rmsprop": (RootFreeRMSprop, {"lr": 0.05, "alpha": 0.9, "weight_decay": 0.1}),
+    "rmsprop": (
+        RootFreeRMSprop,
+        {"lr": 0.05, "alpha": 0.9, "momentum": 0.0, "weight_decay": 0.1},
+    ),
     "rmsprop-momentum": (RootFreeRMSprop, {"lr": 0.05, "alpha": 0.9, "momentum": 0.9}),
     "rmsprop-released": (
         RootFreeRMSprop,
@@ -22,14 +27,24 @@ SETTINGS = {
     ),
     "adamw": (RootFreeAdamW, {"lr": 0.05}),
     "adamw-corrected": (RootFreeAdamW, {"lr": 0.05, "bias_correction": True}),
-    "ifshampoo": (IFShampoo, {"lr": 0.05, "weight_decay": 0.1, "factor_dtype": torch.bfloat16}),
+    "ifshampoo": (
+        IFShampoo,
+        {**TAME, "lr": 0.05, "weight_decay": 0.1, "factor_dtype": torch.bfloat16},
+    ),
     "ifshampoo-interval": (
         IFShampoo,
-        {"lr": 0.05, "momentum": 0.0, "update_interval": 3, "factor_dtype": torch.float32},
+        {
+            **TAME,
+            "lr": 0.05,
+            "momentum": 0.0,
+            "update_interval": 3,
+            "factor_dtype": torch.float32,
+        },
     ),
     "ifshampoo-axes": (
         IFShampoo,
         {
+            **TAME,
             "lr": 0.05,
             "weight_decay": 0.1,
             "weight_decay_mode": "momentum",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 
@@ -25,22 +26,39 @@ def start(cls, param, group, dtype):
     """The state that a parameter has before its first step."""
     state = {"step": torch.zeros(())}
     axes = axes_of(param.shape, group) if cls is IFShampoo else None
+    square = 0.0 if group["initial_square_avg"] == "auto" else group["initial_square_avg"]
     if cls is RootFreeAdamW:
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-        state["exp_avg_sq"] = torch.ones_like(param, dtype=dtype)
+        state["exp_avg_sq"] = torch.full_like(param, square, dtype=dtype)
     elif axes is None:
-        state["square_avg"] = torch.ones_like(param, dtype=dtype)
+        state["square_avg"] = torch.full_like(param, square, dtype=dtype)
     else:
+        scale = square and square ** (-1 / (2 * len(axes[0])))
         for n, (size, dense) in enumerate(zip(*axes, strict=True)):
-            one = torch.ones(size, dtype=dtype)
-            state[f"factor_{n}"] = one.diag() if dense else one
+            diagonal = torch.full((size,), scale, dtype=dtype)
+            state[f"factor_{n}"] = diagonal.diag() if dense else diagonal
             state[f"factor_momentum_{n}"] = torch.zeros_like(state[f"factor_{n}"])
     return state
+
+
+def start_(grad, state, group):
+    """Give state that waits for a gradient the scale of this one."""
+    second = [v for k, v in state.items() if k in ("square_avg", "exp_avg_sq", "factor_0")]
+    square = reference.mean_square(grad, group["batch_size"])
+    if group["initial_square_avg"] != "auto" or second[0].any() or not 0 < square < math.inf:
+        return
+    factors = [v for k, v in state.items() if re.fullmatch(r"factor_\d+", k)]
+    scale = reference.initial_scale(square, group["damping"], len(factors) or 1)
+    for factor in factors:
+        (factor.diagonal() if factor.dim() > 1 else factor).fill_(scale)
+    if not factors:
+        second[0].fill_(square.item())
 
 
 def step_(cls, param, grad, state, group):
     """One step on one parameter; a state without momentum_buffer has no momentum."""
     state["step"] += 1
+    start_(grad, state, group)
     sign = {"maximize": group["maximize"]}
     common = {key: group[key] for key in COMMON}
     if cls is RootFreeAdamW:

@@ -146,6 +146,7 @@ def released(steps=3, **settings):
         merge_axes=False,
         vector_method="factor",
         weight_decay_mode="momentum",
+        factor_lr=0.4,
         **settings,
     )
     run(optimizer, params, steps)

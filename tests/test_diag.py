@@ -14,6 +14,7 @@ FLOAT64 = torch.float64
 
 def golden_optimizer(params, meta):
     settings = {key: meta[key] for key in ("lr", "damping", "weight_decay", "batch_size")}
+    settings["initial_square_avg"] = 1.0
     if meta["optimizer"] == "root-free AdamW":
         return RootFreeAdamW(
             params, betas=meta["betas"], bias_correction=meta["bias_correction"], **settings
@@ -58,6 +59,7 @@ def test_rmsprop_that_never_adapts_is_sgd(device, momentum, weight_decay, maximi
         params,
         lr=0.1,
         alpha=1.0,
+        initial_square_avg=1.0,
         damping=0.0,
         momentum=momentum,
         weight_decay=weight_decay,
@@ -100,7 +102,7 @@ def test_adamw_without_memory_is_decoupled_rmsprop_without_memory(device):
     params, twins = pair((6, 4), device=device)
     settings = {"lr": 0.1, "damping": 1e-3, "weight_decay": 0.1, "batch_size": 8}
     adamw = RootFreeAdamW(params, betas=(0.0, 0.9), **settings)
-    rmsprop = RootFreeRMSprop(twins, alpha=0.9, **settings)
+    rmsprop = RootFreeRMSprop(twins, alpha=0.9, momentum=0.0, **settings)
     run(adamw, params, 6)
     run(rmsprop, twins, 6)
     close(params, twins)
@@ -125,7 +127,7 @@ def test_summed_and_averaged_loss_take_the_same_step(name, device):
 def test_a_batch_size_that_changes_stays_right(device):
     """s is stored, not s / B: a step at batch 8 then one at batch 32 equals the formula."""
     (p,) = parameters((5,), dtype=FLOAT64, device=device)
-    optimizer = RootFreeRMSprop([p], lr=0.0, alpha=0.5, batch_size=8)
+    optimizer = RootFreeRMSprop([p], lr=0.0, alpha=0.5, initial_square_avg=1.0, batch_size=8)
     p.grad = torch.full_like(p, 0.5)
     optimizer.step()  # s = 1 + (8 / 4 - 1) / 2 = 1.5
     optimizer.param_groups[0]["batch_size"] = 32
@@ -138,7 +140,7 @@ def test_a_batch_size_that_changes_stays_right(device):
 
 def test_the_momentum_buffer_exists_only_with_momentum(device):
     params = parameters((4,), (2,), device=device)
-    optimizer = RootFreeRMSprop(params, batch_size=8)
+    optimizer = RootFreeRMSprop(params, momentum=0.0, batch_size=8)
     run(optimizer, params, 1)
     assert set(optimizer.state[params[0]]) == {"step", "square_avg"}
     optimizer.param_groups[0]["momentum"] = 0.9
@@ -154,12 +156,12 @@ def test_the_momentum_buffer_exists_only_with_momentum(device):
     torch.testing.assert_close(state["momentum_buffer"], damped)
 
     twins = parameters((4,), (2,), device=device)
-    other = RootFreeRMSprop(twins, batch_size=8)
+    other = RootFreeRMSprop(twins, momentum=0.0, batch_size=8)
     other.load_state_dict(saved)
     assert torch.equal(
         other.state[twins[1]]["momentum_buffer"], saved["state"][1]["momentum_buffer"]
     )
-    other.load_state_dict(RootFreeRMSprop(twins, batch_size=8).state_dict())
+    other.load_state_dict(RootFreeRMSprop(twins, momentum=0.0, batch_size=8).state_dict())
     assert set(other.state[twins[0]]) == {"step", "square_avg"}
 
 
@@ -232,6 +234,8 @@ def test_a_non_finite_gradient_spoils_its_own_element_only(device):
         for bad in (float("nan"), float("inf")):
             params, twins = (parameters((100,), device=device) for _ in range(2))
             optimizer, clean = build(name, params), build(name, twins)
+            run(optimizer, params, 1)
+            run(clean, twins, 1)
             set_grads(params, seed=0)
             twins[0].grad = params[0].grad.clone()
             params[0].grad[7] = bad

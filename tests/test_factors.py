@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rootfree_fused.factors import Layout, caches_product, factor_state, layout_of
+from rootfree_fused.reference import join
 
 GROUP = {
     "structures": "auto",
@@ -68,7 +69,7 @@ def test_products_are_kept_where_that_costs_fewer_flops():
 
 def test_factor_state_by_dtype():
     layout = Layout((4, 3), (True, False))
-    spec = factor_state(layout, torch.bfloat16)
+    spec = factor_state(layout, torch.bfloat16, 1.0)
     state = {key: initial(CPU) for key, initial in spec.items()}
     assert {key: (tuple(v.shape), v.dtype) for key, v in state.items()} == {
         "factor_0": ((4, 4), torch.bfloat16),
@@ -78,5 +79,9 @@ def test_factor_state_by_dtype():
         "factor_momentum_1": ((3,), torch.float32),
     }
     assert torch.equal(state["factor_0"].float(), torch.eye(4))
-    assert "factor_0_residual" not in factor_state(layout, torch.float32)
-    assert factor_state(layout, torch.float64)["factor_1"](CPU).dtype == torch.float64
+    assert not state["factor_0_residual"].any()
+    parts = factor_state(layout, torch.bfloat16, 0.3)
+    whole = join(*(parts[key](CPU) for key in ("factor_0", "factor_0_residual")))
+    assert torch.equal(whole, torch.eye(4) * 0.3**-0.25)
+    assert "factor_0_residual" not in factor_state(layout, torch.float32, 1.0)
+    assert factor_state(layout, torch.float64, 1.0)["factor_1"](CPU).dtype == torch.float64

@@ -27,6 +27,7 @@ def golden_optimizer(params, meta):
         structures=structure if isinstance(structure, str) else tuple(structure),
         merge_axes=False,
         vector_method="factor",
+        initial_square_avg=1.0,
     )
 
 
@@ -76,6 +77,7 @@ SETTINGS = {
     "batch_size": 8,
     "factor_lr": 0.1,
     "factor_momentum": 0.5,
+    "initial_square_avg": 1.0,
 }
 
 
@@ -160,7 +162,13 @@ def test_factors_do_not_freeze_in_bfloat16(device, size):
     """factor_lr = 0.01 moves diag(K) as in float64, where bfloat16 alone stays exactly 1."""
     (p,) = parameters((size, 32), device=device)
     optimizer = IFShampoo(
-        [p], lr=0.0, batch_size=1, factor_lr=0.01, factor_dtype=torch.bfloat16, damping=1e-9
+        [p],
+        lr=0.0,
+        batch_size=1,
+        factor_lr=0.01,
+        factor_dtype=torch.bfloat16,
+        damping=1e-9,
+        initial_square_avg=1.0,
     )
     factors = [torch.eye(d, dtype=FLOAT64) for d in (size, 32)]
     momenta = [torch.zeros(d, d, dtype=FLOAT64) for d in (size, 32)]
@@ -196,6 +204,7 @@ def test_training_in_bfloat16_follows_float32(device):
     def losses(dtype):
         (weight,) = parameters((24, 12), device=device)
         settings = {"lr": 0.05, "momentum": 0.9, "factor_lr": 0.1, "batch_size": 128}
+        settings |= {"damping": 1e-3, "initial_square_avg": 1.0}
         optimizer = IFShampoo([weight], factor_dtype=dtype, **settings)
         history = []
         for _ in range(60):
@@ -356,7 +365,7 @@ def test_a_long_step_of_a_large_factor_is_cut_to_factor_lr(device):
     """K - I is factor_lr m / ||m||; a norm that adds a million squares in a row is 1e-5 off."""
     (param,) = parameters((1024, 8), device=device)
     settings = {"batch_size": 1e4, "factor_lr": 0.4, "factor_dtype": torch.float32}
-    optimizer = IFShampoo([param], **settings)
+    optimizer = IFShampoo([param], initial_square_avg=1.0, **settings)
     run(optimizer, [param], 1)
     factor = optimizer.state[param]["factor_0"].double()
     way = (factor - torch.eye(1024, device=device)).norm().item()

@@ -107,7 +107,7 @@ def test_a_compiled_step_of_matrices_leaves_the_graph_and_never_recompiles(name,
 
 def test_functions_do_what_the_optimizers_do(device):
     params, twins = (parameters((6, 4), (3,), device=device) for _ in range(2))
-    optimizer = build("rmsprop-released", params)
+    optimizer = build("rmsprop-released", params, damping=1e-4, initial_square_avg=1.0)
     s, buf = ([torch.full_like(p, x) for p in twins] for x in (1.0, 0.0))
     for t in range(3):
         run(optimizer, params, 1, first=t)
@@ -126,7 +126,8 @@ def test_functions_do_what_the_optimizers_do(device):
     assert_identical([p.detach() for p in twins], [p.detach() for p in params])
 
     params, twins = (parameters((6, 4), (3,), device=device) for _ in range(2))
-    optimizer = build("adamw-corrected", params)
+    settings = {"betas": (0.9, 0.99), "damping": 1e-4, "initial_square_avg": 1.0}
+    optimizer = build("adamw-corrected", params, **settings)
     m, s = ([torch.full_like(p, x) for p in twins] for x in (0.0, 1.0))
     for t in range(3):
         run(optimizer, params, 1, first=t)

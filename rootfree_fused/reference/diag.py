@@ -18,6 +18,17 @@ import torch
 from torch import Tensor
 
 
+def mean_square(grad: Tensor, batch_size: float) -> Tensor:
+    """The mean of B g^2 over a tensor: where s starts when its scale is that of its first gradient.
+
+    The first step then has the scale 1 / (B g) whatever the loss and however many terms it
+    averages; from s = 1 it is g, and s falls to B g^2 by alpha^t alone.
+    """
+    exact = torch.float32 if grad.device.type == "mps" else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=exact)
+    return norm.square() * (batch_size / max(grad.numel(), 1))
+
+
 def rmsprop_(
     param: Tensor,
     grad: Tensor,
@@ -33,7 +44,7 @@ def rmsprop_(
     decoupled: bool,
     maximize: bool,
 ) -> None:
-    """One root-free RMSProp step on one parameter; square_avg (s) starts at 1.
+    """One root-free RMSProp step on one parameter; square_avg (s) starts at 1 as released.
 
     s   <- s + (1 - alpha) (B g^2 - s)
     u    = g / (s + damping)
@@ -73,7 +84,7 @@ def adamw_(
     batch_size: float,
     maximize: bool,
 ) -> None:
-    """One root-free AdamW step on one parameter; exp_avg_sq (s) starts at 1.
+    """One root-free AdamW step on one parameter; exp_avg_sq (s) starts at 1 as released.
 
     p <- p - lr weight_decay p
     m <- m + (1 - beta1) (g - m)

@@ -6,8 +6,9 @@ codes also divide K by sqrt(d) and by max(1, sqrt(max |K|)) and multiply back; t
 alone and is left out.
 
 The gradient has N axes of sizes d_1 .. d_N, none of size 1 unless N = 1, and a factor K_n an axis:
-a (d_n, d_n) matrix, or for a diagonal factor its diagonal, (d_n,). Factors start at the identity
-and their momenta m_n at zero. Everything is computed in the dtype of the factors.
+a (d_n, d_n) matrix, or for a diagonal factor its diagonal, (d_n,). Factors start at the identity as
+released, or at `initial_scale` times it, and their momenta m_n at zero. Everything is computed in
+the dtype of the factors.
 
 Two limits, the same in every dtype, keep products and norms finite in float32: finite entries of G
 beyond 2^40 count as 2^40, entries of m_n beyond 2^48 as 2^48, with their signs. G or m_n of such a
@@ -24,6 +25,15 @@ from torch import Tensor
 
 LARGEST_GRADIENT = 2.0**40
 LARGEST_MOMENTUM = 2.0**48
+
+
+def initial_scale(square: Tensor, damping: float, axes: int) -> Tensor:
+    """c such that factors c I precondition G to P = G / (square + damping).
+
+    With square the mean of B g^2 (`mean_square`), every H_n of such factors has the trace 0: they
+    have the scale at which the factors' update comes to rest.
+    """
+    return (square + damping).pow(-1 / (2 * axes))
 
 
 def update_factors_(

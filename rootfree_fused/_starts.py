@@ -1,0 +1,154 @@
+"""Where state starts: at the scale of a tensor's first gradient.
+
+With `initial_square_avg="auto"` the second moment of a tensor, s itself or the factors, is exactly
+zero until its gradient is not. A step on a zero gradient leaves it zero and moves nothing, so that
+what has not started can be read off the state, in a checkpoint too. Only the device knows it: the
+host learns it without waiting, and looks no more at a tensor that has started.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._checks import usable_gradients
+from ._scaling import Scaling
+from ._state import State
+from .reference import initial_scale, mean_square, split
+
+AUTO = "auto"
+
+
+class Waiting(NamedTuple):
+    """A parameter whose state may not have started yet."""
+
+    param: Tensor
+    state: State
+
+
+class _Asked(NamedTuple):
+    """What the host will know when the device has come to `event`."""
+
+    event: Any
+    flags: Tensor
+    asked: list[Tensor]
+
+
+class Starts:
+    """Which tensors have started, as far as the host knows."""
+
+    def __init__(self) -> None:
+        self._started = WeakTensorKeyDictionary()  # by what `_second_moment` gives
+        self._waiting: dict[int, list[Waiting]] = {}
+        self._asked: list[_Asked] = []
+
+    def waiting(
+        self, index: int, group: Mapping[str, Any], params: list[Tensor], states: list[State]
+    ) -> list[Waiting]:
+        """Those that may not have started; `start_` takes from the list what it starts."""
+        found: list[Waiting] = []
+        if group["initial_square_avg"] == AUTO:
+            found += [Waiting(*one) for one in zip(params, states, strict=True) if one[0].numel()]
+        self._waiting[index] = found
+        self._drop_started(found)
+        return found
+
+    def kind(self, groups: int) -> tuple[bool, ...] | None:
+        """Whether each group waits for a gradient; None where the host does not know yet."""
+        self._hear()
+        if self._asked or len(self._waiting) < groups:
+            return None
+        for waiting in self._waiting.values():
+            self._drop_started(waiting)
+        return tuple(bool(self._waiting[index]) for index in range(groups))
+
+    def start_(self, waiting: list[Waiting], group: Mapping[str, Any], scaling: Scaling) -> None:
+        """Start, in place, what has a gradient that is not zero."""
+        self._drop_started(waiting)
+        flags: dict[torch.device, list[Tensor]] = defaultdict(list)
+        asked: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for param, state in waiting:
+            (grad,) = usable_gradients([param])
+            flags[param.device].append(start_(state, grad, group, scaling))
+            asked[param.device].append(_second_moment(state))
+        for device in asked:
+            self._ask(device, torch.stack(flags[device]), asked[device])
+        self._drop_started(waiting)
+
+    def _drop_started(self, waiting: list[Waiting]) -> None:
+        self._hear()
+        waiting[:] = [one for one in waiting if _second_moment(one.state) not in self._started]
+
+    def _ask(self, device: torch.device, flags: Tensor, asked: list[Tensor]) -> None:
+        if device.type != "cuda":
+            self._learn(flags, asked)
+        elif not torch.cuda.is_current_stream_capturing():
+            with torch.cuda.device(device):
+                event = torch.cuda.Event()
+                copy = flags.to("cpu", non_blocking=True)
+                event.record()
+            self._asked.append(_Asked(event, copy, asked))
+
+    def _hear(self) -> None:
+        """Take the answers that are there."""
+        while self._asked and self._asked[0].event.query():
+            _, flags, asked = self._asked.pop(0)
+            self._learn(flags, asked)
+
+    def _learn(self, flags: Tensor, asked: list[Tensor]) -> None:
+        for tensor, started in zip(asked, flags.tolist(), strict=True):
+            if started:
+                self._started[tensor] = True
+
+
+def declared_start(group: Mapping[str, Any]) -> float:
+    """What s is filled with when it is allocated: 0 where it waits for a gradient."""
+    start = group["initial_square_avg"]
+    return 0.0 if start == AUTO else float(start)
+
+
+def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scaling) -> Tensor:
+    """Start the state in place if it has not and the gradient is not zero; whether it has started.
+
+    Not from a gradient that is not finite, nor in a step that the scaler skips.
+    """
+    held = _second_moment(state)
+    started = (held if held.dim() == 1 or "factor_0" not in state else held.diagonal()).any()
+    square = mean_square(grad, group["batch_size"])
+    if "grad_scale" in scaling:
+        square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
+    starts = ~started & (square > 0) & square.isfinite()
+    if "found_inf" in scaling:
+        starts &= (scaling["found_inf"] == 0).to(grad.device).reshape(())
+    if "factor_0" not in state:
+        _add_(held, square.clamp(max=torch.finfo(held.dtype).max), starts)
+        return started | starts
+    axes = sum(f"factor_{axis}" in state for axis in range(len(state)))
+    scale = initial_scale(square, group["damping"], axes)
+    for axis in range(axes):
+        key = f"factor_{axis}"
+        factor, parts = state[key], {key: scale}
+        if f"{key}_residual" in state:
+            parts = dict(zip((key, f"{key}_residual"), split(scale.float()), strict=True))
+        for name, value in parts.items():
+            _add_(state[name] if factor.dim() == 1 else state[name].diagonal(), value, starts)
+        state[f"factor_momentum_{axis}"].masked_fill_(starts, 0)  # of zero gradients before
+    return started | starts
+
+
+def _second_moment(state: State) -> Tensor:
+    """What is zero until it starts."""
+    for key in ("square_avg", "exp_avg_sq"):
+        if key in state:
+            return state[key]
+    return state["factor_0"]
+
+
+def _add_(tensor: Tensor, value: Tensor, starts: Tensor) -> None:
+    """Set what is zero; leave every bit of the rest."""
+    tensor.add_(torch.where(starts, value, 0).to(tensor.dtype))
