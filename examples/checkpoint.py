@@ -37,7 +37,7 @@ class Training:
         torch.manual_seed(0)
         self.path = path
         self.model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-        self.optimizer = IFShampoo(self.model.parameters(), lr=1e-2, batch_size=32)
+        self.optimizer = IFShampoo(self.model.parameters(), batch_size=32)
         self.steps = 0
         if path.exists():
             # On the CPU, wherever it was saved; load_state_dict moves the state to its device.
@@ -67,19 +67,20 @@ class Training:
 
 
 def main() -> tuple[list[float], list[float]]:
-    """Train for six steps, at once and with a new process's start in between; return the losses."""
+    """Train for twenty steps, at once and with a new process's start in between; return the losses."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "checkpoint.pt")
         training = Training(path)
-        at_once = [training.step() for _ in range(6)]
+        at_once = [training.step() for _ in range(20)]
 
         training = Training(path)
-        resumed = [training.step() for _ in range(3)]
+        resumed = [training.step() for _ in range(10)]
         save(training.state(), path)
         training = Training(path)
-        resumed += [training.step() for _ in range(3)]
+        resumed += [training.step() for _ in range(10)]
     return at_once, resumed
 
 
 if __name__ == "__main__":
-    print("losses at once and resumed:", *main())
+    for name, losses in zip(("at once:", "resumed:"), main(), strict=True):
+        print("losses", name, *(f"{loss:.3f}" for loss in losses))

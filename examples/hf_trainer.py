@@ -28,11 +28,16 @@ from rootfree_fused import BatchSizeCounter, RootFreeAdamW
 LENGTH = 12
 
 
-class LogBatchSize(TrainerCallback):
-    """Keeps the batch size of every step."""
+class Log(TrainerCallback):
+    """Keeps the batch size of every step, and the losses of the evaluations."""
 
     def __init__(self) -> None:
         self.batch_sizes: list[float] = []
+        self.losses: list[float] = []
+
+    def on_evaluate(self, args, state, control, *, metrics, **kwargs):
+        """Read the loss on held-out sequences."""
+        self.losses.append(metrics["eval_loss"])
 
     def on_step_end(self, args, state, control, *, optimizer, **kwargs):
         """Read what the counter has written."""
@@ -40,18 +45,21 @@ class LogBatchSize(TrainerCallback):
 
 
 def sentences(number: int) -> list[dict[str, torch.Tensor]]:
-    """Random sequences; the i-th has i % 5 padding labels (-100) that do not count."""
+    """Counting from a random number; the i-th has i % 5 padding labels (-100) that do not count."""
     data = []
     for i in range(number):
-        ids = torch.randint(1, 50, (LENGTH,))
+        ids = (torch.randint(49, (1,)) + torch.arange(LENGTH)) % 49 + 1
         labels = ids.clone()
         labels[LENGTH - i % 5 :] = -100
         data.append({"input_ids": ids, "labels": labels})
     return data
 
 
-def main() -> list[float]:
-    """Train for three steps of 2 x 4 sequences; return the batch size of each."""
+def main() -> tuple[list[float], list[float]]:
+    """Train for thirty steps of 2 x 4 sequences.
+
+    Returns the batch size of each step, and the loss on held-out sequences after each ten.
+    """
     set_seed(0)
     config = LlamaConfig(
         vocab_size=50,
@@ -63,36 +71,38 @@ def main() -> list[float]:
         eos_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    optimizer = RootFreeAdamW(model.parameters(), lr=1e-3, batch_size=1)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size=72)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(  # starts torch.distributed under torchrun
             output_dir=folder,
-            max_steps=3,
+            max_steps=30,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
             eval_strategy="steps",
-            eval_steps=1,
+            eval_steps=10,
             max_grad_norm=1.0,
             use_cpu=True,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            lr_scheduler_type="constant",
         )
         # On several GPUs use torchrun: WORLD is None in a single process.
         ranks = torch.distributed.group.WORLD
         counter = BatchSizeCounter(model, optimizer, count="next_tokens", process_group=ranks)
-        log = LogBatchSize()
+        log = Log()
         Trainer(
             model,
             arguments,
-            train_dataset=sentences(24),
+            train_dataset=sentences(240),
             eval_dataset=sentences(4),
             optimizers=(optimizer, None),
             callbacks=[log],
         ).train()
     counter.remove()
-    return log.batch_sizes
+    return log.batch_sizes, log.losses
 
 
 if __name__ == "__main__":
-    print("batch sizes:", main())
+    for name, values in zip(("batch sizes:", "held-out losses:"), main(), strict=True):
+        print(name, *(f"{value:.4g}" for value in values))

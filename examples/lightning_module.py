@@ -16,16 +16,17 @@ from rootfree_fused import BatchSizeCounter, RootFreeAdamW
 
 
 class Classifier(lightning.LightningModule):
-    """A small network and its training, with the batch sizes of all steps."""
+    """A small network and its training, with the batch sizes and the losses seen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         self.batch_sizes: list[float] = []
+        self.losses: list[float] = []
 
     def configure_optimizers(self):
         """Attach to the network: Lightning does not call the module itself."""
-        optimizer = RootFreeAdamW(self.network.parameters(), lr=1e-2, batch_size=1)
+        optimizer = RootFreeAdamW(self.network.parameters(), batch_size=32)
         # All ranks of a data-parallel strategy; WORLD is None in a single process.
         ranks = torch.distributed.group.WORLD
         self.counter = BatchSizeCounter(self.network, optimizer, process_group=ranks)
@@ -39,7 +40,10 @@ class Classifier(lightning.LightningModule):
     def validation_step(self, batch, batch_idx):
         """Does not count."""
         x, labels = batch
-        self.log("val_loss", nn.functional.cross_entropy(self.network(x), labels))
+        loss = nn.functional.cross_entropy(self.network(x), labels)
+        self.log("val_loss", loss)
+        if not self.trainer.sanity_checking:
+            self.losses.append(loss.item())
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         """Keep the batch size that the step was taken with."""
@@ -51,15 +55,19 @@ class Classifier(lightning.LightningModule):
         self.counter.remove()
 
 
-def main() -> list[float]:
-    """Train for two epochs of 2 x 16 + 2 x 16 + 4 samples; return the batch size of each step."""
+def main() -> tuple[list[float], list[float]]:
+    """Train for ten epochs of 2 x 16 + 2 x 16 + 4 samples.
+
+    Returns the batch size of each step and the loss after each epoch.
+    """
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(68, 8), torch.randint(3, (68,)))
+    x = torch.randn(68, 8)
+    data = TensorDataset(x, x[:, :3].argmax(1))
     module = Classifier()
     lightning.Trainer(
         accelerator="cpu",
         devices=1,
-        max_epochs=2,
+        max_epochs=10,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
         logger=False,
@@ -67,8 +75,9 @@ def main() -> list[float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     ).fit(module, DataLoader(data, batch_size=16), DataLoader(data, batch_size=68))
-    return module.batch_sizes
+    return module.batch_sizes, module.losses
 
 
 if __name__ == "__main__":
-    print("batch sizes:", main())
+    for name, values in zip(("batch sizes:", "loss after each epoch:"), main(), strict=True):
+        print(name, *(f"{value:.3g}" for value in values))

@@ -11,17 +11,18 @@ from torch import nn
 from rootfree_fused import BatchSizeCounter, RootFreeRMSprop
 
 
-def main() -> list[float]:
-    """Train for four steps; return the batch size of each."""
+def main() -> tuple[list[float], list[float]]:
+    """Train for ten epochs of four steps; return each step's batch size and each epoch's loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    optimizer = RootFreeRMSprop(model.parameters(), lr=1e-2, momentum=0.9, batch_size=1)
+    optimizer = RootFreeRMSprop(model.parameters(), batch_size=32)
     # Under torchrun wrap the model in DistributedDataParallel and give the counter the wrapper.
     counter = BatchSizeCounter(model, optimizer)
     scaler = torch.amp.GradScaler("cpu")
-    x, labels = torch.randn(100, 8), torch.randint(3, (100,))
-    batch_sizes = []
-    for batch in torch.arange(100).split(32):  # the last batch has 4 samples
+    x = torch.randn(100, 8)
+    labels = x[:, :3].argmax(1)
+    batch_sizes, losses = [], []
+    for batch in 10 * torch.arange(100).split(32):  # the last batch of an epoch has 4 samples
         model.train()
         micro_batches = batch.split(16)
         for micro_batch in micro_batches:
@@ -31,12 +32,14 @@ def main() -> list[float]:
         scaler.update()
         optimizer.zero_grad()
         batch_sizes.append(optimizer.param_groups[0]["batch_size"])
-        model.eval()
-        with torch.no_grad():
-            model(x)  # does not count
+        if len(batch) < 32:
+            model.eval()
+            with torch.no_grad():  # does not count
+                losses.append(nn.functional.cross_entropy(model(x), labels).item())
     counter.remove()
-    return batch_sizes
+    return batch_sizes, losses
 
 
 if __name__ == "__main__":
-    print("batch sizes:", main())
+    for name, values in zip(("batch sizes:", "loss after each epoch:"), main(), strict=True):
+        print(name, *(f"{value:.3g}" for value in values))

@@ -51,7 +51,9 @@ class BatchSizeCounter:
         optimizer: one whose groups have ``batch_size``.
         count: what one call adds.
             "samples": the leading dimension, which all tensors (of one axis or more) among the
-            arguments must share.
+            arguments must share. So does None, but for a model whose first argument is a matrix of
+            integers, as language models take tokens: there samples and tokens differ, and it
+            raises.
             "tokens": the entries of the keyword argument ``labels`` that are not `ignore_index`.
             "next_tokens": the same without the first of each sequence (last axis), for causal
             language models that shift the labels themselves, as those of transformers do.
@@ -73,7 +75,8 @@ class BatchSizeCounter:
     Raises:
         TypeError: (call) no tensor to count or to follow, or a count that is no number.
         ValueError: (constructor) a group without batch_size, an unknown `count`; (call) tensors
-            that disagree about the number of samples; (step) a sum of 0, infinity or NaN.
+            that disagree about the number of samples, a matrix of integers without `count`; (step)
+            a sum of 0, infinity or NaN.
         RuntimeError: (step) nothing was counted on some rank, or several ranks and no
             `process_group`. The step has changed nothing then.
     """
@@ -87,7 +90,7 @@ class BatchSizeCounter:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        count: Literal["samples", "tokens", "next_tokens"] | Count = "samples",
+        count: Literal["samples", "tokens", "next_tokens"] | Count | None = None,
         ignore_index: int = -100,
         process_group: Any = None,
     ) -> None:
@@ -199,8 +202,9 @@ class BatchSizeCounter:
             raise RuntimeError(
                 f"step() cannot know its batch size: since the last step, no call of "
                 f"{type(self._model).__name__} in training mode was followed by a backward"
-                f"{f' on {missing:g} ranks' if self._ranks() > 1 else ''}. Attach the counter to "
-                "the module that is called, call backward before step, or remove() the counter "
+                f"{f' on {missing:g} ranks' if self._ranks() > 1 else ''}. Call train() on it, and "
+                "eval() only on the layers in it that are to stay as they are, attach the counter "
+                "to the module that is called, call backward before step, or remove() the counter "
                 'and set group["batch_size"]'
             )
         if not 0 < total < math.inf:
@@ -256,6 +260,8 @@ def _checked(count: Any) -> float | Tensor:
 def _count_function(count: Any, ignore_index: int) -> Count:
     if callable(count):
         return count  # type: ignore[no-any-return]
+    if count is None:
+        return _samples_of_no_tokens
     if count == "samples":
         return _samples
     if count in ("tokens", "next_tokens"):
@@ -264,6 +270,19 @@ def _count_function(count: Any, ignore_index: int) -> Count:
         f"count is {count!r}; pass 'samples', 'tokens', 'next_tokens' or a function of (args, "
         "kwargs)"
     )
+
+
+def _samples_of_no_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    first = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+    integers = first is not None and not (first.is_floating_point() or first.is_complex())
+    if first is not None and integers and first.dtype != torch.bool and first.ndim == 2:
+        raise ValueError(
+            f"the model was called with integers of shape {tuple(first.shape)}, as with tokens: a "
+            f"loss that is a mean over tokens has {first.numel()} terms, one over samples "
+            f"{len(first)}. Pass count='tokens' or 'next_tokens' (of labels=), count='samples', or "
+            "a function of (args, kwargs), such as lambda args, kwargs: args[0].numel()"
+        )
+    return _samples(args, kwargs)
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

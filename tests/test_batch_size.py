@@ -201,7 +201,7 @@ def test_step_without_a_count_changes_nothing():
     before = snapshot(optimizer, list(model.parameters()))
     with pytest.raises(RuntimeError, match="no call of Net in training mode was followed by"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match="Attach the counter to the module that is called"):
+    with pytest.raises(RuntimeError, match="attach the counter to the module that is called"):
         optimizer.step(lambda: 0.0)
     assert_identical(snapshot(optimizer, list(model.parameters())), before)
     model(batch(5)).mean().backward()
@@ -233,4 +233,43 @@ def test_errors_name_the_cure():
     model, optimizer, _ = setup(count="tokens")
     model(batch(2), labels=torch.full((2,), IGNORED))["logits"].mean().backward()
     with pytest.raises(ValueError, match="has a batch size of 0"):
+        optimizer.step()
+
+
+def test_tokens_are_not_counted_as_samples_unasked():
+    """A language model called as model(ids): both numbers are named, and either can be asked for."""
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    ids = torch.arange(24).reshape(3, 8) % 10
+
+    def step(**options):
+        optimizer = build("adamw", model.parameters(), batch_size=1)
+        with BatchSizeCounter(model, optimizer, **options):
+            model(ids).square().mean().backward()
+            optimizer.step()
+        return batch_sizes(optimizer)
+
+    with pytest.raises(
+        ValueError, match=r"\(3, 8\).* over tokens has 24 terms, one over samples 3"
+    ):
+        step()
+    assert step(count="samples") == [3]
+    assert step(count=lambda args, kwargs: args[0].numel()) == [24]
+
+
+def test_integers_that_are_no_tokens_are_samples():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    optimizer = build("adamw", model.parameters(), batch_size=1)
+    with BatchSizeCounter(model, optimizer):
+        model(torch.arange(7)).square().mean().backward()
+        optimizer.step()
+    assert batch_sizes(optimizer) == [7]
+
+
+def test_a_model_in_eval_mode_is_told_the_cure():
+    model, optimizer, _ = setup()
+    model.eval()
+    model(batch(4)).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"Call train\(\) on it, and eval\(\) only on the layers"
+    ):
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Every example runs, and counts what its docstring says."""
+"""Every example runs, counts what its docstring says, and learns."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ def test_every_example_is_tested():
 
 
 def test_plain_loop():
-    assert run_example("plain_loop") == [32, 32, 32, 4]
+    batch_sizes, losses = run_example("plain_loop")
+    assert batch_sizes == [32, 32, 32, 4] * 10
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_checkpoint():
     at_once, resumed = run_example("checkpoint")
     assert at_once == resumed
-    assert at_once[-1] < at_once[0]
+    assert sum(at_once[10:]) < 0.95 * sum(at_once[:10])
 
 
 def test_lightning_module():
     pytest.importorskip("lightning")
-    assert run_example("lightning_module") == [32, 32, 4] * 2
+    batch_sizes, losses = run_example("lightning_module")
+    assert batch_sizes == [32, 32, 4] * 10
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_hf_trainer():
@@ -47,8 +52,9 @@ def test_hf_trainer():
 
     handle = register_module_forward_hook(record, with_kwargs=True)
     try:
-        batch_sizes = run_example("hf_trainer")
+        batch_sizes, losses = run_example("hf_trainer")
     finally:
         handle.remove()
     assert batch_sizes == divisors[::2] == divisors[1::2]
-    assert sum(batch_sizes) == sum(11 - i % 5 for i in range(24))
+    assert sum(batch_sizes) == sum(11 - i % 5 for i in range(240))
+    assert losses[-1] < 0.8 * losses[0]
