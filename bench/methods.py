@@ -63,12 +63,16 @@ def hidden_apart(model: nn.Module) -> list[Settings]:
     return [{"params": hidden, "use_muon": True}, {"params": others, "use_muon": False}]
 
 
+# The stored searches are of the released start, at the dampings that were defaults then.
+DIAGONAL = {"damping": 1e-4, "initial_square_avg": 1.0}
+MATRIX = {"damping": 1e-3, "initial_square_avg": 1.0}
+
 DIGITS = {
     "RootFreeRMSprop": Method(
         RootFreeRMSprop,
         search={"lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "alpha": (0.8, 0.9, 0.95, 0.98, 0.99)},
         tuned={"lr": 1e-3, "alpha": 0.9},
-        fixed={"momentum": 0.9, "batch_size": Digits.batch_size},
+        fixed={"momentum": 0.9, "batch_size": Digits.batch_size, **DIAGONAL},
     ),
     "RootFreeAdamW": Method(
         RootFreeAdamW,
@@ -77,13 +81,13 @@ DIGITS = {
             "betas": ((0.9, 0.9), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.995)),
         },
         tuned={"lr": 3e-1, "betas": (0.9, 0.99)},
-        fixed={"batch_size": Digits.batch_size},
+        fixed={"batch_size": Digits.batch_size, **DIAGONAL},
     ),
     "IFShampoo": Method(
         IFShampoo,
         search={"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
         tuned={"lr": 4e-3, "factor_lr": 0.4},
-        fixed={"batch_size": Digits.batch_size},
+        fixed={"batch_size": Digits.batch_size, **MATRIX},
     ),
     "torch AdamW": Method(
         AdamW,
@@ -107,7 +111,7 @@ TEXT = {
         IFShampoo,
         search={"lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
         tuned={"lr": 2e-2, "factor_lr": 0.4},
-        fixed={"batch_size": Text.batch_size},
+        fixed={"batch_size": Text.batch_size, **MATRIX},
     ),
     "RootFreeAdamW": Method(
         RootFreeAdamW,
@@ -116,7 +120,7 @@ TEXT = {
             "betas": ((0.9, 0.8), (0.9, 0.9), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99)),
         },
         tuned={"lr": 3e-2, "betas": (0.9, 0.95)},
-        fixed={"batch_size": Text.batch_size},
+        fixed={"batch_size": Text.batch_size, **DIAGONAL},
     ),
     "torch AdamW": Method(
         AdamW,

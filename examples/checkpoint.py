@@ -67,7 +67,7 @@ class Training:
 
 
 def main() -> tuple[list[float], list[float]]:
-    """Train for twenty steps, at once and with a new process's start in between; return the losses."""
+    """Twenty steps, at once and with a new process's start in between; return the losses."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "checkpoint.pt")
         training = Training(path)

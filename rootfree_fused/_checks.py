@@ -31,7 +31,7 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "max_update": (lambda x: x > 0, "a number > 0, or None for no bound"),
     "initial_square_avg": (
-        lambda x: 0 < x <= _LARGEST,
+        lambda x: 0 < x <= LARGEST,
         "'auto', which takes the scale of the first gradient, or a finite number > 0 (1 is the "
         "released start)",
     ),

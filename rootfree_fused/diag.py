@@ -104,7 +104,7 @@ def _update_adamw_(
 class RootFreeRMSprop(RootFreeOptimizer):
     r"""RMSProp without the square root (root-free RMSProp).
 
-    With gradient g, batch size B and s starting at 1::
+    With gradient g, batch size B and s starting at the first gradient's mean of B g^2::
 
         s   <- s + (1 - alpha) (B g^2 - s)
         u    = g / (s + damping)
@@ -116,7 +116,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
         buf <- momentum buf + u + weight_decay p
         p   <- p - lr buf
 
-    With ``alpha=1`` and ``damping=0`` it is :class:`torch.optim.SGD`.
+    With ``alpha=1``, ``damping=0`` and ``initial_square_avg=1`` it is :class:`torch.optim.SGD`.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
@@ -132,6 +132,9 @@ class RootFreeRMSprop(RootFreeOptimizer):
             for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
             for a summed loss. Required here or in every group.
         weight_decay_mode: "decoupled" or "momentum".
+        initial_square_avg: where s starts: a number above 0 (1 as released), or "auto", the mean of
+            B g^2 over a tensor's first gradient. Until that is neither zero nor non-finite s is 0,
+            and nothing moves. It cannot change once there is state.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
@@ -219,7 +222,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
 class RootFreeAdamW(RootFreeOptimizer):
     r"""AdamW without the square root (root-free AdamW).
 
-    With gradient g, batch size B, m starting at 0 and s at 1::
+    With gradient g, batch size B, m starting at 0 and s at the first gradient's mean of B g^2::
 
         p <- (1 - lr weight_decay) p
         m <- m + (1 - beta1) (g - m)
@@ -227,7 +230,7 @@ class RootFreeAdamW(RootFreeOptimizer):
         p <- p - (lr / bc1) m / (s / bc2 + damping)
 
     where bc1 = 1 - beta1^t and bc2 = 1 - beta2^t at step t with ``bias_correction=True``, and 1
-    without. s starts at 1, not at 0, so that no correction is needed.
+    without. s does not start at 0, so that no correction is needed.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
@@ -241,7 +244,13 @@ class RootFreeAdamW(RootFreeOptimizer):
         batch_size: the number B of loss terms that the gradient averages: the global batch size
             for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
             for a summed loss. Required here or in every group.
-        bias_correction: divide m and s by 1 - beta^t, as AdamW does.
+        bias_correction: divide m and s by 1 - beta^t, as AdamW does. It makes early steps smaller,
+            since s does not start at 0: from ``initial_square_avg=1``, at lr 1e-3 and beta2 0.99, a
+            digits MLP ended at 23 % of the images with it and at 25 % without, a CNN with BatchNorm
+            at 73 % and 87 %.
+        initial_square_avg: where s starts: a number above 0 (1 as released), or "auto", the mean of
+            B g^2 over a tensor's first gradient. Until that is neither zero nor non-finite s is 0,
+            and nothing moves. It cannot change once there is state.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.

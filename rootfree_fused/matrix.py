@@ -34,9 +34,9 @@ _LARGEST_EXACT = 2**24
 class IFShampoo(RootFreeOptimizer):
     r"""Inverse-free Shampoo without roots (IF-Shampoo).
 
-    A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at the identity, so
-    that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix products alone. With the
-    gradient G of a loss averaged over B terms and M_n the mode-n unfolding of
+    A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at a multiple of
+    the identity, so that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix products
+    alone. With the gradient G of a loss averaged over B terms and M_n the mode-n unfolding of
     G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors::
 
         H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
@@ -59,8 +59,8 @@ class IFShampoo(RootFreeOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes`` and
-            ``vector_method``, which decide what state there is, may change between steps.
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``vector_method``
+            and ``initial_square_avg``, which decide what state there is, may change between steps.
         lr: step size. A 0-d tensor is read, never written. The paper's beta_1.
         momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
         damping: weight of the identity, above 0, in the unit of a squared gradient times the batch
@@ -88,6 +88,9 @@ class IFShampoo(RootFreeOptimizer):
         factor_dtype: dtype of the products: torch.bfloat16, torch.float32 or torch.float64. None
             chooses bfloat16 where the device multiplies it natively, float64 for float64
             parameters, and float32 elsewhere; the group then shows which.
+        initial_square_avg: as in :class:`RootFreeRMSprop`, for vectors. Factors start at c I: for a
+            number with c^(2N) = 1 / number (the identity for 1, as released), for "auto" with
+            c^(2N) = 1 / (mean of B G^2 + damping), which is where their update comes to rest.
         weight_decay_mode: "decoupled" or "momentum".
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device.

@@ -237,7 +237,7 @@ def test_errors_name_the_cure():
 
 
 def test_tokens_are_not_counted_as_samples_unasked():
-    """A language model called as model(ids): both numbers are named, and either can be asked for."""
+    """A language model called as model(ids): both numbers are named, either can be asked for."""
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
     ids = torch.arange(24).reshape(3, 8) % 10
 
