@@ -19,7 +19,7 @@ from .common import device_timer, interleave, mixed_shapes, random_tensors, time
 from .matrix import owned, step_flops
 from .operator import kernel_times
 from .peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
-from .providers import PROVIDERS, RMSPROP, Provider
+from .providers import PROVIDERS, RELEASED, RMSPROP, Provider
 from .rows import Rows
 
 Case = Callable[[Rows, torch.device, float], None]
@@ -28,7 +28,7 @@ OURS = "IFShampoo, bfloat16"
 GRAPH = f"{OURS}, graph"
 WHOLE_STEPS = (OURS, "IFShampoo, float32", "sirfshampoo, bfloat16", "torch Muon", EIGH)
 CAPTURABLE = Provider(
-    functools.partial(RootFreeRMSprop, momentum=0.9, capturable=True, **RMSPROP),
+    functools.partial(RootFreeRMSprop, momentum=0.9, capturable=True, **RMSPROP, **RELEASED),
     PROVIDERS["RootFreeRMSprop, momentum 0.9"].eager,
 )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,30 +65,31 @@ def hidden_apart(model: nn.Module) -> list[Settings]:
 
 
 # The stored searches are of the released start, at the dampings that were defaults then.
-DIAGONAL = {"damping": 1e-4, "initial_square_avg": 1.0}
-MATRIX = {"damping": 1e-3, "initial_square_avg": 1.0}
+_rmsprop = partial(RootFreeRMSprop, damping=1e-4, initial_square_avg=1.0)
+_adamw = partial(RootFreeAdamW, damping=1e-4, initial_square_avg=1.0)
+_ifshampoo = partial(IFShampoo, damping=1e-3, initial_square_avg=1.0)
 
 DIGITS = {
     "RootFreeRMSprop": Method(
-        RootFreeRMSprop,
+        _rmsprop,
         search={"lr": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "alpha": (0.8, 0.9, 0.95, 0.98, 0.99)},
         tuned={"lr": 1e-3, "alpha": 0.9},
-        fixed={"momentum": 0.9, "batch_size": Digits.batch_size, **DIAGONAL},
+        fixed={"momentum": 0.9, "batch_size": Digits.batch_size},
     ),
     "RootFreeAdamW": Method(
-        RootFreeAdamW,
+        _adamw,
         search={
             "lr": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
             "betas": ((0.9, 0.9), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.995)),
         },
         tuned={"lr": 3e-1, "betas": (0.9, 0.99)},
-        fixed={"batch_size": Digits.batch_size, **DIAGONAL},
+        fixed={"batch_size": Digits.batch_size},
     ),
     "IFShampoo": Method(
-        IFShampoo,
+        _ifshampoo,
         search={"lr": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
         tuned={"lr": 4e-3, "factor_lr": 0.4},
-        fixed={"batch_size": Digits.batch_size, **MATRIX},
+        fixed={"batch_size": Digits.batch_size},
     ),
     "torch AdamW": Method(
         AdamW,
@@ -108,19 +110,19 @@ DIGITS = {
 
 TEXT = {
     "IFShampoo": Method(
-        IFShampoo,
+        _ifshampoo,
         search={"lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
         tuned={"lr": 2e-2, "factor_lr": 0.4},
-        fixed={"batch_size": Text.batch_size, **MATRIX},
+        fixed={"batch_size": Text.batch_size},
     ),
     "RootFreeAdamW": Method(
-        RootFreeAdamW,
+        _adamw,
         search={
             "lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
             "betas": ((0.9, 0.8), (0.9, 0.9), (0.9, 0.95), (0.9, 0.98), (0.9, 0.99)),
         },
         tuned={"lr": 3e-2, "betas": (0.9, 0.95)},
-        fixed={"batch_size": Text.batch_size, **DIAGONAL},
+        fixed={"batch_size": Text.batch_size},
     ),
     "torch AdamW": Method(
         AdamW,

@@ -85,6 +85,7 @@ def ifshampoo(
         batch_size=BATCH,
         factor_lr=FACTOR_LR,
         factor_momentum=FACTOR_MOMENTUM,
+        initial_square_avg=1.0,
         factor_dtype=dtype,
         update_interval=interval,
         capturable=capturable,

@@ -19,6 +19,7 @@ CHECK_STEPS = 2
 LR = 0.1  # two steps then move a bfloat16 parameter of size 0.1 by many roundings
 RMSPROP = {"lr": LR, "alpha": 0.99, "damping": 1e-4, "weight_decay": 0.0, "batch_size": 64}
 ADAMW = {"lr": LR, "damping": 1e-4, "weight_decay": 1e-2, "batch_size": 64}
+RELEASED = {"initial_square_avg": 1.0}  # the start of the specification
 
 
 ALLOWED_ERROR = 2.0
@@ -80,7 +81,7 @@ def _torch_eager(build: Callable[..., Optimizer], param: Tensor, grad: Tensor) -
 
 def _ours_rmsprop(momentum: float) -> Provider:
     return Provider(
-        functools.partial(RootFreeRMSprop, momentum=momentum, **RMSPROP),
+        functools.partial(RootFreeRMSprop, momentum=momentum, **RMSPROP, **RELEASED),
         functools.partial(_reference_rmsprop, momentum=momentum),
     )
 
@@ -96,7 +97,9 @@ def _torch(
 PROVIDERS = {
     "RootFreeRMSprop, momentum 0.9": _ours_rmsprop(0.9),
     "RootFreeRMSprop, momentum 0": _ours_rmsprop(0.0),
-    "RootFreeAdamW": Provider(functools.partial(RootFreeAdamW, **ADAMW), _reference_adamw),
+    "RootFreeAdamW": Provider(
+        functools.partial(RootFreeAdamW, betas=(0.9, 0.99), **ADAMW, **RELEASED), _reference_adamw
+    ),
     "torch AdamW, fused": _torch(functools.partial(AdamW, lr=LR), BIAS_CORRECTION, fused=True),
     "torch RMSprop, momentum 0.9": _torch(functools.partial(RMSprop, lr=LR, momentum=0.9)),
     "torch SGD, momentum 0.9, fused": _torch(

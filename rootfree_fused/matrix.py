@@ -35,9 +35,9 @@ class IFShampoo(RootFreeOptimizer):
     r"""Inverse-free Shampoo without roots (IF-Shampoo).
 
     A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at a multiple of
-    the identity, so that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix products
-    alone. With the gradient G of a loss averaged over B terms and M_n the mode-n unfolding of
-    G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors::
+    the identity, so that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix
+    products alone. With the gradient G of a loss averaged over B terms and M_n the mode-n unfolding
+    of G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors::
 
         H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
                      + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }

@@ -61,10 +61,10 @@ def test_interleaving_stops_at_the_last_round():
     ("build", "dtype", "expected"),
     [
         (partial(RootFreeRMSprop, batch_size=1, momentum=0.9), torch.float32, 28),
-        (partial(RootFreeRMSprop, batch_size=1), torch.float32, 20),
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.0), torch.float32, 20),
         (partial(RootFreeAdamW, batch_size=1), torch.float32, 28),
         (partial(RootFreeRMSprop, batch_size=1, momentum=0.9), torch.bfloat16, 22),
-        (partial(RootFreeRMSprop, batch_size=1), torch.bfloat16, 14),
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.0), torch.bfloat16, 14),
         (partial(RootFreeAdamW, batch_size=1), torch.bfloat16, 22),
         (partial(torch.optim.AdamW, fused=True), torch.float32, 28),
         (partial(torch.optim.AdamW, fused=True), torch.bfloat16, 14),  # bfloat16 state
@@ -236,9 +236,7 @@ def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
 @needs_extras
 def test_a_wrong_kernel_is_marked_and_gets_no_time(tmp_path, monkeypatch):
     right = providers.PROVIDERS["RootFreeAdamW"]
-    wrong = providers.Provider(
-        partial(RootFreeAdamW, **{**providers.ADAMW, "damping": 2e-4}), right.eager
-    )
+    wrong = providers.Provider(partial(right.build, damping=2e-4), right.eager)
     monkeypatch.setattr(diag, "cases", lambda *_: TINY)
     monkeypatch.setattr(diag, "PROVIDERS", {"RootFreeAdamW": right, "RootFreeAdamW, off": wrong})
     assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1

@@ -77,6 +77,7 @@ def test_a_diagonal_factor_stands_in_for_an_axis_that_is_too_long():
     p = torch.nn.Parameter(value.clone())
     p.grad = grad
     settings = {"factor_lr": peers.FACTOR_LR, "factor_momentum": peers.FACTOR_MOMENTUM}
+    settings["initial_square_avg"] = 1.0
     build = partial(peers.IFShampoo, lr=peers.LR, momentum=peers.MOMENTUM, batch_size=peers.BATCH)
     optimizer = build([p], damping=peers.DAMPING, max_dense_dim=4, **settings)
     for _ in range(peers.CHECK_STEPS):
