@@ -25,6 +25,7 @@ from ._loading import (
 )
 from ._planning import check_state
 from ._stacks import restack
+from ._starts import AUTO
 from ._state import (
     ADDED_LATER,
     State,
@@ -210,3 +211,6 @@ class RootFreeOptimizer(SteppingOptimizer):
                     state[key].copy_(value)
                 else:
                     state[key] = value
+        written = [self.state[param] for param, _ in loaded if param.numel()]
+        if group["initial_square_avg"] == AUTO and self._starts.forget(index, written):
+            self._prepared.forget(index)

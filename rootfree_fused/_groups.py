@@ -76,11 +76,11 @@ class DeclaringOptimizer(Optimizer):
         """Drop what was derived from settings and values, which a load replaces."""
         self._checked: dict[int, Group] = {}
         self._shaped_by: dict[int, Group] = {}
-        self._starts = Starts()
 
     def _reset_caches(self) -> None:
         """Drop everything derived; the next step rebuilds it from groups and state."""
         self._forget()
+        self._starts = Starts()
         self._prepared = PreparedSteps()
         self._captured_by_kind = False  # by CapturedStep
 

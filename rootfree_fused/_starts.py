@@ -58,6 +58,15 @@ class Starts:
         self._drop_started(found)
         return found
 
+    def forget(self, index: int, states: list[State]) -> bool:
+        """See whether states that were written have started; whether some have not."""
+        unknown = [state for state in states if not _diagonal(state).any()]
+        for state in unknown:
+            self._started.pop(_second_moment(state), None)
+        if unknown:
+            self._waiting.pop(index, None)
+        return bool(unknown)
+
     def kind(self, groups: int) -> tuple[bool, ...] | None:
         """Whether each group waits for a gradient; None where the host does not know yet."""
         self._hear()
@@ -118,7 +127,7 @@ def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scalin
     Not from a gradient that is not finite, nor in a step that the scaler skips.
     """
     held = _second_moment(state)
-    started = (held if held.dim() == 1 or "factor_0" not in state else held.diagonal()).any()
+    started = _diagonal(state).any()
     square = mean_square(grad, group["batch_size"])
     if "grad_scale" in scaling:
         square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
@@ -147,6 +156,12 @@ def _second_moment(state: State) -> Tensor:
         if key in state:
             return state[key]
     return state["factor_0"]
+
+
+def _diagonal(state: State) -> Tensor:
+    """Of it as much as tells whether it is zero."""
+    held = _second_moment(state)
+    return held.diagonal() if "factor_0" in state and held.dim() == 2 else held
 
 
 def _add_(tensor: Tensor, value: Tensor, starts: Tensor) -> None:

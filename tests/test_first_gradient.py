@@ -165,6 +165,21 @@ def test_a_checkpoint_from_before_the_first_gradient_has_not_started(name, devic
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_a_state_that_has_not_started_loads_into_one_that_has(cls, device):
+    params, twins = (parameters((6, 4), (3,), device=device) for _ in range(2))
+    optimizer, fresh = (cls(own, batch_size=8) for own in (params, twins))
+    saved = optimizer.state_dict()
+    run(optimizer, params, 3)
+    optimizer.load_state_dict(saved)
+    with torch.no_grad():
+        for p, q in zip(params, twins, strict=True):
+            q.copy_(p)
+    run(optimizer, params, 3, first=3)
+    run(fresh, twins, 3, first=3)
+    assert_identical(snapshot(optimizer, params), snapshot(fresh, twins))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_state_that_is_declared_anew_starts_anew(cls, device):
     params = parameters((6, 4), (3,), device=device)
     optimizer = cls(params, batch_size=8)

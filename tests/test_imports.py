@@ -25,7 +25,7 @@ ALLOWED = {
         *("_stepping", "ops"),
     },
     "_capturing": set(),
-    "_base": {"_groups", "_loading", "_planning", "_stacks", "_state", "_stepping"},
+    "_base": {"_groups", "_loading", "_planning", "_stacks", "_starts", "_state", "_stepping"},
     "_loading": {"_checks", "_state"},
     "_stepping": {
         *("_capturing", "_checks", "_groups", "_overlap", "_planning", "_prepared", "_scaling"),
