@@ -218,8 +218,6 @@ def _factors_kernel(
 def _param_update(p, update, buf, lr, scalars_ptr):
     decoupled = tl.load(scalars_ptr + 7)
     coupled = tl.load(scalars_ptr + 8)
-    bound = tl.load(scalars_ptr + 10)
-    update = tl.clamp(update, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
     u = tl.load(scalars_ptr + 6) * update + coupled * p
     p -= lr * decoupled * p
     if buf is not None:
@@ -241,6 +239,9 @@ def _update_param_part(
         columns_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
         columns = _scales(columns_ptr, n, part[1], COLUMNS)
         update *= (columns * columns)[None, :]
+    # Before p and buf are loaded: with them in registers it would spill.
+    bound = tl.load(scalars_ptr + 10)
+    update = tl.clamp(update, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
     ptrs, mask = tile_of(param_ptr, n, size, part, ROWS, COLUMNS)
     p = tl.load(ptrs, mask=mask).to(tl.float32)
     buf = None

@@ -94,6 +94,8 @@ class Starts:
         waiting[:] = [one for one in waiting if _second_moment(one.state) not in self._started]
 
     def _ask(self, device: torch.device, flags: Tensor, asked: list[Tensor]) -> None:
+        if device.type == "meta":
+            return  # where nothing has a value, and so nothing starts
         if device.type != "cuda":
             self._learn(flags, asked)
         elif not torch.cuda.is_current_stream_capturing():
@@ -104,7 +106,9 @@ class Starts:
             self._asked.append(_Asked(event, copy, asked))
 
     def _hear(self) -> None:
-        """Take the answers that are there."""
+        """Take the answers that are there; not under capture, which no query survives."""
+        if self._asked and torch.cuda.is_current_stream_capturing():
+            return
         while self._asked and self._asked[0].event.query():
             _, flags, asked = self._asked.pop(0)
             self._learn(flags, asked)

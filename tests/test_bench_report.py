@@ -74,10 +74,19 @@ def test_a_wrong_and_an_unmeasured_step_have_no_time_in_readme():
 
 
 class CountFlops(TorchDispatchMode):
-    """FLOPs of elementwise operations on tensors of a size; a root or a division is one."""
+    """FLOPs of elementwise operations of a size; a root or division is one, a limit none."""
 
     FLOPS = {"lerp_": 3, "addcmul_": 2, "addcdiv_": 2}  # noqa: RUF012
-    NONE = ("copy_", "clone", "detach", "ones_like", "zeros_like", "full_like", "_to_copy")
+    NONE = (
+        "clamp_max",
+        "copy_",
+        "clone",
+        "detach",
+        "ones_like",
+        "zeros_like",
+        "full_like",
+        "_to_copy",
+    )
 
     def __init__(self, size):
         super().__init__()

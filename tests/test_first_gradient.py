@@ -10,7 +10,7 @@ import torch
 from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
 from _truth import start, step_
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, reference
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, _starts, reference
 
 CLASSES = (RootFreeRMSprop, RootFreeAdamW, IFShampoo)
 FLOAT64 = torch.float64
@@ -247,3 +247,29 @@ def test_a_compiled_step_starts_as_an_eager_one(cls):
         step()
         eager.step()
         assert_identical(snapshot(optimizer, params), snapshot(eager, twins))
+
+
+def test_answers_that_a_capture_finds_open_are_left_alone(monkeypatch):
+    """CUDA refuses to query an event under capture; the captured step looks at the state itself."""
+
+    class Event:
+        def query(self):
+            pytest.fail("an event was queried under capture")
+
+    params = parameters((5, 3), (4,))
+    optimizer = build("rmsprop", params, capturable=True)
+    set_grads(params, 0)
+    optimizer.step()
+    before = snapshot(optimizer, params)
+    twin = copy.deepcopy((params, optimizer))
+    starts = optimizer._starts
+    starts._asked.append(_starts._Asked(Event(), torch.tensor([True]), [params[0]]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    starts._drop_started(starts._waiting[0])
+    assert len(starts._asked) == 1
+    assert_identical(snapshot(optimizer, params), before)
+    set_grads(params, 1)
+    set_grads(twin[0], 1)
+    optimizer.step()
+    twin[1].step()
+    assert_identical(snapshot(optimizer, params), snapshot(twin[1], twin[0]))
