@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from _comparison import assert_no_worse_than
 from _kernels_diag import assert_guards_untouched, place
+from _offline import interpreted
+from triton.runtime.interpreter import InterpretedFunction
 
-from rootfree_fused.kernels import matrix
+from rootfree_fused.kernels import common, gather, gemm, gram, matrix, stacked, tiles
 from rootfree_fused.reference import join, split
 from rootfree_fused.reference import matrix as reference
 
@@ -47,6 +50,30 @@ BUCKETS = [
     ((66, 24), NEITHER, 1),
 ]
 FEW = [((7, 9), DENSE, 1), ((24, 16), DENSE, 2), ((9, 16), LEFT, 1), ((8, 7), NEITHER, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(request):
+    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else ""
+    if device != "cpu":
+        if isinstance(gemm._product_kernel, InterpretedFunction):
+            pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
+        yield
+        return
+    with interpreted(common, tiles, gather, gram, gemm, stacked, matrix):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch(monkeypatch):
+    """What nobody wrote is NaN in every floating dtype."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 # One optimizer, three ways -------------------------------------------------------------------
