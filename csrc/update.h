@@ -109,7 +109,11 @@ template <class T>
 ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
   g *= h.grad_factor;
   p -= h.weight_decay * p;
-  m = lerp(m, g, h.exp_avg_weight);
+  // By halves where g - m of finite g is beyond the largest number.
+  constexpr T largest = std::numeric_limits<T>::max();
+  const bool beyond = std::abs(g - m) > largest && std::abs(g) <= largest;
+  const T scale = beyond ? T(0.5) : T(1);
+  m = lerp(scale * m, scale * g, h.exp_avg_weight) * (beyond ? T(2) : T(1));
   const T a = within(g, h.largest_grad);
   s = lerp(s, h.batch_size * a * a, h.exp_avg_sq_weight);
   p -= h.step_size * m / (s + h.damping);

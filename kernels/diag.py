@@ -76,7 +76,10 @@ def _adamw_update(p, g, s, m, lr, scalars_ptr, step_ptr):
 
     g *= sign
     p -= lr * weight_decay * p
-    m = _decay(m, g, scalars_ptr + 5)
+    # By halves where g - m of finite g is beyond the largest number.
+    beyond = (tl.abs(g - m) > _LARGEST) & (tl.abs(g) <= _LARGEST)
+    scale = tl.where(beyond, 0.5, 1.0)
+    m = _decay(scale * m, scale * g, scalars_ptr + 5) * tl.where(beyond, 2.0, 1.0)
     s = _decay(s, _square(batch_size, g), scalars_ptr + 7)
     denominator = s + damping
     if step_ptr is not None:

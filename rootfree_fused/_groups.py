@@ -21,7 +21,7 @@ from ._checks import HYPERPARAMETERS, check_hyperparameters, refuse_unknown
 from ._planning import check_plain, has_no_values, lacks, name_of
 from ._prepared import PreparedSteps
 from ._stacks import allocate
-from ._starts import Starts
+from ._starts import AUTO, Starts
 from ._state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart
 
 Group = dict[str, Any]
@@ -118,6 +118,11 @@ class DeclaringOptimizer(Optimizer):
             name = min(missing)
             raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
         group.update(check_hyperparameters(group))
+        if group["damping"] == 0 and group["initial_square_avg"] == AUTO:
+            raise ValueError(
+                "damping is 0 and initial_square_avg is 'auto': a first gradient of zero would be "
+                "divided by 0; pass a damping > 0, or initial_square_avg=1"
+            )
         for key in HYPERPARAMETERS & group.keys():
             if isinstance(group[key], list):  # whose changes in place nobody would see
                 group[key] = tuple(group[key])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from ._state import Initial, State, initial_step, is_own
 # Averages of squares.
 _NOT_NEGATIVE = frozenset({"square_avg", "exp_avg_sq"})
 _DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load an earlier one"
+_FACTOR = re.compile(r"factor_\d+")
 _WHOLE = "pass what state_dict() of the optimizer returned, as it was"
 
 
@@ -156,9 +158,17 @@ def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any
     Raises:
         ValueError: no tensor, a shape or dtype that does not fit, numbers that no state has.
     """
-    return {
+    values = {
         key: _checked(f"{where}: {key}", key, initial, saved[key]) for key, initial in spec.items()
     }
+    factors = {key: value for key, value in values.items() if _FACTOR.fullmatch(key)}
+    zero = [key for key, value in factors.items() if not is_sharded(value) and not value.any()]
+    if zero and len(zero) < len(factors):
+        raise ValueError(
+            f"{where}: {', '.join(zero)} is zero and other factors are not, so that no step would "
+            f"move the parameter: {_DAMAGED}"
+        )
+    return values
 
 
 def fresh(initial: Initial, value: Tensor, device: torch.device) -> Tensor:

@@ -135,7 +135,9 @@ def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scalin
     square = mean_square(grad, group["batch_size"])
     if "grad_scale" in scaling:
         square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
-    starts = ~started & (square > 0) & square.isfinite()
+    # As s will hold it: what is 0 there starts nothing. Factors start from the damping too.
+    held_square = square if "factor_0" in state else square.to(held.dtype)
+    starts = ~started & (held_square > 0) & square.isfinite()
     if "found_inf" in scaling:
         starts &= (scaling["found_inf"] == 0).to(grad.device).reshape(())
     if "factor_0" not in state:

@@ -193,7 +193,8 @@ class IFShampoo(RootFreeOptimizer):
         if layout is None:
             own = {"square_avg": full_like(param, start)}
         else:
-            own = factor_state(layout, group["factor_dtype"], start)
+            dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
+            own = factor_state(layout, dtype, start)
         return {**own, "momentum_buffer": full_like(param, 0.0)}
 
     def _unused_state(self, group: Group) -> frozenset[str]:

@@ -113,8 +113,9 @@ def test_summed_and_averaged_loss_take_the_same_step(name, device):
     """Once s has forgotten its start (alpha = beta2 = 0), batch_size alone makes the two agree."""
     memory = {"betas": (0.9, 0.0)} if name.startswith("adamw") else {"alpha": 0.0}
     params, twins = pair((6, 4), (3,), device=device)
-    averaged = build(name, params, damping=0.0, batch_size=32, **memory)
-    summed = build(name, twins, damping=0.0, batch_size=1, **memory)
+    memory |= {"damping": 0.0, "initial_square_avg": 1.0}
+    averaged = build(name, params, batch_size=32, **memory)
+    summed = build(name, twins, batch_size=1, **memory)
     for t in range(5):
         set_grads(params, seed=t)
         for p, q in zip(params, twins, strict=True):

@@ -273,3 +273,39 @@ def test_answers_that_a_capture_finds_open_are_left_alone(monkeypatch):
     optimizer.step()
     twin[1].step()
     assert_identical(snapshot(optimizer, params), snapshot(twin[1], twin[0]))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_gradient_whose_square_s_cannot_hold_starts_nothing(cls, device):
+    """So what a checkpoint says of it, zero, is what the running optimizer knows."""
+    results = []
+    for reload in (False, True):
+        (p,) = parameters((5,), device=device)
+        optimizer = cls([p], batch_size=4)
+        set_all([p], 1e-30)
+        optimizer.step()
+        assert not second_moment(optimizer, p).any()
+        if reload:
+            optimizer.load_state_dict(optimizer.state_dict())
+        set_all([p], 0.5)
+        optimizer.step()
+        assert second_moment(optimizer, p).min() > 0.5  # B g^2 is 1
+        results.append(snapshot(optimizer, [p]))
+    assert_identical(*results)
+
+
+@pytest.mark.parametrize("cls", [RootFreeRMSprop, RootFreeAdamW])
+def test_without_damping_the_start_must_be_given(cls):
+    params = parameters((3,))
+    with pytest.raises(ValueError, match=r"damping is 0 and .*'auto'.*initial_square_avg=1"):
+        cls(params, batch_size=4, damping=0.0)
+    optimizer = cls(params, batch_size=4, damping=0.0, initial_square_avg=1)
+    set_all(params, 0.0)
+    optimizer.step()
+    assert params[0].isfinite().all()
+
+
+def test_a_matrix_on_meta_has_state_there():
+    p = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    optimizer = IFShampoo([p], batch_size=4)
+    assert optimizer.state_dict()["state"][0]["factor_0"].is_meta

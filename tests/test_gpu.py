@@ -140,7 +140,8 @@ def test_a_checkpoint_of_the_cpu_goes_on_here_and_back(name):
 
 
 def launched_kernels(run):
-    """The names of the kernels that a call launches, by the profiler."""
+    """The names of the kernels that a call launches, by the profiler, of all that has started."""
+    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
@@ -206,7 +207,8 @@ def test_more_than_2_to_the_31_elements():
     param = torch.zeros(n, device=CUDA, dtype=torch.bfloat16)
     pattern = torch.randn(2**20 + 7, device=CUDA, dtype=torch.bfloat16)
     param.grad = pattern.repeat(-(-n // len(pattern)))[:n]
-    optimizer = RootFreeRMSprop([param], lr=0.1, batch_size=1, damping=0.1)
+    settings = {"lr": 0.1, "alpha": 0.99, "damping": 0.1, "momentum": 0.0, "batch_size": 1}
+    optimizer = RootFreeRMSprop([param], **settings, initial_square_avg=1.0)
     optimizer.step()
     for start in (0, 2**31 - 1000, n - 1000):
         window = slice(start, start + 1000)
@@ -250,6 +252,7 @@ def test_a_matrix_whose_last_row_lies_beyond_2_to_the_31():
         batch_size=1,
         damping=0.1,
         structures="diagonal",
+        initial_square_avg=1.0,
         factor_dtype=torch.bfloat16,
     )
     optimizer.step()

@@ -200,3 +200,16 @@ def test_factors_do_not_grow_while_there_is_no_gradient(name, device):
     for (i, key), value in kept.items():
         if key.startswith("factor"):
             assert torch.equal(value, optimizer.state[params[i]][key]), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_averages_of_the_largest_gradients_stay_finite(dtype, device):
+    """Where signs alternate, g - m is the largest number of all."""
+    largest = torch.finfo(dtype).max
+    p = torch.nn.Parameter(torch.zeros(19, dtype=dtype, device=device))
+    optimizer = RootFreeAdamW([p], batch_size=4)
+    for t in range(12):
+        p.grad = torch.full_like(p, largest if t % 3 else -largest)
+        optimizer.step()
+        assert p.isfinite().all()
+        assert optimizer.state[p]["exp_avg"].isfinite().all()

@@ -11,7 +11,7 @@ import re
 
 import pytest
 import torch
-from _optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
+from _optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads, snapshot
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -268,3 +268,17 @@ def test_a_lazy_parameter_trains_as_in_torch_and_loads_after_its_first_call(name
     assert_identical(
         snapshot(other, list(resumed.parameters())), snapshot(optimizer, list(model.parameters()))
     )
+
+
+def test_factors_of_which_one_is_zero_are_damaged():
+    """All of them are zero before the first gradient, and one alone would hold the matrix still."""
+    (p,) = parameters((5, 3))
+    optimizer = build("ifshampoo", [p])
+    set_grads([p], 0)
+    optimizer.step()
+    before = snapshot(optimizer, [p])
+    saved = optimizer.state_dict()
+    saved["state"][0]["factor_1"].zero_()
+    with pytest.raises(ValueError, match=f"factor_1 is zero and other factors are not.*{DAMAGED}"):
+        optimizer.load_state_dict(saved)
+    assert_identical(snapshot(optimizer, [p]), before)

@@ -307,7 +307,8 @@ def test_the_reference_steps_in_with_one_warning():
         assert ops.backends()["cpu"].startswith("reference"), ops.backends()
         assert ops.backends()["cuda"].startswith("reference"), ops.backends()
         p = torch.nn.Parameter(torch.ones(3))
-        optimizer = RootFreeAdamW([p], lr=0.1, weight_decay=0.0, damping=0.0, batch_size=1)
+        start = {'damping': 0.0, 'initial_square_avg': 1.0}
+        optimizer = RootFreeAdamW([p], lr=0.1, weight_decay=0.0, batch_size=1, **start)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for _ in range(3):

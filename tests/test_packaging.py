@@ -34,10 +34,11 @@ SCRIPT = """
     import rootfree_fused, torch
     from rootfree_fused import RootFreeAdamW, ops
     p = torch.nn.Parameter(torch.ones(3))
+    start = {'damping': 0.0, 'initial_square_avg': 1.0}
     p.grad = torch.ones(3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        RootFreeAdamW([p], lr=0.1, weight_decay=0.0, damping=0.0, batch_size=1).step()
+        RootFreeAdamW([p], lr=0.1, weight_decay=0.0, batch_size=1, **start).step()
     assert (p - 0.99).abs().max() < 1e-6, p
     said = [str(warning.message) for warning in caught if "rootfree" in str(warning.message)]
     print(json.dumps([rootfree_fused.__file__, ops.backends()["cpu"], said]))

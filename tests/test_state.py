@@ -314,3 +314,25 @@ def test_a_gradient_of_any_floating_dtype_is_taken(name):
             optimizer.step()
             plain.step()
         assert_identical(snapshot(optimizer, params), snapshot(plain, twins))
+
+
+@pytest.mark.parametrize("key", ["step", "second moment"])
+def test_state_that_nothing_may_write_or_count_is_named_before_anything_moves(name, key):
+    """A tensor made in inference mode, which raises where it is written; a count of infinity."""
+    params = parameters((5, 3), (5, 3))
+    optimizer = build(name, [{"params": [p]} for p in params])
+    run(optimizer, params, 2)
+    state = optimizer.state[params[1]]
+    if key == "step":
+        state["step"] = torch.tensor(torch.inf)
+        words = "step of parameter 0 of group 1 is inf.*pop"
+    else:
+        key = next(k for k in ("square_avg", "exp_avg_sq", "factor_0") if k in state)
+        with torch.inference_mode():
+            state[key] = state[key].clone()
+        words = rf"{key} of parameter 0 of group 1 was made in torch.inference_mode\(\).*clone"
+    before = [p.detach().clone() for p in params], optimizer.state[params[0]]["step"].clone()
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert_identical([p.detach() for p in params], before[0])
+    assert optimizer.state[params[0]]["step"] == before[1]

@@ -99,7 +99,7 @@ def adamw_(
     bias_correction2 = _bias_correction(beta2, step)
 
     p = p - lr * weight_decay * p
-    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg.copy_(_average(exp_avg, g, 1 - beta1))
     exp_avg_sq.lerp_(_square(g, batch_size), 1 - beta2)
     denominator = exp_avg_sq / bias_correction2 + damping
     param.copy_(p - (lr / bias_correction1) * exp_avg / denominator)
@@ -109,6 +109,12 @@ def _operands(param: Tensor, grad: Tensor, state: Tensor, maximize: bool) -> tup
     """The ascent-corrected gradient and the parameter, both in the dtype of the state."""
     g = grad.to(state.dtype)
     return (-g if maximize else g), param.to(state.dtype)
+
+
+def _average(m: Tensor, g: Tensor, weight: float) -> Tensor:
+    """As lerp, by halves where g - m of finite g is beyond the largest number."""
+    beyond = (g - m).isinf() & g.isfinite()
+    return torch.where(beyond, 2 * torch.lerp(m / 2, g / 2, weight), torch.lerp(m, g, weight))
 
 
 def _square(g: Tensor, batch_size: float) -> Tensor:
