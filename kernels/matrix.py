@@ -62,7 +62,8 @@ from .launches import Launches
 from .plan import Bucket, Plan, Tiling
 from .stacked import _stacked_factors_kernel, _stacked_products_kernel
 
-# Not yet measured on a GPU. 128 x 128 on 8 warps is 64 accumulators a thread and 32 KB a stage.
+# 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with
+# the limit below; 6.62 with 4 stages, 5.89 on 4 warps, 8.39 in tiles of 64 x 64.
 LARGE = Tiling(block=128, block_k=64, num_warps=8, num_stages=3, precision=None)
 # Without the limit some kernels take 130 to 170 registers (Triton 3.6) and one program fills a
 # multiprocessor; with it two do, and nothing spills. On sm_80 and sm_100 it would spill.

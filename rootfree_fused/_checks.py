@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Kernels compute in float32: what is larger would be infinite there.
 LARGEST = torch.finfo(torch.float32).max
+PLAIN = (Tensor, torch.nn.Parameter)  # tensors that are what their memory says
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),

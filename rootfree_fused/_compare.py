@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
+from ._checks import PLAIN
 
 # Where a tensor's elements lie: address (of one device alone), shape, strides and dtype.
 _Lies = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
@@ -19,7 +18,7 @@ _Lies = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 def _look(tensor: Any) -> _Lies | None:
     """None for a tensor that is no plain strided one."""
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+    if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
         return None
     dtype = tensor.dtype
     if dtype.is_complex:  # and may be a view that is computed

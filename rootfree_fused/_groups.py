@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -195,19 +195,18 @@ class DeclaringOptimizer(Optimizer):
         ):
             self._check_changed(index, group, known)
         elif isinstance(group["lr"], Tensor):  # which may have been filled
-            self._check_named(index, {"lr": group["lr"]})
+            self._check_named(index, check_hyperparameters, {"lr": group["lr"]})
 
     def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
-        self._check_named(index, group)
+        self._check_named(index, self._check_group, group)
         self._check_kept(index, group)
         if known is not None and self._unused_state(group) != self._unused_state(known):
             self._prepared.forget(index)
         self._checked[index] = dict(group)
 
-    def _check_named(self, index: int, group: Group) -> None:
+    def _check_named(self, index: int, check: Callable[[Group], object], values: Group) -> None:
         try:
-            check = check_hyperparameters if len(group) == 1 else self._check_group
-            check(group)
+            check(values)
         except (TypeError, ValueError) as error:
             raise type(error)(f"in group {index}, {error}") from None
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+from ._checks import PLAIN
+
 # What an error calls the tensor, the tensor, and whether a step writes it.
 Named = tuple[str, Tensor, bool]
 
@@ -22,7 +23,7 @@ def check_apart(tensors: Iterable[Named]) -> None:
     placed: list[tuple[int, int, Named]] = []
     for named in tensors:
         name, tensor, written = named
-        if type(tensor) not in _PLAIN or tensor.is_meta or not tensor.numel():
+        if type(tensor) not in PLAIN or tensor.is_meta or not tensor.numel():
             continue  # without memory of its own
         first = tensor.data_ptr()
         if tensor.is_contiguous():

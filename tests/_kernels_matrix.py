@@ -8,8 +8,7 @@ import pytest
 import torch
 from _comparison import assert_no_worse_than
 from _kernels_diag import assert_guards_untouched, place
-from _offline import interpreted
-from triton.runtime.interpreter import InterpretedFunction
+from _offline import on_its_device
 
 from rootfree_fused.kernels import common, gather, gemm, gram, matrix, stacked, tiles
 from rootfree_fused.reference import join, split
@@ -54,13 +53,7 @@ FEW = [((7, 9), DENSE, 1), ((24, 16), DENSE, 2), ((9, 16), LEFT, 1), ((8, 7), NE
 
 @pytest.fixture(autouse=True)
 def _interpreter(request):
-    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else ""
-    if device != "cpu":
-        if isinstance(gemm._product_kernel, InterpretedFunction):
-            pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
-        yield
-        return
-    with interpreted(common, tiles, gather, gram, gemm, stacked, matrix):
+    with on_its_device(request, common, tiles, gather, gram, gemm, stacked, matrix):
         yield
 
 

@@ -46,6 +46,21 @@ def interpreted(*modules: ModuleType):
             setattr(module, name, value)
 
 
+@contextmanager
+def on_its_device(request, *modules: ModuleType):
+    """For a test that takes `device`: on a GPU as it is, on the CPU interpreted."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if torch.device(parameters.get("device", "cuda")).type == "cpu":
+        with interpreted(*modules):
+            yield
+        return
+    if any(
+        isinstance(v, interpreter.InterpretedFunction) for m in modules for v in vars(m).values()
+    ):
+        pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
+    yield
+
+
 def _rounding_to_nearest(convert_float):
     def convert(array, source, target, rounding_mode):
         if (source, target) != (triton.language.float32, triton.language.bfloat16):

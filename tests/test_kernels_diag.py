@@ -9,9 +9,8 @@ from _comparison import assert_no_worse_than
 pytest.importorskip("triton")
 
 from _kernels_diag import CASES, Lists, place
-from _offline import interpreted, needs_cuda
+from _offline import needs_cuda, on_its_device
 from _operators import ADAMW, RMSPROP
-from triton.runtime.interpreter import InterpretedFunction
 
 from rootfree_fused.kernels import common, diag
 
@@ -26,13 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 @pytest.fixture(autouse=True)
 def _interpreter(request):
-    device = request.node.callspec.params.get("device") if hasattr(request.node, "callspec") else ""
-    if device != "cpu":
-        if isinstance(diag._diag_kernel, InterpretedFunction):
-            pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
-        yield
-        return
-    with interpreted(common, diag):
+    with on_its_device(request, common, diag):
         yield
 
 

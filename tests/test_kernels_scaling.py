@@ -11,8 +11,7 @@ pytest.importorskip("triton")
 
 from _kernels_diag import Lists
 from _kernels_matrix import BF16, F16, F32, FEW, Model
-from _offline import interpreted
-from triton.runtime.interpreter import InterpretedFunction
+from _offline import on_its_device
 
 from rootfree_fused.kernels import common, diag, gather, gemm, gram, matrix, tiles
 
@@ -24,13 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(device):
-    if device.type == "cpu":
-        with interpreted(common, diag, tiles, gather, gram, gemm, matrix):
-            yield
-    elif isinstance(diag._diag_kernel, InterpretedFunction):
-        pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
-    else:
+def _interpreter(request):
+    with on_its_device(request, common, diag, tiles, gather, gram, gemm, matrix):
         yield
 
 
