@@ -22,7 +22,7 @@ test: $(VENV)/installed $(VENV)/triton36
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(PYTEST)
-	PYTHONPATH=$(VENV)/triton36 $(PYTEST) $(wildcard tests/test_kernels_*.py tests/test_offline_*.py)
+	PYTHONPATH=$(VENV)/triton36 $(PYTEST) tests/kernels
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag
@@ -36,7 +36,7 @@ sanitize: $(VENV)/installed
 		build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
-		OMP_WAIT_POLICY=passive $(BIN)/pytest $(addprefix tests/test_,cpu_matrix.py cpu_diag.py prepared.py)
+		OMP_WAIT_POLICY=passive $(BIN)/pytest tests/csrc tests/optimizer/test_known_tensors.py
 
 $(VENV)/base:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \"Python >= 3.10 is needed; make PYTHON=python3.x\")"

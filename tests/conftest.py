@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent))  # bench is not installed
+sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _batch_size import Net, batch, batch_sizes, setup
-from _optimizers import SETTINGS, assert_identical, build, snapshot
+from helpers.batch_size import Net, batch, batch_sizes, setup
+from helpers.optimizers import SETTINGS, assert_identical, build, snapshot
 from torch import nn
 
 from rootfree_fused import BatchSizeCounter

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from _batch_size import Net, batch, batch_sizes, setup
-from _optimizers import build
+from helpers.batch_size import Net, batch, batch_sizes, setup
+from helpers.optimizers import build
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rootfree_fused import BatchSizeCounter
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent / "helpers"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -99,7 +99,7 @@ def test_ranks_are_summed(tmp_path):
     """Two processes with unequal micro-batches; see _batch_size_rank.py."""
     ranks = [
         subprocess.Popen(
-            [sys.executable, TESTS / "_batch_size_rank.py", str(rank), tmp_path / "store"],
+            [sys.executable, HELPERS / "batch_size_rank.py", str(rank), tmp_path / "store"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

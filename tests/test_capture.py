@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
+from helpers.optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
 
 import rootfree_fused._stepping
 from rootfree_fused import CapturedStep, IFShampoo, RootFreeRMSprop

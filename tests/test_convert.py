@@ -6,14 +6,11 @@ import copy
 import io
 
 import pytest
-import test_diag
-import test_matrix
-import test_reference_diag
-import test_reference_matrix
 import torch
-from _foreign import Released, as_released_diagonal, as_released_shampoo, as_sirfshampoo
-from _optimizers import assert_identical, parameters, run, set_grads, snapshot
-from test_reference_diag import TOLERANCE, load
+from helpers import golden
+from helpers.foreign import Released, as_released_diagonal, as_released_shampoo, as_sirfshampoo
+from helpers.golden import TOLERANCE, load
+from helpers.optimizers import assert_identical, parameters, run, set_grads, snapshot
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.convert import from_released_code, from_sirfshampoo
@@ -21,10 +18,10 @@ from rootfree_fused.convert import from_released_code, from_sirfshampoo
 FLOAT64 = torch.float64
 DENSE = [
     case
-    for case in test_reference_matrix.CASES
+    for case in golden.MATRIX
     if case not in ("ifshampoo_diagonal", "ifshampoo_mixed_structures")
 ]
-CONSTANT = [case for case in test_reference_matrix.CASES if case != "ifshampoo_log4_schedule"]
+CONSTANT = [case for case in golden.MATRIX if case != "ifshampoo_log4_schedule"]
 LOG4 = [case for case in DENSE if case != "ifshampoo_interval3"]
 
 
@@ -62,9 +59,9 @@ def begun(case, build, device, steps):
 
 
 @pytest.mark.parametrize("steps", [0, 4])
-@pytest.mark.parametrize("case", test_reference_diag.CASES)
+@pytest.mark.parametrize("case", golden.DIAGONAL)
 def test_a_released_diagonal_trajectory_goes_on(case, steps, device):
-    before, params, go_on = begun(case, test_diag.golden_optimizer, device, steps)
+    before, params, go_on = begun(case, golden.diagonal_optimizer, device, steps)
     (group,) = before.param_groups
     own = {"batch_size": group["batch_size"]}
     if isinstance(before, RootFreeAdamW):
@@ -81,7 +78,7 @@ def test_a_released_diagonal_trajectory_goes_on(case, steps, device):
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("case", LOG4)
 def test_a_released_if_shampoo_trajectory_goes_on(case, steps, device):
-    before, params, go_on = begun(case, test_matrix.golden_optimizer, device, steps)
+    before, params, go_on = begun(case, golden.matrix_optimizer, device, steps)
     optimizer = IFShampoo(params, batch_size=1)
     optimizer.load_state_dict(from_released_code(as_released_shampoo(before), optimizer))
     go_on(optimizer, params)
@@ -90,7 +87,7 @@ def test_a_released_if_shampoo_trajectory_goes_on(case, steps, device):
 @pytest.mark.parametrize("steps", [0, 5])
 @pytest.mark.parametrize("case", CONSTANT)
 def test_a_sirfshampoo_trajectory_goes_on(case, steps, device):
-    before, params, go_on = begun(case, test_matrix.golden_optimizer, device, steps)
+    before, params, go_on = begun(case, golden.matrix_optimizer, device, steps)
     params = copies(params)
     optimizer = IFShampoo(params, batch_size=1)
     optimizer.load_state_dict(from_sirfshampoo(as_sirfshampoo(before), optimizer))

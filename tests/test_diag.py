@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _optimizers import DIAGONAL, build, parameters, run, set_grads
-from test_reference_diag import CASES, TOLERANCE, load
+from helpers.golden import DIAGONAL as TRAJECTORIES
+from helpers.golden import TOLERANCE, diagonal_optimizer, load
+from helpers.optimizers import DIAGONAL, build, parameters, run, set_grads
 
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 
 FLOAT64 = torch.float64
 
 
-def golden_optimizer(params, meta):
-    settings = {key: meta[key] for key in ("lr", "damping", "weight_decay", "batch_size")}
-    settings["initial_square_avg"] = 1.0
-    if meta["optimizer"] == "root-free AdamW":
-        return RootFreeAdamW(
-            params, betas=meta["betas"], bias_correction=meta["bias_correction"], **settings
-        )
-    settings |= {key: meta[key] for key in ("alpha", "momentum", "weight_decay_mode")}
-    return RootFreeRMSprop(params, **settings)
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TRAJECTORIES)
 def test_golden(case, device):
     """The released code's trajectories, by the optimizers and so by this device's kernels."""
     data, meta = load(case)
     indices = range(len(meta["shapes"]))
     params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
-    optimizer = golden_optimizer(params, meta)
+    optimizer = diagonal_optimizer(params, meta)
     for t in range(meta["steps"]):
         for i, p in enumerate(params):
             p.grad = data[f"grad.{t}.{i}"].to(device)

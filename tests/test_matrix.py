@@ -6,37 +6,21 @@ import io
 
 import pytest
 import torch
-from _optimizers import assert_identical, parameters, run, set_grads, snapshot
-from test_reference_diag import load
-from test_reference_matrix import CASES, golden_factor
+from helpers.golden import MATRIX, load, matrix_optimizer
+from helpers.golden import factor as golden_factor
+from helpers.optimizers import assert_identical, parameters, run, set_grads, snapshot
 
 from rootfree_fused import IFShampoo, RootFreeRMSprop, reference
 
 FLOAT64 = torch.float64
 
 
-def golden_optimizer(params, meta):
-    logarithmic = isinstance(meta["update_interval"], str)
-    structure = meta["structure"]
-    keys = ("lr", "momentum", "damping", "weight_decay", "weight_decay_mode", "batch_size")
-    return IFShampoo(
-        params,
-        **{key: meta[key] for key in (*keys, "factor_lr", "factor_momentum")},
-        update_interval=3 if logarithmic else meta["update_interval"],
-        update_schedule="log4" if logarithmic else "constant",
-        structures=structure if isinstance(structure, str) else tuple(structure),
-        merge_axes=False,
-        vector_method="factor",
-        initial_square_avg=1.0,
-    )
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MATRIX)
 def test_golden(case, device):
     data, meta = load(case)
     indices = range(len(meta["shapes"]))
     params = [torch.nn.Parameter(data[f"param0.{i}"].to(device)) for i in indices]
-    optimizer = golden_optimizer(params, meta)
+    optimizer = matrix_optimizer(params, meta)
     assert optimizer.param_groups[0]["factor_dtype"] == FLOAT64
     for t in range(meta["steps"]):
         for i, p in enumerate(params):

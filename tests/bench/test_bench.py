@@ -1,0 +1,329 @@
+"""The benchmarks: byte model, percentiles, rows, tables, and that a wrong kernel gets no time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from helpers.bench import CPU, ROOT, needs_extras, row
+
+from bench import common, diag, host, matrix, peers, providers, rows
+from bench.__main__ import SUBCOMMANDS, main
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch
+
+TINY = {"tiny, float32": ([(300,), (), (0,), (2, 3)], torch.float32)}
+
+
+def stepped(build, *shapes, dtype=torch.float32):
+    params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = build(params)
+    optimizer.step()
+    return optimizer
+
+
+# Shapes, timers, byte model -------------------------------------------------------------------
+
+
+def test_percentiles_interpolate_between_sorted_samples():
+    timing = common.summarize([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert timing == common.Timing(median=3.5, p20=2.0, p80=5.0, samples=6)
+
+
+def test_interleaving_shuffles_every_round_and_drops_the_warm_up():
+    calls = []
+    runs = {name: partial(calls.append, name) for name in "abc"}
+
+    def timer(run):
+        run()
+        return float(len(calls))
+
+    times = common.interleave(runs, timer, seconds=0.0, min_rounds=20)
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds[0] == "abc"
+    assert {"".join(sorted(r)) for r in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    positions = [1.0 + i for i, name in enumerate(calls) if name == "a"]
+    assert times["a"] == common.summarize(positions[1:])
+
+
+def test_interleaving_stops_at_the_last_round():
+    times = common.interleave({"a": int}, common.time_host, seconds=60.0, max_rounds=7)
+    assert times["a"].samples == 7
+
+
+@pytest.mark.parametrize(
+    ("build", "dtype", "expected"),
+    [
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.9), torch.float32, 28),
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.0), torch.float32, 20),
+        (partial(RootFreeAdamW, batch_size=1), torch.float32, 28),
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.9), torch.bfloat16, 22),
+        (partial(RootFreeRMSprop, batch_size=1, momentum=0.0), torch.bfloat16, 14),
+        (partial(RootFreeAdamW, batch_size=1), torch.bfloat16, 22),
+        (partial(torch.optim.AdamW, fused=True), torch.float32, 28),
+        (partial(torch.optim.AdamW, fused=True), torch.bfloat16, 14),  # bfloat16 state
+        (partial(torch.optim.RMSprop, momentum=0.9), torch.float32, 28),
+        (partial(torch.optim.SGD, momentum=0.9), torch.float32, 20),
+    ],
+)
+def test_step_bytes_against_hand_counts(build, dtype, expected):
+    optimizer = stepped(build, (7, 11), (), (5,), dtype=dtype)
+    assert common.step_bytes(optimizer) == expected * (77 + 1 + 5)
+
+
+# Error ----------------------------------------------------------------------------------------
+
+
+def entry(*values, dtype=torch.float32):
+    return {"param": torch.tensor(values, dtype=dtype)}
+
+
+def test_error_ratio_is_in_units_of_the_eager_error():
+    truth = entry(1.0, 2.0, dtype=torch.float64)
+    assert common.error_ratio([(entry(1.0, 2.5), entry(1.25, 2.0), truth)]) == 2.0
+
+
+def test_error_ratio_takes_the_worst_over_all_chunks_and_floors_the_eager_error():
+    truth = entry(1.0, dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    off = entry(1.0 + 4 * eps)
+    assert common.error_ratio([(off, entry(1.0), truth)]) == pytest.approx(4.0)
+    chunks = [(off, entry(1.0), truth), (entry(1.0), entry(1.0 + 2 * eps), truth)]
+    assert common.error_ratio(chunks) == pytest.approx(2.0)
+
+
+def test_an_unwritten_element_is_never_right():
+    truth = entry(1.0, dtype=torch.float64)
+    ratio = common.error_ratio([(entry(float("nan")), entry(1.0), truth)])
+    assert not ratio <= diag.ALLOWED_ERROR
+
+
+@pytest.mark.parametrize("name", providers.PROVIDERS)
+def test_providers_are_right_in_float32(name):
+    params = common.random_tensors(
+        [(300,), (2, 3)], scale=0.1, dtype=torch.float32, device=CPU, seed=0
+    )
+    grads = common.random_tensors(
+        [(300,), (2, 3)], scale=0.1, dtype=torch.float32, device=CPU, seed=1
+    )
+    provider = providers.PROVIDERS[name]
+    optimizer = diag.built(provider, params, grads)
+    assert diag.check(provider, optimizer, params, grads) <= diag.ALLOWED_ERROR
+
+
+# Rows -----------------------------------------------------------------------------------------
+
+
+def test_a_row_is_in_the_file_at_once_and_has_every_key(tmp_path):
+    written = rows.Rows(tmp_path / "sub" / "rows.jsonl", "diag", CPU)
+    written.add("case", "provider", "time", 1.23456789, "ms", samples=3)
+    written.add("case", "provider", "time", float("nan"), "ms")
+    first, second = rows.read_rows(written.path)
+    assert tuple(first) == rows.ROW_KEYS
+    assert first["value"] == 1.2346
+    assert first["detail"] == {"samples": 3}
+    assert first["versions"].keys() == {"torch", "rootfree_fused", "python"}
+    assert "thread" in first["device"]
+    assert second["value"] is None
+    assert str(ROOT) not in written.path.read_text()
+
+
+def test_a_row_with_other_keys_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"kernel": "diag"}) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl line 1 has keys \['kernel'\]"):
+        rows.read_rows(path)
+
+
+def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    assert rows.commit() == "unknown"
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def test_diag_table_shows_time_band_bandwidth_and_error():
+    text = diag.table(
+        [
+            row("A", "error", 0.5, right=True),
+            row("A", "time", 2.0, p20=1.9, p80=2.25),
+            row("A", "bandwidth", 55.55, bytes_per_parameter=28.0),
+            row("A", "bandwidth fraction", 0.914),
+            row("A", "host time", 0.0123, p20=0.012, p80=0.013),
+            row("B", "error", 141.0, right=False),
+            row("C", "error", None, right=False),
+        ]
+    )
+    assert "a CPU; torch 2; commit abc" in text
+    assert "| A | 2 (1.9 to 2.25) | 28 | 55.5 | 91% | 0.012 | 0.50 |" in text
+    assert "| B | **WRONG** |  |  |  |  | **141.00** |" in text
+    assert "| C | **WRONG** |  |  |  |  | **not finite** |" in text
+
+
+# Subcommands ----------------------------------------------------------------------------------
+
+
+def test_the_command_alone_lists_its_subcommands(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in SUBCOMMANDS)
+
+
+def test_the_help_names_defaults_cases_methods_and_where_it_runs(capsys):
+    shown = {}
+    for name in ("diag", "train"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown[name] = " ".join(capsys.readouterr().out.split())
+    assert "each of the 15 or 16 cases (default: 4.0)" in shown["diag"]
+    assert len(diag.cases(CPU, False)) == 15
+    assert "(default: None)" not in shown["diag"]
+    assert "this optimizer alone: IFShampoo, Muon, RootFreeAdamW," in shown["train"]
+    main([])
+    assert "pip install --no-build-isolation -e" in capsys.readouterr().out
+
+
+@needs_extras
+def test_a_method_that_is_not_searched_there_is_refused(tmp_path):
+    for options in (["--tune", "--problem", "digits", "--method", "SOAP"], ["--method", "SOAP"]):
+        with pytest.raises(SystemExit, match="--method goes with --tune and one that is searched"):
+            main(["train", "--out", str(tmp_path), *options])
+
+
+def test_the_reference_is_not_timed_unless_asked(tmp_path, monkeypatch):
+    """Sources that hide the build, an installation without a compiler: rows would be of torch."""
+    missing = {"cpu": "reference: No module named 'rootfree_fused._C'", "cuda": "Triton 3.6.0"}
+    monkeypatch.setattr(common.ops, "backends", lambda: missing)
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    command = ["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"_C.*pip install --no-build-isolation -e \. .*--refer"):
+        main(command)
+    assert not list(tmp_path.iterdir())
+    common.require_kernels(torch.device("cuda"), reference=False)
+    with pytest.raises(SystemExit, match="no kernels for this device"):
+        common.require_kernels(torch.device("mps"), reference=False)
+    assert main([*command, "--reference"]) == 0
+
+
+@needs_extras
+@pytest.mark.parametrize("missing", ["sklearn", "matplotlib", "tqdm", "pytorch_optimizer"])
+def test_a_missing_package_is_named_with_its_cure(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit, match=rf"{missing}.*pip install rootfree-fused\[bench\]"):
+        main(["train", "--quick", "--out", str(tmp_path)])
+
+
+@needs_extras
+def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    written = rows.read_rows(tmp_path / "diag.jsonl")
+    assert set(rows.unique(written, "provider")) == {*diag.PROBE_BYTES, *providers.PROVIDERS}
+    timed = rows.select(written, metric="time")
+    assert len(timed) == len(providers.PROVIDERS) + len(diag.PROBE_BYTES)
+    assert (tmp_path / "diag.md").read_text() == diag.table(written)
+    assert capsys.readouterr().out.endswith(f"tables {tmp_path / 'diag.md'}\n")
+
+
+@needs_extras
+def test_a_wrong_kernel_is_marked_and_gets_no_time(tmp_path, monkeypatch):
+    right = providers.PROVIDERS["RootFreeAdamW"]
+    wrong = providers.Provider(partial(right.build, damping=2e-4), right.eager)
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    monkeypatch.setattr(diag, "PROVIDERS", {"RootFreeAdamW": right, "RootFreeAdamW, off": wrong})
+    assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    of_wrong = rows.select(rows.read_rows(tmp_path / "diag.jsonl"), provider="RootFreeAdamW, off")
+    assert [r["metric"] for r in of_wrong] == ["error"]
+    assert of_wrong[0]["detail"] == {"right": False}
+    assert "| RootFreeAdamW, off | **WRONG** |" in (tmp_path / "diag.md").read_text()
+
+
+@needs_extras
+def test_an_interruption_keeps_the_rows_so_far(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diag, "interleave", interrupt)
+    assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert len(rows.read_rows(tmp_path / "diag.jsonl")) == len(providers.PROVIDERS)
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+# Matrices
+
+
+def test_flops_of_an_update_step_by_hand():
+    # T, H, V, P: 2 m n m or 2 m n n each; M M^T, M^T M at half: m m n + n n m;
+    # K^T K and K K^T at half: 2 n^3 together a side; K m: 2 n^3 a side.
+    m, n = 3, 5
+    products = 2 * (2 * m * m * n + 2 * m * n * n)
+    symmetric = m * m * n + n * n * m + 2 * (m**3 + n**3)
+    assert matrix.step_flops([(m, n)]) == products + symmetric + 2 * (m**3 + n**3)
+    assert matrix.step_flops([(7, 7)] * 2) == 2 * 18 * 7**3
+
+
+@needs_extras
+def test_matrix_end_to_end(tmp_path, monkeypatch):
+    right = peers.PEERS["IFShampoo, float32"]
+
+    def off(params, interval):
+        optimizer = right.build(params, interval)
+        optimizer.param_groups[0]["lr"] *= 1.1
+        return optimizer
+
+    chosen = {name: peers.PEERS[name] for name in ("IFShampoo, float32", peers.EIGH)}
+    gone = peers.Peer(off, "no_such_package")
+    wrong = {"IFShampoo, off": replace(right, build=off), "gone": gone}
+    monkeypatch.setattr(matrix, "PEERS", chosen | wrong)
+    monkeypatch.setattr(matrix, "CASES", {str(i): [(6, 4), (3, 3)] for i in range(4)})
+    assert main(["matrix", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    written = rows.read_rows(tmp_path / "matrix.jsonl")
+    report = (tmp_path / "matrix.md").read_text()
+    assert report == matrix.table(written)
+    assert "| IFShampoo, off | **WRONG** |" in report
+    timed = rows.unique(rows.select(written, metric="time"), "provider")
+    assert timed == ["IFShampoo, float32", peers.EIGH]
+    assert "| gone | absent |" in report
+
+
+# Host time
+
+
+def test_host_end_to_end(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(host, "GOALS", {3: 100.0, 40: 1.0})
+    before = triton.runtime.driver._active, _dispatch._served
+    assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
+    assert (triton.runtime.driver._active, _dispatch._served) == before
+    written = rows.read_rows(tmp_path / "host.jsonl")
+    assert len(written) == 2 * len(host.OPTIMIZERS) * 3
+    assert all(r["unit"] == "ms" and r["value"] > 0 for r in written)
+    assert (tmp_path / "host.md").read_text() == host.table(written)
+
+
+def test_a_stubbed_step_launches_once_and_moves_nothing(monkeypatch):
+    pytest.importorskip("triton")
+    from rootfree_fused.kernels import diag as kernels
+
+    launched = []
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *args: launched.append(1) or launch(*args))
+    with host.stubbed():
+        steps = host.steps(3)
+        step = steps["RootFreeRMSprop", host.KNOWN]
+        params = step.__self__.param_groups[0]["params"]
+        before = [p.detach().clone() for p in params]
+        step()
+        step()
+    assert launched == [1, 1]
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))

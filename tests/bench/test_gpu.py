@@ -1,0 +1,207 @@
+"""`python -m bench gpu`: rehearsed on the CPU, where parts fail on purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.bench import CPU, needs_extras
+
+from bench import eigh, gpu, gpu_cases, rows
+from bench.__main__ import main
+
+# What the CPU cannot rehearse.
+GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph")
+
+
+@needs_extras
+def test_the_rehearsal_gives_every_target_a_row(tmp_path, capsys):
+    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    written = rows.read_rows(tmp_path / "gpu.jsonl")
+    for target in gpu.TARGETS:
+        keys = {"case": target.case, "provider": target.provider, "metric": target.metric}
+        found = rows.select(written, **keys)
+        assert len(found) == (0 if target.what.startswith(GPU_ALONE) else 1), target
+        assert not found or found[0]["unit"].split()[0] in ("ms", "x")
+    printed = capsys.readouterr().out
+    assert "no CUDA device" in printed
+    assert "none of these is a result" in printed
+    assert "reached" not in printed
+    assert (tmp_path / "gpu.md").read_text() in printed
+
+
+def collected(tmp_path):
+    return rows.Rows(tmp_path / "gpu.jsonl", "gpu", CPU)
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "why"),
+    [
+        ("import sys; print('x'); sys.exit('RuntimeError: out of luck')", 60.0, "out of luck"),
+        ("import time; time.sleep(60)", 10.0, "stopped after 10 s"),
+        ("import os; os.kill(os.getpid(), 11)", 60.0, "exit status -11"),
+    ],
+)
+def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
+    found = collected(tmp_path)
+    gpu.run_part(found, "whole steps", [sys.executable, "-c", script], seconds)
+    (row,) = rows.read_rows(found.path)
+    assert (row["case"], row["metric"], row["value"]) == ("whole steps", "failed", 1)
+    assert why in row["detail"]["why"]
+    assert why in gpu.table([row])
+
+
+def test_a_part_that_hangs_takes_its_children_with_it(tmp_path):
+    child = "import time; time.sleep(300)"
+    script = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}])"
+    script += "; print(c.pid, flush=True); c.wait()"
+    printed = gpu.run_part(collected(tmp_path), "limits", [sys.executable, "-c", script], 10.0)
+    status = Path(f"/proc/{int(printed)}/status")
+    for _ in range(50):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("the child lives on")
+
+
+def test_targets_come_last_whatever_fails_before(tmp_path):
+    """Whoever sees the end of a long output alone sees them."""
+    found = collected(tmp_path)
+    for i in range(500):
+        found.add("tests", "pytest", "failed test", None, "", test=f"tests/test_a.py::test_{i}")
+    shown = gpu.table(rows.read_rows(found.path))
+    assert "test_19" in shown
+    assert "test_20" not in shown
+    assert "and 480 more" in shown
+    assert all(target.what in shown[-4000:] for target in gpu.TARGETS)
+
+
+def test_the_limits_leave_time_to_start(capsys):
+    assert main(["gpu", "--dry-run"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert int(last.split()[0]) == sum(most for most, _ in gpu.LIMITS.values()) <= 540
+
+
+def test_a_part_without_time_is_not_started(tmp_path):
+    found = collected(tmp_path)
+    assert gpu.run_part(found, "limits", ["/no/such/program"], 9.0) == ""
+    (row,) = rows.read_rows(found.path)
+    assert row["metric"] == "skipped"
+
+
+def test_a_failing_test_is_counted_and_named(tmp_path, monkeypatch):
+    output = "tests/test_a.py::test_b[cuda] FAILED\n12 failed is no summary\n=== short\n"
+    output += "FAILED tests/test_a.py::test_b[cuda] - assert\n"
+    output += "=== 2 failed, 31 passed, 4 skipped in 9s ==="
+    monkeypatch.setattr(gpu, "run_part", lambda *_: output)
+    monkeypatch.setattr(gpu, "small", lambda _: False)
+    found = collected(tmp_path)
+    gpu.run_tests(found, CPU, 60.0)
+    written = rows.read_rows(found.path)
+    counts = {row["metric"]: row["value"] for row in written if row["unit"] == "tests"}
+    assert counts == {"passed": 31, "failed": 2, "skipped": 4, "error": 0}
+    assert "test_b[cuda]" in gpu.table(written)
+
+
+def off(optimizer, factor=1.1):
+    """The optimizer with a step that is too long."""
+    optimizer.param_groups[0]["lr"] *= factor
+    return optimizer
+
+
+def test_a_wrong_step_is_red_and_gets_no_time(tmp_path, monkeypatch):
+    """Of the matrices, of the many tensors, and of the matrices whose kernels are profiled."""
+    ours, tensors = gpu_cases.PEERS[gpu_cases.OURS], gpu_cases.CAPTURABLE
+    wrong = dataclasses.replace(ours, build=lambda *args: off(ours.build(*args)))
+    monkeypatch.setitem(gpu_cases.PEERS, gpu_cases.OURS, wrong)
+    monkeypatch.setattr(
+        gpu_cases,
+        "CAPTURABLE",
+        dataclasses.replace(tensors, build=lambda params: off(tensors.build(params))),
+    )
+    found = collected(tmp_path)
+    for case in (gpu_cases.whole_steps, gpu_cases.many_tensors):
+        case(found, CPU, 0.01)
+    written = rows.read_rows(found.path)
+    for case, provider in (("114 of 1024", gpu_cases.OURS), ("many tensors", "2,000 tensors")):
+        (row,) = rows.select(written, case=case, provider=provider)
+        assert (row["metric"], row["detail"]["right"]) == ("error", False)
+    assert rows.select(written, case="114 of 1024", provider=gpu_cases.EIGH, metric="time")
+    shown = gpu.table(written)
+    assert "| 114 of 1024: a step | **WRONG** | <= 6 ms |  |" in shown
+    assert "- many tensors, 300 tensors: **WRONG**, error" in shown
+
+
+def test_a_step_is_judged_by_the_factors_that_it_should_have(tmp_path):
+    found = collected(tmp_path)
+    values, grads = ([torch.full((6, 6), v, dtype=torch.bfloat16)] * 2 for v in (0.0, 0.1))
+    for limit in (6, 5):
+        peer = gpu_cases.dense_up_to(limit)
+        assert gpu_cases.checked_step(found, "c", "p", peer, values, grads)
+    diagonal = dataclasses.replace(gpu_cases.dense_up_to(6), build=gpu_cases.dense_up_to(5).build)
+    assert gpu_cases.checked_step(found, "c", "p", diagonal, values, grads) is None
+
+
+def test_a_target_is_reached_from_its_own_side(tmp_path):
+    found = collected(tmp_path)
+    found.add("a", "p", "time", 5.0, "ms")
+    written = [{**row, "device": "NVIDIA H100, sm_90"} for row in rows.read_rows(found.path)]
+    at_most, at_least = (gpu.Target("t", "a", "p", "time", 6.0, side) for side in (True, False))
+    assert gpu._line(at_most, written)[-1] == "reached"
+    assert gpu._line(at_least, written)[-1] == "missed"
+    absent = gpu.Target("t", "b", "p", "time", 6.0)
+    assert gpu._line(absent, written)[1] == "not measured"
+
+
+def test_the_eigendecomposition_shampoo_is_shampoo():
+    params = [torch.randn(5, 3, dtype=torch.float64) for _ in range(3)]
+    twins = [p.clone() for p in params]
+    optimizer = eigh.EighShampoo(params, lr=0.1, damping=0.01)
+    left = [0.01 * torch.eye(5, dtype=torch.float64) for _ in params]
+    right = [0.01 * torch.eye(3, dtype=torch.float64) for _ in params]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(5, 3, dtype=torch.float64)
+        optimizer.step()
+        for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
+            left[i] += p.grad @ p.grad.T
+            right[i] += p.grad.T @ p.grad
+            inverses = [torch.linalg.inv(m) for m in (left[i], right[i])]
+            decomposed = [torch.linalg.svd(inverse) for inverse in inverses]
+            a, b = (u @ torch.diag(s.pow(0.25)) @ vh for u, s, vh in decomposed)
+            twin -= 0.1 * a @ p.grad @ b
+    for p, twin in zip(params, twins, strict=True):
+        assert (p - twin).abs().max() < 1e-9
+
+
+def test_roots_are_renewed_at_the_interval_alone():
+    grad = torch.eye(3, dtype=torch.float64)
+    steps = {}
+    for interval in (1, 2):
+        p = torch.zeros(3, 3, dtype=torch.float64)
+        p.grad = grad
+        optimizer = eigh.EighShampoo([p], lr=1.0, damping=1.0, interval=interval)
+        ways = []
+        for _ in range(3):
+            before = p.clone()
+            optimizer.step()
+            ways.append((before - p)[0, 0].item())
+        steps[interval] = ways
+    renewed = [(1.0 + step) ** -0.5 for step in (1, 2, 3)]
+    assert steps[1] == pytest.approx(renewed)
+    assert steps[2] == pytest.approx([renewed[0], renewed[0], renewed[2]])
+
+
+def test_roots_of_a_deficient_matrix_hold_in_float32():
+    grad = 3 * torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
+    ways = []
+    for dtype in (torch.float32, torch.float64):
+        p = torch.zeros(256, 16, dtype=dtype)
+        p.grad = grad.to(dtype)
+        eigh.EighShampoo([p], lr=1.0).step()
+        ways.append(p.double())
+    assert (ways[0] - ways[1]).norm() < 1e-3 * ways[1].norm()

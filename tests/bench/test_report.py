@@ -1,0 +1,210 @@
+"""`python -m bench report`: README and the stored report say what the stored rows give."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers.bench import RESULTS, ROOT, needs_extras, row
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import figures, plots, providers, readme, report
+from bench.__main__ import main
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def files():
+    return report.stored(RESULTS)
+
+
+# What is stored -------------------------------------------------------------------------------
+
+
+def test_the_tables_of_readme_are_those_of_the_stored_rows(files):
+    assert readme.rewritten(README, files) == README
+    assert {found[1] for found in readme.MARKS.findall(README)} == set(readme.TABLES)
+
+
+@pytest.mark.parametrize("name", readme.TABLES)
+def test_a_row_that_changes_changes_its_table_in_readme(name, files):
+    changed = copy.deepcopy(files)
+    for other in (other for of in changed.values() for other in of if other["value"]):
+        other["value"] *= 1.1 if other["provider"].startswith("IFShampoo") else 1.2
+    assert readme.TABLES[name](changed) != readme.TABLES[name](files)
+
+
+def test_the_stored_report_is_that_of_the_stored_rows(files):
+    assert (RESULTS / report.REPORT).read_text() == report.report(files)
+
+
+def test_the_stored_plots_are_those_of_the_stored_rows(files):
+    drawn = report.plotted(files)
+    assert {path.name for path in RESULTS.glob("*.png")} == set(drawn)
+    for name, (_, shown) in drawn.items():
+        assert figures.shows(RESULTS / name, shown), name
+
+
+def test_readme_shows_two_of_the_plots(files):
+    shown = [name for name in report.plotted(files) if f"(bench/results/{name})" in README]
+    assert len(shown) == 2
+
+
+def test_a_mark_without_rows_or_of_an_unknown_name_is_refused(files):
+    page = "<!-- bench:diag -->\n<!-- /bench -->"
+    with pytest.raises(SystemExit, match=r"bench:diag needs the rows 'diag'.jsonl"):
+        readme.rewritten(page, {})
+    with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, .*diag"):
+        readme.rewritten(page.replace("diag", "dig"), files)
+
+
+def test_a_wrong_and_an_unmeasured_step_have_no_time_in_readme():
+    case = readme.DIAG_CASES[0]
+    found = [row("A", "error", 9.0, case=case, right=False), row("B", "absent", None, case=case)]
+    shown = readme.diag({"diag": found})
+    others = " not measured |" * 4
+    assert f"| A | WRONG |{others}" in shown
+    assert f"| B | not measured |{others}" in shown
+
+
+# Models ---------------------------------------------------------------------------------------
+
+
+class CountFlops(TorchDispatchMode):
+    """FLOPs of elementwise operations of a size; a root or division is one, a limit none."""
+
+    FLOPS = {"lerp_": 3, "addcmul_": 2, "addcdiv_": 2}  # noqa: RUF012
+    NONE = (
+        "clamp",
+        "clamp_max",
+        "isinf",
+        "where",
+        "copy_",
+        "clone",
+        "detach",
+        "ones_like",
+        "zeros_like",
+        "full_like",
+        "_to_copy",
+    )
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.total = size, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operator.overloadpacket.__name__
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is not None and first.numel() == self.size and name not in self.NONE:
+            scaled = kwargs.get("value", 1) != 1 or kwargs.get("alpha", 1) != 1
+            self.total += self.FLOPS.get(name, 1) + scaled
+        return operator(*args, **kwargs)
+
+
+def test_a_peer_has_a_colour_of_its_own_in_a_plot():
+    """A variant of a peer, "sirfshampoo, float32", has its colour and is hollow."""
+    known = [look[0] for look in figures.STYLES.values()]
+    assert len(set(known)) == len(known)
+    names = ["a new peer", *list(figures.STYLES)[:4], "another", "sirfshampoo, bfloat16"]
+    looks = figures.styles([*names, "sirfshampoo, float32"])
+    colours = [looks[name]["color"] for name in names]
+    assert len(set(colours)) == len(colours)
+    first, second = (looks[f"sirfshampoo, {dtype}"] for dtype in ("bfloat16", "float32"))
+    assert first["color"] == second["color"]
+    assert [first["fillstyle"], second["fillstyle"]] == ["full", "none"]
+
+
+def test_points_that_lie_together_have_one_line_of_names():
+    rows = [
+        row("RootFreeAdamW", "bandwidth", value, case=case, bytes_per_parameter=15)
+        for case, value in (("large", 30.0), ("small", 2.0), ("larger, float32", 40.0))
+    ]
+    found = plots.clusters_of(rows)
+    assert [names for _, names in found] == [["small"], ["large", "larger"]]
+    assert found[1][0] == pytest.approx((30 * 40) ** 0.5)
+
+
+@pytest.mark.parametrize("name", plots.DIAGONAL_FLOPS)
+def test_flops_of_a_diagonal_update_against_a_count(name, monkeypatch):
+    counts = []
+    for steps in (2, 3):
+        monkeypatch.setattr(providers, "CHECK_STEPS", steps)
+        with CountFlops(7) as counter:
+            providers.PROVIDERS[name].eager(torch.full((7,), 0.1), torch.full((7,), 0.1))
+        counts.append(counter.total)
+    guard = 8 if name == "RootFreeAdamW" else 0  # of g - m beyond the largest number: no update
+    assert counts[1] - counts[0] - guard == plots.DIAGONAL_FLOPS[name]
+
+
+# Plots ----------------------------------------------------------------------------------------
+
+
+def test_a_point_of_the_roofline_has_the_intensity_of_its_row():
+    rate = {**row("gram", "rate", 1.5, flops=600.0, bytes=20.0), "unit": "TFLOP/s"}
+    assert (plots.intensity(rate), plots.achieved(rate)) == (30.0, 1500.0)
+    update = row("RootFreeRMSprop, momentum 0.9", "bandwidth", 56.0, bytes_per_parameter=26.0)
+    assert (plots.intensity(update), plots.achieved(update)) == (0.5, 28.0)
+    assert plots.intensity(row("gram", "rate", 1.5, flops=600.0)) is None
+    copy_ = row("copy", "bandwidth", 40.0, bytes_per_parameter=16)
+    assert plots.roofline_rows([update]) == []
+    assert plots.roofline_rows([copy_]) == []
+    assert plots.roofline_rows([copy_, update]) == [copy_, update]
+    large = row("copy", "bandwidth", 30.0, case="large", bytes_per_parameter=16)
+    disturbed = row("copy", "bandwidth", 20.0, case="disturbed", bytes_per_parameter=16)
+    times = [
+        row("copy", "time", 1.0),  # in a cache
+        row("copy", "time", 15.0, case="large"),
+        row("copy", "time", 20.0, case="disturbed"),
+    ]
+    found = plots.roofline_rows([copy_, large, disturbed, *times, update])
+    assert found == [large, update]
+
+
+def made_up():
+    """Rows that every plot but the curves has something of."""
+    sizes = {"parameters": 64, "flops": 64, "bytes": 8, "p20": 1, "p80": 1}
+    kinds = {"gram speed": "x", "time": "ms", "update step": "ms", "gram rate": "GFLOP/s"}
+    return [
+        {**row("copy", "bandwidth", 40.0), "unit": "GB/s"},
+        {**row("mm, bfloat16", "rate", 100.0), "unit": "GFLOP/s"},
+        *(
+            {**row(name, metric, 3.0, case=case, **sizes), "unit": unit, "kernel": "matrix"}
+            for name in (plots.OURS, "sirfshampoo, bfloat16", "some new peer")
+            for metric, unit in kinds.items()
+            for case in ("1 of 8", "4 of 8")
+        ),
+    ]
+
+
+@needs_extras
+def test_the_report_draws_what_has_rows_and_names_what_has_none(tmp_path):
+    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, made_up())))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.diag.table", lambda _: "# Made up\n\ntable\n")
+        assert main(["report", "--rows", str(tmp_path)]) == 0
+    page = (tmp_path / "report.md").read_text()
+    kinds = ["roofline", "speedup", "cost", "steps"]
+    for kind in kinds:
+        assert figures.shows(tmp_path / f"new_{kind}.png", plots.PLOTS[kind].rows(made_up()))
+        assert f"a CPU; torch 2; commit abc](new_{kind}.png)" in page
+    assert set(plots.PLOTS) - set(kinds) == {"loss"}
+    assert page.count("**Not drawn: no such rows are stored.** They come from `bench train`") == 1
+    assert page.count("Not drawn") == 1
+    assert "## Made up\n\ntable" in page
+
+
+@needs_extras
+def test_a_plot_does_not_pass_for_one_of_other_rows(tmp_path):
+    shown = plots.cost_rows(made_up())
+    plots.cost(shown, tmp_path / "cost.png")
+    assert figures.shows(tmp_path / "cost.png", shown)
+    assert not figures.shows(tmp_path / "cost.png", [{**shown[0], "value": 3.1}, *shown[1:]])
+
+
+def test_a_folder_without_rows_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no rows .*python -m bench diag"):
+        report.stored(tmp_path)

@@ -1,0 +1,60 @@
+"""Every example runs, counts what its docstring says, and learns."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+from torch.nn.modules.module import register_module_forward_hook
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+
+
+def test_every_example_is_tested():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"checkpoint", "plain_loop", "hf_trainer", "lightning_module"}
+
+
+def test_plain_loop():
+    batch_sizes, losses = run_example("plain_loop")
+    assert batch_sizes == [32, 32, 32, 4] * 10
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_checkpoint():
+    at_once, resumed = run_example("checkpoint")
+    assert at_once == resumed
+    assert sum(at_once[10:]) < 0.95 * sum(at_once[:10])
+
+
+def test_lightning_module():
+    pytest.importorskip("lightning")
+    batch_sizes, losses = run_example("lightning_module")
+    assert batch_sizes == [32, 32, 4] * 10
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_hf_trainer():
+    """The counter's number of tokens is the Trainer's, which divides the loss by it."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    divisors = []
+
+    def record(module, args, kwargs, output):
+        if module.training and "labels" in kwargs:
+            divisors.append(int(kwargs["num_items_in_batch"]))
+
+    handle = register_module_forward_hook(record, with_kwargs=True)
+    try:
+        batch_sizes, losses = run_example("hf_trainer")
+    finally:
+        handle.remove()
+    assert batch_sizes == divisors[::2] == divisors[1::2]
+    assert sum(batch_sizes) == sum(11 - i % 5 for i in range(240))
+    assert losses[-1] < 0.8 * losses[0]
