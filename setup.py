@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import runpy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -142,8 +142,9 @@ def cpu_extension(found: dict[str, Any]) -> Extension:
 
 
 def host_extension(found: dict[str, Any], torch_version: str) -> Extension:
-    """For this torch and this Python alone; the name as rootfree_fused/_prepared.py makes it."""
-    name = "_host_" + re.sub(r"\W", "_", torch_version)
+    """For this torch and this Python alone."""
+    names = runpy.run_path("rootfree_fused/ops/extensions.py")
+    name = names["known_tensors_module"](torch_version)
     return Extension(
         f"rootfree_fused.{name}",
         HOST_SOURCES,

@@ -18,7 +18,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch, _prepared
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
+from rootfree_fused.ops import dispatch, extensions
 
 from .common import add_measurement_arguments, interleave, optional, random_tensors, time_host
 from .rows import Row, Rows, markdown, provenance, read_rows, select, timed, unique
@@ -39,7 +40,7 @@ def stubbed() -> Iterator[None]:
     """CPU tensors go the way of CUDA tensors, compiled for sm_90, and the driver does nothing."""
     target = optional("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     driver = optional("triton").runtime.driver
-    kept, served = driver._active, _dispatch._served
+    kept, served = driver._active, dispatch._served
     nothing = SimpleNamespace(
         load_binary=lambda *args: (0, 0, 32, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
@@ -53,11 +54,11 @@ def stubbed() -> Iterator[None]:
             utils=nothing,
         )
     )
-    _dispatch._served = lambda param: True
+    dispatch._served = lambda param: True
     try:
         yield
     finally:
-        driver._active, _dispatch._served = kept, served
+        driver._active, dispatch._served = kept, served
 
 
 def steps(count: int) -> dict[tuple[str, str], Callable[[], Any]]:
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Time the steps; always on CPU tensors."""
     rows = Rows(args.out / "host.jsonl", "host", torch.device("cpu"), arguments=args)
-    compared = "C++" if _prepared.extension() else "Python"
+    compared = "C++" if extensions.known_tensors() else "Python"
     with stubbed():
         cases = {f"{count} tensors": count for count in GOALS}
         for case in rows.remaining(cases):

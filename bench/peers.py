@@ -20,7 +20,7 @@ from torch.nn import Module, Parameter, ParameterList
 from torch.optim import Optimizer
 
 from rootfree_fused import IFShampoo, reference
-from rootfree_fused.factors import layout_of
+from rootfree_fused.optimizer.layouts import layout_of
 
 from .eigh import EighShampoo
 from .providers import CHECK_STEPS as DIAGONAL_STEPS

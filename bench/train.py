@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rootfree_fused.factors import default_dtype
+from rootfree_fused.optimizer.layouts import default_dtype
 
 from .common import (
     add_measurement_arguments,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._base import RootFreeOptimizer
+from .optimizer.base import RootFreeOptimizer
 
 T = TypeVar("T")
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._base import RootFreeOptimizer
-from ._groups import Group
-from ._loading import check_state_dict
-from ._state import State, saved_group
 from .diag import RootFreeAdamW
-from .factors import layout_of
 from .matrix import IFShampoo
+from .optimizer.base import RootFreeOptimizer
+from .optimizer.checkpoint import saved_group
+from .optimizer.checkpoint_checks import check_state_dict
+from .optimizer.groups import Group
+from .optimizer.layouts import layout_of
+from .optimizer.state import State
 from .reference import is_update_step
 
 # Their names of settings, and ours.

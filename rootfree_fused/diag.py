@@ -9,26 +9,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from ._base import RootFreeOptimizer
-from ._checks import gradients_suit
-from ._groups import Group
-from ._prepared import Launch, on_gradients
-from ._scaling import Scaling
-from ._starts import declared_start
-from ._state import Initial, State, full_like, momentum_buffers, unused_momentum
-from ._stepping import Work
-
-
-def _rmsprop_settings(group: Group) -> dict[str, Any]:
-    """All but lr and batch_size, which operators take as tensors and launches as numbers."""
-    return {
-        "alpha": group["alpha"],
-        "damping": group["damping"],
-        "weight_decay": group["weight_decay"],
-        "momentum": group["momentum"],
-        "decoupled": group["weight_decay_mode"] == "decoupled",
-        "maximize": group["maximize"],
-    }
+from .ops.checks import gradients_suit
+from .optimizer.amp_and_graphs import Scaling
+from .optimizer.base import RootFreeOptimizer, Work
+from .optimizer.diagonal import rmsprop_settings, rmsprop_state, update_rmsprop_
+from .optimizer.groups import Group
+from .optimizer.known_tensors import Launch, on_gradients
+from .optimizer.starts import declared_start
+from .optimizer.state import Initial, State, full_like, unused_momentum
 
 
 def _adamw_settings(group: Group) -> dict[str, Any]:
@@ -46,33 +34,6 @@ def _launch_lr(group: Group) -> float | Tensor:
     """The learning rate as a prepared launch takes it: a number needs no tensor there."""
     lr: float | Tensor = group["lr"]
     return ops.as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr
-
-
-def rmsprop_state(states: list[State], group: Group) -> tuple[list[Tensor], list[Tensor]]:
-    """s and the momentum buffers of these parameters."""
-    buffers = momentum_buffers(states, group["momentum"])
-    return [state["square_avg"] for state in states], buffers
-
-
-def update_rmsprop_(
-    group: Group,
-    scaling: Scaling,
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    buffers: list[Tensor],
-) -> None:
-    """Root-free RMSProp with a group's settings; IFShampoo uses it for vectors."""
-    torch.ops.rootfree_fused.rmsprop_(
-        params,
-        grads,
-        square_avgs,
-        buffers,
-        ops.as_scalar_tensor(group["lr"]),
-        **_rmsprop_settings(group),
-        batch_size=ops.as_scalar_tensor(group["batch_size"]),
-        **scaling,
-    )
 
 
 def _adamw_state(states: list[State]) -> tuple[list[Tensor], list[Tensor]]:
@@ -210,7 +171,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
         plan = kernels and kernels.prepare(lists if buffers else lists[:3])
 
         def launch(plan: Any, group: Group, scaling: Scaling) -> None:
-            settings = {**_rmsprop_settings(group), "batch_size": group["batch_size"]}
+            settings = {**rmsprop_settings(group), "batch_size": group["batch_size"]}
             kernels.launch_rmsprop(plan, _launch_lr(group), **settings, **scaling)
 
         def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,17 +13,16 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from ._base import RootFreeOptimizer
-from ._capturing import check_schedules
-from ._groups import Group
-from ._matrix_calls import Call, Due, Known, planned_calls
-from ._planning import check_state, check_whole, name_of
-from ._prepared import Launch, on_gradients
-from ._scaling import Scaling, skips
-from ._starts import declared_start
-from ._state import Initial, State, full_like, unused_momentum
-from ._stepping import Work
-from .factors import Plan, Stacks, default_dtype, factor_state, layout_of
+from .ops.by_reference import skips
+from .optimizer.amp_and_graphs import Scaling
+from .optimizer.base import RootFreeOptimizer, Work
+from .optimizer.checks import check_state, check_whole, name_of
+from .optimizer.groups import Group
+from .optimizer.known_tensors import Launch, on_gradients
+from .optimizer.layouts import Plan, Stacks, default_dtype, factor_state, layout_of
+from .optimizer.matrix_calls import Call, Due, Known, planned_calls
+from .optimizer.starts import declared_start
+from .optimizer.state import Initial, State, full_like, unused_momentum
 from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
@@ -327,7 +326,27 @@ class IFShampoo(RootFreeOptimizer):
 
     def _check_capture(self) -> None:
         super()._check_capture()
-        check_schedules(self.param_groups, by_kind=self._captured_by_kind)
+        _check_schedules(self.param_groups, by_kind=self._captured_by_kind)
+
+
+def _check_schedules(groups: list[dict[str, Any]], *, by_kind: bool) -> None:
+    """Raise a RuntimeError for groups that update their factors at some steps only.
+
+    by_kind: CapturedStep has a graph for each kind of step, and chooses by the count of steps.
+    """
+    for group in groups:
+        interval = "step() was called under CUDA graph capture with update_interval="
+        interval += str(group["update_interval"])
+        if group["update_interval"] > 1 and not by_kind:
+            raise RuntimeError(
+                f"{interval}: replays would update the factors always or never; capture the "
+                "training step with rootfree_fused.CapturedStep"
+            )
+        if group["update_interval"] > 1 and group["amp_scaling"]:
+            raise RuntimeError(
+                f"{interval} and amp_scaling=True: only the device knows which steps were skipped; "
+                "use update_interval=1 or amp_scaling=False"
+            )
 
 
 def _has_matrices(params: list[Tensor]) -> bool:

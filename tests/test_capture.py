@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
 
-import rootfree_fused._stepping
+import rootfree_fused.optimizer.base
 from rootfree_fused import CapturedStep, IFShampoo, RootFreeRMSprop
 
 SHAPES = [(7, 5), (11,), (), (3, 4, 2), (16, 8)]
@@ -196,7 +196,7 @@ def test_bad_input():
 
 
 def set_capturing(monkeypatch):
-    monkeypatch.setattr(rootfree_fused._stepping, "is_capturing", lambda _: True)
+    monkeypatch.setattr(rootfree_fused.optimizer.base, "is_capturing", lambda _: True)
 
 
 def refused(monkeypatch, optimizer, params, words):
@@ -244,7 +244,7 @@ def test_a_step_that_counts_on_the_host_is_refused(monkeypatch):
 def test_counts_on_the_device_are_read_once_for_each_set_of_gradients(monkeypatch, known):
     """What is due next is counted on the host: under a capture nothing may wait for the device."""
     if not known:
-        monkeypatch.setattr(rootfree_fused._stepping, "fingerprint", lambda *_: None)
+        monkeypatch.setattr(rootfree_fused.optimizer.base, "fingerprint", lambda *_: None)
     params = parameters((4, 3), (4, 3))
     optimizer = build("ifshampoo-interval", params, capturable=True, initial_square_avg=1.0)
     reads = []

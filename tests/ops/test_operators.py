@@ -19,7 +19,8 @@ from helpers.optimizers import (
     snapshot,
 )
 
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, _dispatch, ops
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, ops
+from rootfree_fused.ops import dispatch
 
 NAN, INF = float("nan"), float("inf")
 LR = torch.tensor(0.1, dtype=torch.float64)
@@ -149,7 +150,7 @@ def test_the_cuda_body_sends_cpu_parameters_to_the_cpu_body(call):
         for tensor, value in zip(group, values, strict=True) if isinstance(group, list) else ():
             tensor.copy_(value)
     getattr(torch.ops.rootfree_fused, name)(*expected, **kwargs)
-    _dispatch._on_cuda(name)(*args, **kwargs)
+    dispatch._on_cuda(name)(*args, **kwargs)
     for group, values in zip(args, expected, strict=True):
         if isinstance(group, list):
             assert_identical(group, values)
@@ -301,8 +302,9 @@ def test_the_reference_steps_in_with_one_warning():
         import sys, warnings
         sys.modules["rootfree_fused._C"] = sys.modules["triton"] = None
         import torch
-        from rootfree_fused import RootFreeAdamW, _prepared, ops
-        sys.modules["rootfree_fused." + _prepared.module_name(torch.__version__)] = None
+        from rootfree_fused import RootFreeAdamW, ops
+        from rootfree_fused.ops import extensions
+        sys.modules["rootfree_fused." + extensions.known_tensors_module(torch.__version__)] = None
         assert ops.backends()["host"].startswith("Python: no _host_"), ops.backends()
         assert ops.backends()["cpu"].startswith("reference"), ops.backends()
         assert ops.backends()["cuda"].startswith("reference"), ops.backends()

@@ -12,7 +12,8 @@ import torch
 from helpers.optimizers import SETTINGS, assert_identical, build, parameters, run, set_grads
 from hypothesis import strategies as st
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, _prepared
+from rootfree_fused import IFShampoo, RootFreeAdamW
+from rootfree_fused.ops import extensions
 
 SHAPES = [[(6, 5), (5,), (6, 5)], [(4, 3), (), (6, 5)]]
 
@@ -371,8 +372,8 @@ def bits(case):
     place=st.integers(0, 2),
 )
 def test_bad_input_changes_no_bit_and_is_named(damage, name, stage, group, place):
-    host = None if stage == "no host" else _prepared.extension()
-    with mock.patch.object(_prepared, "extension", return_value=host):
+    host = None if stage == "no host" else extensions.known_tensors()
+    with mock.patch.object(extensions, "known_tensors", return_value=host):
         case = Case(name, stage, group, place)
         words = damage(case)
         hypothesis.assume(words is not None)

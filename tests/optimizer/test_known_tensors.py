@@ -17,9 +17,13 @@ from helpers.optimizers import (
     snapshot,
 )
 
-from rootfree_fused import _compare, _dispatch, _prepared, ops
+from rootfree_fused import ops
+from rootfree_fused.ops import dispatch, extensions
+from rootfree_fused.optimizer import known_tensors, known_tensors_in_python
 
-pytestmark = pytest.mark.skipif(_prepared.extension() is None, reason="csrc/host.cpp is not built")
+pytestmark = pytest.mark.skipif(
+    extensions.known_tensors() is None, reason="csrc/host.cpp is not built"
+)
 SHAPES = [(3, 5), (), (1500,), (0,), (2, 3, 4, 5)]
 
 
@@ -28,7 +32,7 @@ SHAPES = [(3, 5), (), (1500,), (0,), (2, 3, 4, 5)]
 
 @pytest.fixture(params=["C++", "Python"])
 def host(request):
-    return _prepared.extension() if request.param == "C++" else _compare
+    return extensions.known_tensors() if request.param == "C++" else known_tensors_in_python
 
 
 def tensors():
@@ -167,7 +171,7 @@ def test_values_of_a_dict_are_compared_by_identity_and_order(host):
 
 
 def test_misuse_is_an_error():
-    host = _prepared.extension()
+    host = extensions.known_tensors()
     params, states = tensors()
     with pytest.raises(TypeError, match="expected a dict and a list"):
         host.has_values(states, states)
@@ -200,14 +204,14 @@ def test_autograd_sees_the_change(host):
 def found(monkeypatch):
     """Says for each group's step whether it was prepared."""
     seen = []
-    find = _prepared.PreparedSteps.find
+    find = known_tensors.PreparedSteps.find
 
     def note(self, index, params):
         prepared = find(self, index, params)
         seen.append(prepared is not None)
         return prepared
 
-    monkeypatch.setattr(_prepared.PreparedSteps, "find", note)
+    monkeypatch.setattr(known_tensors.PreparedSteps, "find", note)
     return seen
 
 
@@ -219,7 +223,7 @@ def launches(monkeypatch, found):
 
     from rootfree_fused.kernels import diag
 
-    monkeypatch.setattr(_dispatch, "_served", lambda param: param.dtype != torch.float64)
+    monkeypatch.setattr(dispatch, "_served", lambda param: param.dtype != torch.float64)
     with interpreted(diag):
         assert ops.launcher(parameters((3,))) is diag
         yield found
@@ -316,7 +320,7 @@ def test_no_gradient_is_kept_alive(name, launches):
 
 
 def test_without_the_extension_python_compares(launches, monkeypatch):
-    monkeypatch.setattr(_prepared, "extension", lambda: None)
+    monkeypatch.setattr(extensions, "known_tensors", lambda: None)
     params = parameters((4,))
     optimizer = build("rmsprop", params)
     for t in range(3):
@@ -358,7 +362,7 @@ def change_something(optimizer, params, t):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_known_tensors_take_the_same_steps_to_the_bit(name, dtype, compared, found, monkeypatch):
     if compared == "Python":
-        monkeypatch.setattr(_prepared, "extension", lambda: None)
+        monkeypatch.setattr(extensions, "known_tensors", lambda: None)
     shapes = [(7, 5), (70, 33), (11,), (), (7, 5), (3, 4, 2)]
     params, others = (parameters(*shapes, dtype=dtype) for _ in range(2))
     optimizer, twin = build(name, params), build(name, others)

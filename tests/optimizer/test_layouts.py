@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rootfree_fused.factors import Layout, caches_product, factor_state, layout_of
+from rootfree_fused.optimizer.layouts import Layout, caches_product, factor_state, layout_of
 from rootfree_fused.reference import join
 
 GROUP = {

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from rootfree_fused import ops
-from rootfree_fused._overlap import check_apart
+from rootfree_fused.ops.overlap import check_apart
 
 
 def shares(tensors, written):

@@ -1,67 +1,40 @@
-"""Imports flow one way: matrix -> diag -> _base -> ops -> reference; kernels stand alone."""
+"""Imports flow one way: rooms import only downwards, and nothing runs in a circle."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = "rootfree_fused"
-# What each module may import of the package itself.
-ALLOWED = {
-    "__init__": {"batch_size", "capture", "diag", "matrix"},
-    "batch_size": set(),
-    "capture": {"_base", "ops"},
-    "matrix": {
-        *("_base", "_capturing", "_groups", "_matrix_calls", "_planning", "_prepared"),
-        *("_scaling", "_starts", "_state", "_stepping", "factors", "ops", "reference"),
-    },
-    "_matrix_calls": {"_groups", "_scaling", "_state", "_stepping", "diag", "factors", "ops"},
-    "factors": {"_stacks", "_state", "reference.matrix"},
-    "diag": {
-        *("_base", "_checks", "_groups", "_prepared", "_scaling", "_starts", "_state"),
-        *("_stepping", "ops"),
-    },
-    "_capturing": set(),
-    "_base": {"_groups", "_loading", "_planning", "_stacks", "_starts", "_state", "_stepping"},
-    "_loading": {"_checks", "_state"},
-    "_stepping": {
-        *("_capturing", "_checks", "_groups", "_overlap", "_planning", "_prepared", "_scaling"),
-        *("_stacks", "_starts", "_state", "ops"),
-    },
-    "_groups": {"_checks", "_planning", "_prepared", "_stacks", "_starts", "_state"},
-    "_starts": {"_checks", "_scaling", "_state", "reference"},
-    "_planning": {"_checks", "_overlap", "_state"},
-    "_overlap": {"_checks"},
-    "_compare": {"_checks"},
-    "_prepared": {"_checks", "_compare", "_scaling", "_stacks", "_state"},
-    "_stacks": {"_scaling", "_state"},
-    "_scaling": set(),
-    "convert": {"_base", "_groups", "_loading", "_state", "diag", "factors", "matrix", "reference"},
-    "_state": {"_checks", "reference.matrix"},
-    "ops": {"_checks", "_dispatch", "_overlap"},
-    "_dispatch": {"_cpu_matrix", "_fallback", "_install", "_prepared"},
-    "_install": set(),
-    "_cpu_matrix": {"_fallback", "_scaling", "reference", "reference.matrix"},
-    "_fallback": {"_scaling", "reference", "reference.diag", "reference.matrix"},
-    "_checks": set(),
-    "reference.__init__": {"reference.diag", "reference.matrix"},
-    "reference.diag": set(),
-    "reference.matrix": set(),
+# The rooms of each house from the lowest floor up, by the folder; "" is the house itself.
+ROOMS = {
+    "rootfree_fused": ["reference", "ops", "optimizer", ""],
+    "kernels": [""],
+    "bench": [""],
 }
+# As Python knows them: kernels/ is installed inside the package.
+PACKAGES = {"kernels": "rootfree_fused.kernels"}
 
 
-def module_files():
-    return {
-        ".".join(path.relative_to(ROOT / PACKAGE).with_suffix("").parts): path
-        for path in sorted((ROOT / PACKAGE).rglob("*.py"))
-    }
+def module_files(house):
+    """The files of a house by the dotted names of their modules."""
+    package = PACKAGES.get(house, house)
+    files = sorted((ROOT / house).rglob("*.py"))
+    assert files, house
+    found = {}
+    for path in files:
+        parts = path.relative_to(ROOT / house).with_suffix("").parts
+        found[".".join([package, *parts]).removesuffix(".__init__")] = path
+    return found
 
 
-def imports(path, package):
-    """Absolute names of what a file imports anywhere, `from x import y` as both x and x.y."""
+def imports(name, path):
+    """Absolute names of what a module imports anywhere, `from x import y` as both x and x.y."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -72,56 +45,92 @@ def imports(path, package):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def package_of(name):
-    parts = [PACKAGE, *name.split(".")[:-1]]
-    return ".".join(parts)
+def arrows(house):
+    """Of each module the modules of the same house that it imports.
+
+    `from room import module` takes the module; the room's own file is taken where a name of it is.
+    """
+    files = module_files(house)
+    found = {}
+    for name, path in files.items():
+        targets = list(imports(name, path))
+        inside = {target for target in targets if target in files}
+        packages = {target for target in inside if files[target].name == "__init__.py"}
+        for package in packages:
+            names = [t for t in targets if t.rpartition(".")[0] == package]
+            if names and all(t in files for t in names):
+                inside.discard(package)
+        found[name] = inside - {name}
+    return found
 
 
-def test_every_module_has_a_place():
-    assert set(module_files()) == set(ALLOWED)
+def floor(house, name):
+    room = name.removeprefix(PACKAGES.get(house, house)).strip(".")
+    rooms = ROOMS[house]
+    inside = [r for r in rooms if r and (room == r or room.startswith(r + "."))]
+    return rooms.index(inside[0] if inside else "")
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_package_imports_flow_one_way(name):
-    path = module_files()[name]
-    modules = set(ALLOWED) | {"reference"}
-    for target in imports(path, package_of(name)):
-        top = target.split(".")[0]
-        assert top not in {"tests", "bench", "kernels", "triton"}, target
-        inside = target.removeprefix(PACKAGE + ".")
-        if target.startswith(PACKAGE + ".") and inside in modules:
-            assert inside in ALLOWED[name], f"{name} imports {inside}"
+@pytest.mark.parametrize("house", ROOMS)
+def test_every_folder_is_a_room(house):
+    folders = {p.parent.relative_to(ROOT / house).as_posix() for p in module_files(house).values()}
+    assert {"" if folder == "." else folder for folder in folders} == set(ROOMS[house])
+
+
+@pytest.mark.parametrize("house", ROOMS)
+def test_rooms_import_only_downwards(house):
+    for name, targets in arrows(house).items():
+        for target in targets:
+            assert floor(house, target) <= floor(house, name), f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("house", ROOMS)
+def test_no_imports_run_in_a_circle(house):
+    graphlib.TopologicalSorter(arrows(house)).prepare()  # raises CycleError, which names them
+
+
+def test_the_package_imports_nothing_above_it():
+    for name, path in module_files("rootfree_fused").items():
+        for target in imports(name, path):
+            assert target.split(".")[0] not in {"tests", "helpers", "bench", "kernels", "triton"}, (
+                f"{name} imports {target}"
+            )
+
+
+def test_no_module_is_private_to_its_package():
+    for house in ROOMS:
+        for name in module_files(house):
+            assert "._" not in name.removesuffix(".__main__"), f"{name}: name it by what it does"
+
+
+@pytest.mark.parametrize("house", ROOMS)
+def test_files_stay_short_enough_to_read(house):
+    for name, path in module_files(house).items():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{name} has {lines} lines"
 
 
 def test_the_specification_imports_only_torch():
-    for name in ("reference.diag", "reference.matrix"):
-        for target in imports(module_files()[name], f"{PACKAGE}.reference"):
-            assert target.split(".")[0] in {"__future__", "collections", "math", "torch"}
+    for name, path in module_files("rootfree_fused").items():
+        if name.startswith("rootfree_fused.reference"):
+            for target in imports(name, path):
+                library = {"__future__", "collections", "math", "torch"}
+                assert target.split(".")[0] in library or target.startswith(
+                    "rootfree_fused.reference"
+                )
 
 
 def test_kernels_import_only_torch_and_triton():
-    files = sorted((ROOT / "kernels").glob("*.py"))
-    assert files
-    library = {
-        "__future__",
-        "collections",
-        "contextlib",
-        "contextvars",
-        "functools",
-        "math",
-        "threading",
-        "typing",
-    }
-    allowed = library | {"torch", "triton"}
-    for path in files:
-        for target in imports(path, f"{PACKAGE}.kernels"):
-            assert target.split(".")[0] in allowed | {PACKAGE}, f"{path.name} imports {target}"
-            if target.startswith(PACKAGE):
-                assert target.startswith(f"{PACKAGE}.kernels"), f"{path.name} imports {target}"
+    allowed = {*sys.stdlib_module_names, "torch", "triton"}
+    for name, path in module_files("kernels").items():
+        for target in imports(name, path):
+            assert target.split(".")[0] in allowed or target.startswith("rootfree_fused.kernels"), (
+                f"{name} imports {target}"
+            )
 
 
 def test_bench_imports_no_tests():
-    for path in sorted((ROOT / "bench").rglob("*.py")):
-        for target in imports(path, "bench"):
+    for name, path in module_files("bench").items():
+        for target in imports(name, path):
             top = target.split(".")[0]
-            assert top not in {"tests", "helpers", "pytest"}, f"{path.name} imports {target}"
+            assert top not in {"tests", "helpers", "pytest"}, f"{name} imports {target}"

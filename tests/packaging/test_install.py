@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from rootfree_fused import _install
+from rootfree_fused.ops import install
 
 
 class Distribution:
@@ -35,28 +35,28 @@ PIP = "pip install --no-build-isolation --no-deps --force-reinstall"
     ],
 )
 def test_the_line_installs_anew_from_where_it_came(origin, line, monkeypatch, tmp_path):
-    monkeypatch.setattr(_install, "PACKAGE", tmp_path)
+    monkeypatch.setattr(install, "PACKAGE", tmp_path)
     found = Distribution(origin)
-    monkeypatch.setattr(_install.importlib.metadata, "distribution", lambda _: found)
+    monkeypatch.setattr(install.importlib.metadata, "distribution", lambda _: found)
     error = ImportError("undefined symbol: aoti", name="rootfree_fused._C")
-    assert _install.cure("cpu", error) == (str(error), line)
+    assert install.cure("cpu", error) == (str(error), line)
     (tmp_path / "_without_extension.txt").write_text("no g++\ninstall g++\n")
-    assert _install.cure("cpu", error) == ("no g++", f"install g++, then {line}")
+    assert install.cure("cpu", error) == ("no g++", f"install g++, then {line}")
     (tmp_path / "_without_extension.txt").write_text("not wanted\n")
-    assert _install.cure("cpu", error) is None
+    assert install.cure("cpu", error) is None
 
 
 def test_sources_are_known_by_what_lies_beside_them(monkeypatch, tmp_path):
-    monkeypatch.setattr(_install, "PACKAGE", tmp_path / "clone" / "rootfree_fused")
+    monkeypatch.setattr(install, "PACKAGE", tmp_path / "clone" / "rootfree_fused")
     (tmp_path / "clone" / "csrc").mkdir(parents=True)
     for device, module in (("cpu", "_C"), ("cuda", "kernels")):
         error = ModuleNotFoundError("no module", name=f"rootfree_fused.{module}")
-        cause, cure = _install.cure(device, error)
+        cause, cure = install.cure(device, error)
         assert cause.startswith("you import the sources in ")
         assert f"pip install --no-build-isolation --no-deps -e {shlex.quote(str(tmp_path))}" in cure
 
 
 def test_triton_is_what_kernels_need_on_a_gpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(_install, "PACKAGE", tmp_path)
+    monkeypatch.setattr(install, "PACKAGE", tmp_path)
     error = ModuleNotFoundError("No module named 'triton'", name="triton")
-    assert _install.cure("cuda", error) == (str(error), "pip install triton")
+    assert install.cure("cuda", error) == (str(error), "pip install triton")

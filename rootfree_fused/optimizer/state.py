@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, state_dtype
-from .reference.matrix import join, split
+from ..ops.checks import state_dtype
+from ..reference.matrix import split
 
 State = dict[str, Tensor]
 # State that a change of settings may ask for after the first step.
@@ -140,92 +139,8 @@ def momentum_buffers(states: Sequence[State], momentum: float) -> list[Tensor]:
     return buffers
 
 
-def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
-    """The states with a copy in place of every tensor that is a part of a larger storage.
-
-    pickle would write the whole storage for each of its views, and torch.save at least once.
-    """
-
-    def own(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.is_meta:
-            return value
-        partial = value.untyped_storage().nbytes() > value.numel() * value.element_size()
-        return value.clone() if partial else value
-
-    return {
-        param: {key: own(value) for key, value in state.items()} for param, state in states.items()
-    }
-
-
-def copied(value: Any) -> Any:
-    """A copy of what `optimizer.state` holds, with each factor and its residual as one tensor."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if not isinstance(value, dict):
-        return deepcopy(value)
-    residuals = {key: f"{key}_residual" for key in value if f"{key}_residual" in value}
-    return {
-        key: join(part, value[residuals[key]]) if key in residuals else copied(part)
-        for key, part in value.items()
-        if key not in residuals.values()
-    }
-
-
-def separated(saved: Mapping[str, Any], spec: Mapping[str, Initial]) -> dict[str, Any]:
-    """What `copied` made, with the factors in two parts where the optimizer keeps them so."""
-    # torch.distributed.checkpoint puts {} for a key of the state that the checkpoint has not.
-    saved = {key: value for key, value in saved.items() if not (is_own(key) and _is_empty(value))}
-    parts = dict(saved)
-    for key, value in saved.items():
-        residual = f"{key}_residual"
-        if residual in spec and residual not in saved:
-            if isinstance(value, Tensor) and value.dtype == torch.float32:
-                parts[key], parts[residual] = split(value)
-            elif not isinstance(value, Tensor) or value.dtype != torch.bfloat16:
-                parts[residual] = value  # refused, as the factor is
-    return parts
-
-
 def take_apart(state: State, spec: Mapping[str, Initial]) -> None:
     """Give state that was put in its place as it was saved (ZeroRedundancyOptimizer) its parts."""
     for key in [key for key in state if f"{key}_residual" in spec.keys() - state.keys()]:
         if isinstance(state[key], Tensor) and state[key].dtype == torch.float32:
             state[key], state[f"{key}_residual"] = split(state[key])
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, dict) and not value
-
-
-def by_place(states: Mapping[Any, Any], places: Mapping[Any, int]) -> dict[Any, Any]:
-    """The states by their parameters' places in the groups, and what is no parameter's.
-
-    State of a parameter that is in no group, and the empty entry that a mere look at
-    `optimizer.state[other]` leaves, are left out.
-    """
-    kept = {places[p]: state for p, state in states.items() if state and p in places}
-    others = {key: value for key, value in states.items() if not isinstance(key, Tensor)}
-    return {**dict(sorted(kept.items())), **others}
-
-
-def saved_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with dtypes by name: torch.distributed gathers tensors, numbers and strings alone."""
-    return {
-        key: str(value).removeprefix("torch.")
-        if isinstance(value, torch.dtype)
-        else copied(value)
-        if isinstance(value, Tensor)
-        else value
-        for key, value in group.items()
-    }
-
-
-def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What `saved_group` made, with dtypes again where the group that takes it has one."""
-    by_name = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    return {
-        key: by_name.get(value, value)
-        if isinstance(group.get(key), torch.dtype) and isinstance(value, str)
-        else value
-        for key, value in saved.items()
-    }

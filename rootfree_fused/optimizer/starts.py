@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._checks import usable_gradients
-from ._scaling import Scaling
-from ._state import State
-from .reference import initial_scale, mean_square, split
+from ..ops.checks import usable_gradients
+from ..reference import initial_scale, mean_square, split
+from .amp_and_graphs import Scaling
+from .state import State
 
 AUTO = "auto"
 

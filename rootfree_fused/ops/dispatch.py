@@ -7,16 +7,13 @@ import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _cpu_matrix, _fallback, _install
-from ._prepared import extension as host_extension
-from ._prepared import module_name
+from . import by_reference, cpu_matrix, extensions, install
 
 # Operators by the stem of the file that has their Triton body.
 _STEMS = {"rmsprop_": "diag", "adamw_": "diag", "ifshampoo_": "matrix"}
@@ -30,13 +27,13 @@ def register(library: torch.library.Library) -> None:
         library.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
     library.impl("ifshampoo_", _matrices_on_cpu, "CPU")
-    _extension()
+    extensions.cpp()
 
 
 def backends() -> dict[str, str]:
     """What runs on each device, and on the host before a step's kernels."""
-    extension, kernels = _extension(), _kernels("diag")
-    marked = _install.without_extension()
+    extension, kernels = extensions.cpp(), extensions.triton("diag")
+    marked = install.without_extension()
     cause = marked[0] if marked else extension
     return {
         "cpu": f"reference: {cause}"
@@ -45,8 +42,8 @@ def backends() -> dict[str, str]:
         "cuda": f"reference: {kernels}"
         if isinstance(kernels, ImportError)
         else f"Triton {importlib.import_module('triton').__version__}",
-        "host": "Python: no " + module_name(torch.__version__)
-        if host_extension() is None
+        "host": "Python: no " + extensions.known_tensors_module(torch.__version__)
+        if extensions.known_tensors() is None
         else "C++",
     }
 
@@ -55,19 +52,19 @@ def launcher(params: list[Tensor]) -> Any:
     """The Triton module of the diagonal updates, or None unless it serves all these parameters."""
     if not all(map(_served, params)):
         return None
-    kernels = _kernels("diag")
+    kernels = extensions.triton("diag")
     return None if isinstance(kernels, ImportError) else kernels
 
 
 def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
     """The C++ kernel of IF-Shampoo, or None unless it serves these parameters."""
-    suit = params[0].is_cpu and _cpu_matrix.suit_the_kernel(params, residuals)
+    suit = params[0].is_cpu and cpu_matrix.suit_the_kernel(params, residuals)
     return torch.ops.rootfree_fused._ifshampoo_bf16_ if suit else None
 
 
 def captured_tables() -> AbstractContextManager[list[Tensor]]:
     """The Triton launchers' own, or an empty list where they are missing."""
-    kernels = _kernels("common")
+    kernels = extensions.triton("common")
     missing = isinstance(kernels, ImportError)
     return nullcontext([]) if missing else cast(Any, kernels).captured_tables()
 
@@ -76,31 +73,12 @@ def _served(param: Tensor) -> bool:
     return param.is_cuda and param.dtype is not torch.float64
 
 
-@functools.cache
-def _extension() -> ModuleType | ImportError:
-    """The C++ kernels, which register themselves for CPU when imported, or why there are none."""
-    return _import("rootfree_fused._C")
-
-
-@functools.cache
-def _kernels(stem: str) -> ModuleType | ImportError:
-    """The Triton kernels, or why there are none. Imported on first use: Triton takes a while."""
-    return _import(f"rootfree_fused.kernels.{stem}")
-
-
-def _import(name: str) -> ModuleType | ImportError:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        return error
-
-
 def _slowly(name: str) -> Callable[..., None]:
     """The specification, with a warning where a faster body is missing."""
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
         _warn_if_slow(name, params)
-        getattr(_fallback, name)(params, *tensors, **scalars)
+        getattr(by_reference, name)(params, *tensors, **scalars)
 
     return run
 
@@ -108,14 +86,14 @@ def _slowly(name: str) -> Callable[..., None]:
 def _warn_if_slow(name: str, params: list[Tensor]) -> None:
     device = params[0].device.type if params else ""
     if device in ("cpu", "cuda"):
-        kernels = _extension() if device == "cpu" else _kernels(_STEMS[name])
+        kernels = extensions.cpp() if device == "cpu" else extensions.triton(_STEMS[name])
         if isinstance(kernels, ImportError):
             _warn_slow(device, kernels)
 
 
 @functools.cache
 def _warn_slow(device: str, error: ImportError) -> None:
-    if advice := _install.cure(device, error):
+    if advice := install.cure(device, error):
         cause, cure = advice
         warnings.warn(
             f"rootfree_fused runs its PyTorch reference on {device}, several times slower than its "
@@ -128,7 +106,7 @@ def _on_cuda(name: str) -> Callable[..., None]:
     """The Triton body; parameters that it does not serve go where they are served."""
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        kernels = _kernels(_STEMS[name])
+        kernels = extensions.triton(_STEMS[name])
         slow = _slowly(name)
         body = slow if isinstance(kernels, ImportError) else getattr(kernels, name)
         served = list(map(_served, params))
@@ -174,15 +152,15 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
 
 def _matrices_on_cpu(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
     _warn_if_slow("ifshampoo_", params)
-    _cpu_matrix.ifshampoo_(params, *tensors, **scalars)
+    cpu_matrix.ifshampoo_(params, *tensors, **scalars)
 
 
 def _matrices_on_cuda(*tensors: Any, axes: list[int], **scalars: Any) -> None:
     """IF-Shampoo in Triton; buckets that it does not serve by the specification."""
-    kernels = _kernels("matrix")
+    kernels = extensions.triton("matrix")
     slow = _slowly("ifshampoo_")
     if isinstance(kernels, ImportError):
         slow(*tensors, axes=axes, **scalars)
         return
     for bucket in kernels.ifshampoo_(*tensors, axes=axes, **scalars):
-        slow(*_fallback.take_bucket(bucket, *tensors, axes=axes), axes=[axes[bucket]], **scalars)
+        slow(*by_reference.take_bucket(bucket, *tensors, axes=axes), axes=[axes[bucket]], **scalars)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fallback
-from ._scaling import skips
-from .reference import matrix
+from ..reference import matrix
+from . import by_reference
 
 
 @dataclass
@@ -42,11 +41,11 @@ def ifshampoo_(
     In bfloat16 the kernel counts 18 n^3 a step for an n x n matrix, its symmetric products being
     half as dear, and stacks count 24 n^3.
     """
-    if skips(found_inf):
+    if by_reference.skips(found_inf):
         return
-    tensors = (params, _fallback.unscaled(grads, grad_scale), *tensors)
+    tensors = (params, by_reference.unscaled(grads, grad_scale), *tensors)
     for bucket, count in enumerate(axes):
-        *lists, lr = _fallback.take_bucket(bucket, *tensors, axes=axes)
+        *lists, lr = by_reference.take_bucket(bucket, *tensors, axes=axes)
         stacks = _Stacks(*lists)
         if suit_the_kernel(stacks.params, stacks.residuals):
             _in_the_kernel(stacks, lr, scalars)
@@ -57,7 +56,7 @@ def ifshampoo_(
 
 
 def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]) -> None:
-    _fallback.ifshampoo_(
+    by_reference.ifshampoo_(
         stacks.params,
         stacks.grads,
         _unversioned(stacks.factors),

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 _PIP = "pip install --no-build-isolation --no-deps"
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DTYPES, HYPERPARAMETERS
-from ._state import Initial, State, initial_step, is_own
+from ..ops.checks import DTYPES, HYPERPARAMETERS
+from .state import Initial, State, initial_step, is_own
 
 # Averages of squares.
 _NOT_NEGATIVE = frozenset({"square_avg", "exp_avg_sq"})

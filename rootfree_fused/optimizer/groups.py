@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ._checks import HYPERPARAMETERS, check_hyperparameters, refuse_unknown
-from ._planning import check_plain, has_no_values, lacks, name_of
-from ._prepared import PreparedSteps
-from ._stacks import allocate
-from ._starts import AUTO, Starts
-from ._state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart
+from ..ops.checks import HYPERPARAMETERS, check_hyperparameters, refuse_unknown
+from .checks import check_plain, has_no_values, lacks, name_of
+from .known_tensors import PreparedSteps
+from .stacks import allocate
+from .starts import AUTO, Starts
+from .state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart
 
 Group = dict[str, Any]
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from ._groups import Group
-from ._scaling import Scaling
-from ._state import momentum_buffers
-from ._stepping import Work
-from .diag import rmsprop_state, update_rmsprop_
-from .factors import Bucket, Plan, Stacks
+from .. import ops
+from .amp_and_graphs import Scaling
+from .base import Work
+from .diagonal import rmsprop_state, update_rmsprop_
+from .groups import Group
+from .layouts import Bucket, Plan, Stacks
+from .state import momentum_buffers
 
 # Of each parameter, whether it updates its factors at a step.
 Due = tuple[bool, ...]

@@ -1,46 +1,31 @@
 """Steps on tensors that are known already, with nothing done a parameter at a time from Python.
 
-C++ compares the tensors of a step with those of the last one (csrc/host.cpp; `_compare` where it
-was not built for this torch). While they are what they were, the launch that was prepared for them
-is right: settings are read anew, and gradients may be others of the same layouts.
+C++ compares the tensors of a step with those of the last one (csrc/host.cpp, or
+`known_tensors_in_python` where it was not built for this torch). While they are what they were, the
+launch that was prepared for them is right: settings are read anew, and gradients may be others of
+the same layouts.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import operator
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _compare
-from ._checks import gradients_suit, usable_gradients
-from ._scaling import Scaling
-from ._stacks import Counts
-from ._state import State
-
-
-def module_name(torch_version: str) -> str:
-    """The C++ reads torch's own structs, so it serves the version that it was built with, alone."""
-    return "_host_" + re.sub(r"\W", "_", torch_version)
-
-
-@functools.cache
-def extension() -> Any:
-    """The C++, or None."""
-    try:
-        return importlib.import_module(f"rootfree_fused.{module_name(torch.__version__)}")
-    except ImportError:
-        return None
+from ..ops import extensions
+from ..ops.checks import gradients_suit, usable_gradients
+from . import known_tensors_in_python
+from .amp_and_graphs import Scaling
+from .stacks import Counts
+from .state import State
 
 
 def host() -> Any:
     """What compares the tensors of a step: the C++, or the same from Python."""
-    return extension() or _compare
+    return extensions.known_tensors() or known_tensors_in_python
 
 
 class Launch(NamedTuple):

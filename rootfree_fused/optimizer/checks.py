@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_param
-from ._overlap import Named
-from ._state import ADDED_LATER, Initial, is_own
+from ..ops.checks import check_param
+from ..ops.overlap import Named
+from .state import ADDED_LATER, Initial, is_own
 
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
 

@@ -14,15 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _dispatch
-from ._checks import (
+from . import dispatch
+from .checks import (
     check_hyperparameters,
     check_reachable,
     check_scaling,
     check_steps,
     check_tensors,
 )
-from ._overlap import check_apart
+from .overlap import check_apart
 
 WeightDecayMode = Literal["decoupled", "momentum"]
 
@@ -237,12 +237,12 @@ def _check_lists(
 
 def backends() -> dict[str, str]:
     """What runs on each device, for example {"cpu": "C++ (avx512)", "cuda": "Triton 3.6.0"}."""
-    return _dispatch.backends()
+    return dispatch.backends()
 
 
 def launcher(params: list[Tensor]) -> Any:
     """The kernels that a step on all these parameters may launch directly, or None."""
-    return _dispatch.launcher(params)
+    return dispatch.launcher(params)
 
 
 def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
@@ -250,12 +250,12 @@ def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
 
     It takes contiguous tensors, no `axes` and no scaler's tensors. residuals: one an axis.
     """
-    return _dispatch.matrix_kernel(params, residuals)
+    return dispatch.matrix_kernel(params, residuals)
 
 
 def captured_tables() -> AbstractContextManager[list[Tensor]]:
     """A list, within, of what kernels read that are captured: the graph's owner keeps it."""
-    return _dispatch.captured_tables()
+    return dispatch.captured_tables()
 
 
 def as_scalar_tensor(value: float | Tensor) -> Tensor:
@@ -272,4 +272,4 @@ def mark_changed(params: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(params)
 
 
-_dispatch.register(_library)
+dispatch.register(_library)

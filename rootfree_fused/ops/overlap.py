@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._checks import PLAIN
+from .checks import PLAIN
 
 # What an error calls the tensor, the tensor, and whether a step writes it.
 Named = tuple[str, Tensor, bool]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._stacks import as_stack, follows, runs
-from ._state import Initial, State
-from .reference.matrix import initial_scale, split
+from ..reference.matrix import initial_scale, split
+from .stacks import as_stack, follows, runs
+from .state import Initial, State
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,24 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import ops
-from ._capturing import check_capturable, is_capturing
-from ._checks import check_scaling, usable_gradients
-from ._groups import DeclaringOptimizer, Group, devices_of
-from ._overlap import check_apart
-from ._planning import check_devices, check_gradient, check_state, memory, name_of
-from ._prepared import Launch, Prepared, fingerprint
-from ._scaling import Scaling, on_host, scaling_of, steps_taken
-from ._stacks import Counts
-from ._starts import AUTO, Waiting, start_
-from ._state import DeclaredState, State
+from .. import ops
+from ..ops.checks import check_scaling, usable_gradients
+from ..ops.overlap import check_apart
+from . import checkpoint
+from .amp_and_graphs import (
+    Scaling,
+    check_capturable,
+    is_capturing,
+    on_host,
+    scaling_of,
+    steps_taken,
+)
+from .checks import check_devices, check_gradient, check_state, memory, name_of
+from .groups import DeclaringOptimizer, Group, devices_of
+from .known_tensors import Launch, Prepared, fingerprint
+from .stacks import Counts, restack
+from .starts import AUTO, Waiting, start_
+from .state import DeclaredState, State
 
 
 class Work(NamedTuple):
@@ -44,8 +51,8 @@ class Unprepared(NamedTuple):
     run: Callable[[Group, Scaling], None]
 
 
-class SteppingOptimizer(DeclaringOptimizer):
-    """An optimizer whose subclasses give `_update`."""
+class RootFreeOptimizer(DeclaringOptimizer):
+    """Base of the optimizers; subclasses give `_state_spec` and `_update`."""
 
     def _update(self, index: int, work: Work) -> None:
         """Update parameters and states of a group in place."""
@@ -243,3 +250,46 @@ class SteppingOptimizer(DeclaringOptimizer):
     def _declare_untraced(self, index: int, group: Group, params: list[Tensor]) -> None:
         """Allocate what was emptied since the compiled step ran, at the cost of a break in it."""
         self._declare(index, group, params)
+
+    # Copies and checkpoints --------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {param: state for param, state in dict.items(self.state) if state}
+        return {**super().__getstate__(), "state": checkpoint.unstacked(kept)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_caches()
+        for group in self.param_groups:
+            restack([self.state[p] for p in group["params"] if p in self.state])
+        self._watch_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim, but a copy, on which later steps leave no trace.
+
+        Every parameter that trains has all of its state in it. A bfloat16 factor and its residual
+        are one float32 tensor, and dtypes in groups are saved by name: what torch.distributed can
+        send. State of a parameter that no group has any more is left out.
+
+        Raises:
+            ValueError, TypeError: state that does not fit its parameter or the settings, which no
+                load could take.
+        """
+        return checkpoint.state_dict(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim, but every bit is kept and state is written in place.
+
+        torch casts state to the parameter's dtype; here it keeps the dtype that the optimizer
+        declared, a lossless widening is made, and a lossy one is refused.
+
+        Args:
+            state_dict: what `state_dict()` of an optimizer of this class returned.
+
+        Raises:
+            ValueError: groups, parameters, keys, shapes, dtypes or values do not fit; nothing
+                changed.
+            TypeError: state_dict is no dict.
+        """
+        checkpoint.load_state_dict(self, state_dict)

@@ -1,10 +1,33 @@
-"""What a step must be for a CUDA graph to repeat it."""
+"""What torch.amp.GradScaler leaves to a step, and what a step must be for a CUDA graph."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# "grad_scale", by which the gradients were multiplied, and "found_inf", 0 unless the step is to be
+# skipped: each one float32 number on the device of a scaler, or missing.
+Scaling = dict[str, Tensor]
+
+
+def scaling_of(optimizer: Optimizer) -> Scaling:
+    """GradScaler sets these attributes for the time of a step."""
+    found = {key: getattr(optimizer, key, None) for key in ("grad_scale", "found_inf")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def on_host(scaling: Scaling) -> Scaling:
+    """For parameters there: one scaler serves all devices."""
+    return {key: value.cpu() for key, value in scaling.items()}
+
+
+def steps_taken(scaling: Scaling, device: torch.device) -> int | Tensor:
+    """How many steps a step is: 0 where the scaler found infs."""
+    found_inf = scaling.get("found_inf")
+    return 1 if found_inf is None else (found_inf == 0).to(device).reshape(())
 
 
 def is_capturing(groups: list[dict[str, Any]]) -> bool:
@@ -30,23 +53,3 @@ def check_capturable(groups: list[dict[str, Any]]) -> None:
             f"parameters have no gradient (shapes {missing[:3]}), and no replay would update them; "
             "capture the backward too, or requires_grad_(False) what is not trained"
         )
-
-
-def check_schedules(groups: list[dict[str, Any]], *, by_kind: bool) -> None:
-    """Raise a RuntimeError for groups that update their factors at some steps only.
-
-    by_kind: CapturedStep has a graph for each kind of step, and chooses by the count of steps.
-    """
-    for group in groups:
-        interval = "step() was called under CUDA graph capture with update_interval="
-        interval += str(group["update_interval"])
-        if group["update_interval"] > 1 and not by_kind:
-            raise RuntimeError(
-                f"{interval}: replays would update the factors always or never; capture the "
-                "training step with rootfree_fused.CapturedStep"
-            )
-        if group["update_interval"] > 1 and group["amp_scaling"]:
-            raise RuntimeError(
-                f"{interval} and amp_scaling=True: only the device knows which steps were skipped; "
-                "use update_interval=1 or amp_scaling=False"
-            )

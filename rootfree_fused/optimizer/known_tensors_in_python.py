@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import PLAIN
+from ..ops.checks import PLAIN
 
 # Where a tensor's elements lie: address (of one device alone), shape, strides and dtype.
 _Lies = tuple[int, torch.Size, tuple[int, ...], torch.dtype]

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ._scaling import Scaling, steps_taken
-from ._state import Initial, State
+from .amp_and_graphs import Scaling, steps_taken
+from .state import Initial, State
 
 T = TypeVar("T")
 # What a state tensor's memory looks like: key, shape, dtype and device.

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._scaling import skips
-from .reference import diag, matrix
+from ..reference import diag, matrix
 
 
 def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
@@ -19,6 +18,11 @@ def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
         return grads
     inverse = grad_scale.double().reciprocal().reshape(())
     return [g.to(torch.promote_types(g.dtype, torch.float32)) * inverse.to(g.device) for g in grads]
+
+
+def skips(found_inf: Tensor | None) -> bool:
+    """Whether the scaler found infs; the host waits for the device that counted them."""
+    return found_inf is not None and bool(found_inf.item())
 
 
 def rmsprop_(
