@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from rootfree_fused import IFShampoo, reference
 from rootfree_fused.optimizer.layouts import layout_of
+from rootfree_fused.reference.structures import structure_of
 
 from .eigh import EighShampoo
 from .providers import CHECK_STEPS as DIAGONAL_STEPS
@@ -97,9 +98,9 @@ def specified(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) 
     p, g, buffer = _copy64(param), grad.double(), torch.zeros_like(param, dtype=torch.float64)
     settings = {"merge_axes": True, "structures": "auto", "max_dense_dim": limit}
     layout = layout_of(p.shape, {**settings, "vector_method": "factor"})
-    sizes = zip(layout.sizes, layout.dense, strict=True)
-    ones = [torch.ones(d, dtype=torch.float64, device=p.device) for d in layout.sizes]
-    factors = [one.diag() if dense else one for one, (_, dense) in zip(ones, sizes, strict=True)]
+    axes = zip(layout.sizes, layout.structures, strict=True)
+    like = [torch.ones(s.shape(d), dtype=torch.float64, device=p.device) for d, s in axes]
+    factors = [structure_of(one).identity_like(one) for one in like]
     momenta = [torch.zeros_like(factor) for factor in factors]
     for step in range(CHECK_STEPS):
         if step % interval == 0:

@@ -68,7 +68,7 @@ def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
 
 
 @triton.jit
-def _adamw_update(p, g, s, m, lr, scalars_ptr, step_ptr):
+def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
     sign = tl.load(scalars_ptr + 1)
     batch_size = tl.load(scalars_ptr + 2)
     damping = tl.load(scalars_ptr + 3)
@@ -86,7 +86,7 @@ def _adamw_update(p, g, s, m, lr, scalars_ptr, step_ptr):
         step = tl.load(step_ptr)
         lr /= _bias_correction(tl.load(scalars_ptr + 9), step)
         denominator = s / _bias_correction(tl.load(scalars_ptr + 10), step) + damping
-    return p - lr * (m / denominator), s, m
+    return p - lr * (m / denominator), m, s
 
 
 @triton.jit
@@ -389,4 +389,10 @@ def adamw_(
     **settings: Any,
 ) -> None:
     """`launch_adamw` on lists."""
-    _run(launch_adamw, [params, grads, exp_avg_sqs, exp_avgs], steps, lr, **settings)
+    _run(launch_adamw, [params, grads, exp_avgs, exp_avg_sqs], steps, lr, **settings)
+
+
+def launch(name: str, plan: Plan, steps: Tensor | None, lr: float | Tensor, **rest: Any) -> None:
+    """One step by the method of this name on the tensors of a plan."""
+    own = (plan, steps) if name == "adamw_" else (plan,)
+    {"rmsprop_": launch_rmsprop, "adamw_": launch_adamw}[name](*own, lr, **rest)

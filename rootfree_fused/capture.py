@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import ops
+from .ops.dispatch import captured_tables
 from .optimizer.base import RootFreeOptimizer
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ class CapturedStep(Generic[T]):
     def _capture(self) -> _Recording:
         self._optimizer._captured_by_kind = True
         try:
-            with ops.captured_tables() as tables:
+            with captured_tables() as tables:
                 replay, output = self._record()
         except BaseException:
             self._optimizer._forget()  # it may have counted a step that is not taken

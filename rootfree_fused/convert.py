@@ -24,7 +24,7 @@ from .optimizer.checkpoint import saved_group
 from .optimizer.checkpoint_checks import check_state_dict
 from .optimizer.groups import Group
 from .optimizer.layouts import layout_of
-from .optimizer.state import State
+from .optimizer.state import State, unused_state
 from .reference import is_update_step
 
 # Their names of settings, and ours.
@@ -308,18 +308,18 @@ def _factor_state(
             "parameters, in the same order"
         )
     state: State = {}
-    for axis, dense in enumerate(layout.dense if layout else ()):
+    for axis, structure in enumerate(layout.structures if layout else ()):
         for key, value in (("factor", factors[axis]), ("factor_momentum", momenta[axis])):
             if value is None:
                 continue
             dtype = group["factor_dtype"]
-            if dense and torch.promote_types(value.dtype, dtype) != dtype:
+            if structure.is_dense and torch.promote_types(value.dtype, dtype) != dtype:
                 raise ValueError(
                     f"the source's factors are {value.dtype} but factor_dtype is {dtype}, which "
                     f"would lose bits; build the optimizer with factor_dtype="
                     f"{torch.promote_types(value.dtype, torch.bfloat16)}"
                 )
-            state[f"{key}_{axis}"] = value if dense else value.diagonal().clone()
+            state[f"{key}_{axis}"] = value if structure.is_dense else value.diagonal().clone()
     return state
 
 
@@ -331,7 +331,7 @@ def _assembled(optimizer: RootFreeOptimizer, converted: Sequence[_Converted]) ->
         places = range(len(states), len(states) + len(group["params"]))
         settings = converted[places[0]].settings if places else {}
         merged = {**group, **settings, "initial_square_avg": 1.0}  # as they start
-        unused = optimizer._unused_state(merged)
+        unused = unused_state(merged)
         for place, param in zip(places, group["params"], strict=True):
             _check_same(index, places[0], settings, place, converted[place].settings)
             spec = optimizer._full_spec(param, merged)

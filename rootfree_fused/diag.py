@@ -2,67 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import ops
-from .ops.checks import gradients_suit
-from .optimizer.amp_and_graphs import Scaling
-from .optimizer.base import RootFreeOptimizer, Work
-from .optimizer.diagonal import rmsprop_settings, rmsprop_state, update_rmsprop_
-from .optimizer.groups import Group
-from .optimizer.known_tensors import Launch, on_gradients
-from .optimizer.starts import declared_start
-from .optimizer.state import Initial, State, full_like, unused_momentum
+from .ops import WeightDecayMode
+from .ops.methods import ADAMW, RMSPROP
+from .optimizer.diagonal import DiagonalOptimizer
 
 
-def _adamw_settings(group: Group) -> dict[str, Any]:
-    beta1, beta2 = group["betas"]
-    return {
-        "beta1": beta1,
-        "beta2": beta2,
-        "damping": group["damping"],
-        "weight_decay": group["weight_decay"],
-        "maximize": group["maximize"],
-    }
-
-
-def _launch_lr(group: Group) -> float | Tensor:
-    """The learning rate as a prepared launch takes it: a number needs no tensor there."""
-    lr: float | Tensor = group["lr"]
-    return ops.as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr
-
-
-def _adamw_state(states: list[State]) -> tuple[list[Tensor], list[Tensor]]:
-    return [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-
-
-def _update_adamw_(
-    group: Group,
-    scaling: Scaling,
-    params: list[Tensor],
-    grads: list[Tensor],
-    averages: list[Tensor],
-    squares: list[Tensor],
-    steps: Tensor,
-) -> None:
-    torch.ops.rootfree_fused.adamw_(
-        params,
-        grads,
-        averages,
-        squares,
-        steps if group["bias_correction"] else None,
-        ops.as_scalar_tensor(group["lr"]),
-        **_adamw_settings(group),
-        batch_size=ops.as_scalar_tensor(group["batch_size"]),
-        **scaling,
-    )
-
-
-class RootFreeRMSprop(RootFreeOptimizer):
+class RootFreeRMSprop(DiagonalOptimizer):
     r"""RMSProp without the square root (root-free RMSProp).
 
     With gradient g, batch size B and s starting at the first gradient's mean of B g^2::
@@ -117,7 +67,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
     Fig. 4 and Fig. 7.
     """
 
-    _shaping = ("initial_square_avg",)
+    _method = RMSPROP
 
     def __init__(
         self,
@@ -129,7 +79,7 @@ class RootFreeRMSprop(RootFreeOptimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.9,
         batch_size: float | None = None,
-        weight_decay_mode: ops.WeightDecayMode = "decoupled",
+        weight_decay_mode: WeightDecayMode = "decoupled",
         initial_square_avg: float | Literal["auto"] = "auto",
         maximize: bool = False,
         capturable: bool = False,
@@ -151,36 +101,8 @@ class RootFreeRMSprop(RootFreeOptimizer):
         }
         super().__init__(params, defaults, unknown)
 
-    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        start = declared_start(group)
-        return {"square_avg": full_like(param, start), "momentum_buffer": full_like(param, 0.0)}
 
-    def _unused_state(self, group: Group) -> frozenset[str]:
-        return unused_momentum(group)
-
-    def _update(self, index: int, work: Work) -> None:
-        group = self.param_groups[index]
-        lists = rmsprop_state(work.states, group)
-        update_rmsprop_(group, work.scaling, work.params, work.grads, *lists)
-
-    def _prepare(self, index: int, work: Work) -> Launch:
-        params = work.params  # and not the work, which would keep the gradients
-        square_avgs, buffers = rmsprop_state(work.states, self.param_groups[index])
-        kernels: Any = ops.launcher(params) if gradients_suit(params) else None
-        lists = [params, work.grads, square_avgs, buffers]
-        plan = kernels and kernels.prepare(lists if buffers else lists[:3])
-
-        def launch(plan: Any, group: Group, scaling: Scaling) -> None:
-            settings = {**rmsprop_settings(group), "batch_size": group["batch_size"]}
-            kernels.launch_rmsprop(plan, _launch_lr(group), **settings, **scaling)
-
-        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-            update_rmsprop_(group, scaling, params, grads, square_avgs, buffers)
-
-        return Launch(plan, launch, kernels.move_grads) if plan else on_gradients(params, update)
-
-
-class RootFreeAdamW(RootFreeOptimizer):
+class RootFreeAdamW(DiagonalOptimizer):
     r"""AdamW without the square root (root-free AdamW).
 
     With gradient g, batch size B, m starting at 0 and s at the first gradient's mean of B g^2::
@@ -232,7 +154,7 @@ class RootFreeAdamW(RootFreeOptimizer):
     and its released code.
     """
 
-    _shaping = ("initial_square_avg",)
+    _method = ADAMW
 
     def __init__(
         self,
@@ -263,28 +185,3 @@ class RootFreeAdamW(RootFreeOptimizer):
             "amp_scaling": amp_scaling,
         }
         super().__init__(params, defaults, unknown)
-
-    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        start = declared_start(group)
-        return {"exp_avg": full_like(param, 0.0), "exp_avg_sq": full_like(param, start)}
-
-    def _update(self, index: int, work: Work) -> None:
-        group = self.param_groups[index]
-        lists = _adamw_state(work.states)
-        _update_adamw_(group, work.scaling, work.params, work.grads, *lists, work.steps)
-
-    def _prepare(self, index: int, work: Work) -> Launch:
-        params, steps = work.params, work.steps  # and not the work, which would keep the gradients
-        averages, squares = _adamw_state(work.states)
-        kernels: Any = ops.launcher(params) if gradients_suit(params) else None
-        plan = kernels and kernels.prepare([params, work.grads, squares, averages])
-
-        def launch(plan: Any, group: Group, scaling: Scaling) -> None:
-            counts = steps if group["bias_correction"] else None
-            settings = {**_adamw_settings(group), "batch_size": group["batch_size"]}
-            kernels.launch_adamw(plan, counts, _launch_lr(group), **settings, **scaling)
-
-        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-            _update_adamw_(group, scaling, params, grads, averages, squares, steps)
-
-        return Launch(plan, launch, kernels.move_grads) if plan else on_gradients(params, update)

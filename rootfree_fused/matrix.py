@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
-from . import ops
+from .ops import WeightDecayMode
 from .ops.by_reference import skips
 from .optimizer.amp_and_graphs import Scaling
 from .optimizer.base import RootFreeOptimizer, Work
@@ -22,7 +22,7 @@ from .optimizer.known_tensors import Launch, on_gradients
 from .optimizer.layouts import Plan, Stacks, default_dtype, factor_state, layout_of
 from .optimizer.matrix_calls import Call, Due, Known, planned_calls
 from .optimizer.starts import declared_start
-from .optimizer.state import Initial, State, full_like, unused_momentum
+from .optimizer.state import Initial, State, full_like
 from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
@@ -144,7 +144,7 @@ class IFShampoo(RootFreeOptimizer):
         max_update: float | None = 8.0,
         factor_dtype: torch.dtype | None = None,
         initial_square_avg: float | Literal["auto"] = "auto",
-        weight_decay_mode: ops.WeightDecayMode = "decoupled",
+        weight_decay_mode: WeightDecayMode = "decoupled",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
@@ -195,9 +195,6 @@ class IFShampoo(RootFreeOptimizer):
             dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
             own = factor_state(layout, dtype, start)
         return {**own, "momentum_buffer": full_like(param, 0.0)}
-
-    def _unused_state(self, group: Group) -> frozenset[str]:
-        return unused_momentum(group)
 
     def _forget(self) -> None:
         super()._forget()

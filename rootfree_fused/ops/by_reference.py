@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import diag, matrix
+from ..reference import matrix
+from .methods import DiagonalMethod
 
 
 def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
@@ -25,47 +26,28 @@ def skips(found_inf: Tensor | None) -> bool:
     return found_inf is not None and bool(found_inf.item())
 
 
-def rmsprop_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    momentum_buffers: list[Tensor],
-    lr: Tensor,
-    *,
-    batch_size: Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    **scalars: Any,
-) -> None:
-    if skips(found_inf):
-        return
-    grads = unscaled(grads, grad_scale)
-    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
-    scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
-    for p, g, s, buf in zip(params, grads, square_avgs, buffers, strict=True):
-        diag.rmsprop_(p, g, s, buf, **scalars)
+def diagonal(method: DiagonalMethod) -> Callable[..., None]:
+    """The operator of a diagonal method, by its update of one parameter."""
 
+    def run(
+        params: list[Tensor],
+        grads: list[Tensor],
+        *others: Any,  # lists of states, with `counts` the steps, and lr
+        batch_size: Tensor,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **scalars: Any,
+    ) -> None:
+        if skips(found_inf):
+            return
+        *lists, lr = others
+        none = [None] * len(params)
+        columns = [values if values is not None and len(values) else none for values in lists]
+        scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
+        for row in zip(params, unscaled(grads, grad_scale), *columns, strict=True):
+            method.reference(*row, **scalars)
 
-def adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: Tensor | None,
-    lr: Tensor,
-    *,
-    batch_size: Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    **scalars: Any,
-) -> None:
-    if skips(found_inf):
-        return
-    grads = unscaled(grads, grad_scale)
-    counts: Sequence[Tensor | None] = [None] * len(params) if steps is None else steps.unbind()
-    scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
-    for p, g, m, s, t in zip(params, grads, exp_avgs, exp_avg_sqs, counts, strict=True):
-        diag.adamw_(p, g, m, s, t, **scalars)
+    return run
 
 
 def ifshampoo_(

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..reference import matrix
+from ..reference.structures import structure_of_stack
 from . import by_reference
 
 
 @dataclass
 class _Stacks:
-    """The arguments that belong to one bucket; see `factors.Bucket`."""
+    """The arguments that belong to one bucket; see `layouts.Bucket`."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -47,7 +48,7 @@ def ifshampoo_(
     for bucket, count in enumerate(axes):
         *lists, lr = by_reference.take_bucket(bucket, *tensors, axes=axes)
         stacks = _Stacks(*lists)
-        if suit_the_kernel(stacks.params, stacks.residuals):
+        if kernel_serves(stacks.params, stacks.residuals):
             _in_the_kernel(stacks, lr, scalars)
         elif count == 2:
             _stacked(stacks, lr, **scalars)
@@ -70,7 +71,7 @@ def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]
     )
 
 
-def suit_the_kernel(params: list[Tensor], residuals: list[Tensor]) -> bool:
+def kernel_serves(params: list[Tensor], residuals: list[Tensor]) -> bool:
     """Whether the C++ kernel serves a bucket of these parameters; `residuals` has one an axis."""
     return (
         len(residuals) == 2
@@ -114,7 +115,8 @@ def _stacked(
     **scalars: float,
 ) -> None:
     sizes = [factor.shape[1] for factor in stacks.factors]
-    dtype = next((f.dtype for f in stacks.factors if f.dim() == 3), stacks.factors[0].dtype)
+    dense = [f.dtype for f in stacks.factors if structure_of_stack(f).is_dense]
+    dtype = dense[0] if dense else stacks.factors[0].dtype
     grad = torch.stack([g.reshape(sizes) for g in stacks.grads])
     lowest, highest = torch.aminmax(grad.flatten(1), dim=1)
     if bool((torch.maximum(-lowest, highest) > matrix.LARGEST_GRADIENT).any()):
@@ -137,7 +139,8 @@ def _stacked(
         if product.numel():
             update = _times(update, product, axis)
         else:
-            update = _times(_times(update, factor, axis), _transposed(factor), axis)
+            transposed = structure_of_stack(factor).transposed(factor)
+            update = _times(_times(update, factor, axis), transposed, axis)
     p = torch.stack([param.reshape(sizes) for param in stacks.params])
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     buffer = None
@@ -189,25 +192,21 @@ def _update_factors(
     decay, weight = factor_momentum, (1 - factor_momentum) / 2  # of the old m and of 2 H
     for axis, (factor, value, m) in enumerate(zip(factors, values, momenta, strict=True)):
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
+        structure = structure_of_stack(factor)
         unfolded = transformed.mT if axis else transformed
         new = m.to(value.dtype)
         scale = weight * batch_size / unfolded.shape[2]
-        if factor.dim() == 2:
-            new.mul_(decay).add_(unfolded.to(value.dtype).square().sum(2), alpha=scale)
-            square = factor.square()
-        elif new.dtype == unfolded.dtype:
-            new.baddbmm_(unfolded, unfolded.mT, beta=decay, alpha=scale)
-            square = factor.mT @ factor
-        else:
-            new.mul_(decay).add_(unfolded @ unfolded.mT, alpha=scale)
-            square = (factor.mT @ factor).to(value.dtype)
+        # In float32 where the factor is diagonal and what it transforms is bfloat16.
+        wide = unfolded if structure.is_dense else unfolded.to(value.dtype)
+        structure.average_gram_(new, wide, decay=decay, weight=scale)
+        square = structure.square(factor).to(value.dtype)
         new.addcmul_(square, damping * mean_squares[1 - axis].view(each), value=weight)
-        (new.diagonal(dim1=1, dim2=2) if factor.dim() == 3 else new).sub_(weight)
+        structure.diagonal(new).sub_(weight)
         new.clamp_(-matrix.LARGEST_MOMENTUM, matrix.LARGEST_MOMENTUM)
         m.copy_(new)
         step = factor_lr / _square_sums(new).sqrt().clamp_min(1)
-        product = factor @ m if factor.dim() == 3 else factor * m
-        value.addcmul_(product.to(value.dtype), step.view(each), value=-1)
+        product = structure.product(factor, m).to(value.dtype)
+        value.addcmul_(product, step.view(each), value=-1)
     for factor, residual, value in zip(factors, residuals, values, strict=True):
         if residual.numel():
             high, low = matrix.split(value)
@@ -226,14 +225,11 @@ def _square_sums(stack: Tensor) -> Tensor:
 
 
 def _times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
-    """F^T X on axis 0, X F on axis 1; for a diagonal factor either is a scaling."""
-    if factor.dim() == 2:
-        return (x * factor.unsqueeze(2 - axis)).to(x.dtype)
-    return x @ factor if axis else factor.mT @ x
-
-
-def _transposed(factor: Tensor) -> Tensor:
-    return factor.mT if factor.dim() == 3 else factor
+    """F^T X on axis 0, X F on axis 1."""
+    structure = structure_of_stack(factor)
+    if axis == 0:
+        return structure.left(structure.transposed(factor), x).to(x.dtype)
+    return structure.right(x, factor).to(x.dtype)
 
 
 def _scatter(stacked: Tensor, tensors: Sequence[Tensor]) -> None:

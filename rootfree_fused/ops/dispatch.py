@@ -7,26 +7,48 @@ import importlib
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import by_reference, cpu_matrix, extensions, install
-
-# Operators by the stem of the file that has their Triton body.
-_STEMS = {"rmsprop_": "diag", "adamw_": "diag", "ifshampoo_": "matrix"}
+from .methods import DiagonalMethod
 
 
-def register(library: torch.library.Library) -> None:
-    """Give the operators of a library their bodies; C++ registers its own when imported."""
-    for name in _STEMS:
-        on_cuda = _matrices_on_cuda if name == "ifshampoo_" else _on_cuda(name)
-        library.impl(name, _slowly(name), "CompositeExplicitAutograd")
-        library.impl(name, on_cuda, "CUDA")
-        torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
-    library.impl("ifshampoo_", _matrices_on_cpu, "CPU")
+class DiagonalKernels(Protocol):
+    """What kernels/diag.py gives to steps on known tensors."""
+
+    def prepare(self, lists: list[list[Tensor]]) -> Any:
+        """The plan for params, grads and states, or None where tensors must be copied first."""
+
+    def move_grads(self, plan: Any, addresses: Tensor) -> Any:
+        """The plan for the same tensors with gradients at other addresses."""
+
+    def launch(
+        self, name: str, plan: Any, steps: Tensor | None, lr: float | Tensor, **settings: Any
+    ) -> None:
+        """One step by the method of this name on the tensors of a plan."""
+
+
+def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
+    """Give the operator of a diagonal method its bodies; C++ registers its own when imported."""
+    name = method.name
+    slowly = _warned("diag", by_reference.diagonal(method))
+    library.impl(name, slowly, "CompositeExplicitAutograd")
+    library.impl(name, _on_cuda(method, slowly), "CUDA")
+    torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
+    extensions.cpp()
+
+
+def give_matrix_bodies(library: torch.library.Library) -> None:
+    """Give IF-Shampoo's operator its bodies."""
+    slowly = _warned("matrix", by_reference.ifshampoo_)
+    library.impl("ifshampoo_", slowly, "CompositeExplicitAutograd")
+    library.impl("ifshampoo_", _warned("matrix", cpu_matrix.ifshampoo_), "CPU")
+    library.impl("ifshampoo_", _matrices_on_cuda(slowly), "CUDA")
+    torch.library.register_fake("rootfree_fused::ifshampoo_", _trace, lib=library)
     extensions.cpp()
 
 
@@ -48,22 +70,27 @@ def backends() -> dict[str, str]:
     }
 
 
-def launcher(params: list[Tensor]) -> Any:
-    """The Triton module of the diagonal updates, or None unless it serves all these parameters."""
+def diagonal_kernels(params: list[Tensor]) -> DiagonalKernels | None:
+    """The Triton kernels, or None unless they serve all these parameters."""
     if not all(map(_served, params)):
         return None
     kernels = extensions.triton("diag")
-    return None if isinstance(kernels, ImportError) else kernels
+    return None if isinstance(kernels, ImportError) else cast(DiagonalKernels, kernels)
 
 
-def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Any:
-    """The C++ kernel of IF-Shampoo, or None unless it serves these parameters."""
-    suit = params[0].is_cpu and cpu_matrix.suit_the_kernel(params, residuals)
-    return torch.ops.rootfree_fused._ifshampoo_bf16_ if suit else None
+def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Callable[..., None] | None:
+    """What a step on the CPU may call for a bucket instead of `ifshampoo_`, which would find it.
+
+    It takes contiguous tensors, no `axes` and no scaler's tensors. residuals: one an axis. None
+    where the C++ kernel does not serve these parameters.
+    """
+    if params[0].is_cpu and cpu_matrix.kernel_serves(params, residuals):
+        return cast(Callable[..., None], torch.ops.rootfree_fused._ifshampoo_bf16_)
+    return None
 
 
 def captured_tables() -> AbstractContextManager[list[Tensor]]:
-    """The Triton launchers' own, or an empty list where they are missing."""
+    """A list, within, of what kernels read that are captured: the graph's owner keeps it."""
     kernels = extensions.triton("common")
     missing = isinstance(kernels, ImportError)
     return nullcontext([]) if missing else cast(Any, kernels).captured_tables()
@@ -73,22 +100,21 @@ def _served(param: Tensor) -> bool:
     return param.is_cuda and param.dtype is not torch.float64
 
 
-def _slowly(name: str) -> Callable[..., None]:
-    """The specification, with a warning where a faster body is missing."""
+def _warned(stem: str, body: Callable[..., None]) -> Callable[..., None]:
+    """A body with a warning where the kernels that should run instead are missing.
+
+    stem: of the file in kernels/ that has them for CUDA.
+    """
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        _warn_if_slow(name, params)
-        getattr(by_reference, name)(params, *tensors, **scalars)
+        device = params[0].device.type if params else ""
+        if device in ("cpu", "cuda"):
+            kernels = extensions.cpp() if device == "cpu" else extensions.triton(stem)
+            if isinstance(kernels, ImportError):
+                _warn_slow(device, kernels)
+        body(params, *tensors, **scalars)
 
     return run
-
-
-def _warn_if_slow(name: str, params: list[Tensor]) -> None:
-    device = params[0].device.type if params else ""
-    if device in ("cpu", "cuda"):
-        kernels = extensions.cpp() if device == "cpu" else extensions.triton(_STEMS[name])
-        if isinstance(kernels, ImportError):
-            _warn_slow(device, kernels)
 
 
 @functools.cache
@@ -102,20 +128,19 @@ def _warn_slow(device: str, error: ImportError) -> None:
         )
 
 
-def _on_cuda(name: str) -> Callable[..., None]:
+def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[..., None]:
     """The Triton body; parameters that it does not serve go where they are served."""
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        kernels = extensions.triton(_STEMS[name])
-        slow = _slowly(name)
-        body = slow if isinstance(kernels, ImportError) else getattr(kernels, name)
+        kernels = extensions.triton("diag")
+        body = slow if isinstance(kernels, ImportError) else getattr(kernels, method.name)
         served = list(map(_served, params))
         if all(served):
             body(params, *tensors, **scalars)
             return
         *states, lr = tensors
         on_host = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in scalars.items()}
-        on_cpu = getattr(torch.ops.rootfree_fused, name)
+        on_cpu = getattr(torch.ops.rootfree_fused, method.name)
         for part, part_body, part_lr, part_scalars in (
             (served, body, lr, scalars),
             ([p.is_cuda and p.dtype is torch.float64 for p in params], slow, lr, scalars),
@@ -150,17 +175,16 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
             )
 
 
-def _matrices_on_cpu(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-    _warn_if_slow("ifshampoo_", params)
-    cpu_matrix.ifshampoo_(params, *tensors, **scalars)
-
-
-def _matrices_on_cuda(*tensors: Any, axes: list[int], **scalars: Any) -> None:
+def _matrices_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
     """IF-Shampoo in Triton; buckets that it does not serve by the specification."""
-    kernels = extensions.triton("matrix")
-    slow = _slowly("ifshampoo_")
-    if isinstance(kernels, ImportError):
-        slow(*tensors, axes=axes, **scalars)
-        return
-    for bucket in kernels.ifshampoo_(*tensors, axes=axes, **scalars):
-        slow(*by_reference.take_bucket(bucket, *tensors, axes=axes), axes=[axes[bucket]], **scalars)
+
+    def run(*tensors: Any, axes: list[int], **scalars: Any) -> None:
+        kernels = extensions.triton("matrix")
+        if isinstance(kernels, ImportError):
+            slow(*tensors, axes=axes, **scalars)
+            return
+        for bucket in kernels.ifshampoo_(*tensors, axes=axes, **scalars):
+            left = by_reference.take_bucket(bucket, *tensors, axes=axes)
+            slow(*left, axes=[axes[bucket]], **scalars)
+
+    return run

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .. import ops
 from ..ops.checks import check_scaling, usable_gradients
 from ..ops.overlap import check_apart
+from ..ops.schemas import mark_changed
 from . import checkpoint
 from .amp_and_graphs import (
     Scaling,
@@ -200,7 +200,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
                 self._update(index, work)
             else:
                 launch.run(launch.plan, group, scaling)
-            ops.mark_changed(params)
+            mark_changed(params)
 
         owned = [dict.get(self.state, p, {}) for p in group["params"]]
         if launch is None or not (found := fingerprint(group["params"], owned)):

@@ -28,7 +28,7 @@ from .checkpoint_checks import (
 from .checks import check_state
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
-from .state import ADDED_LATER, Initial, State, is_own
+from .state import ADDED_LATER, Initial, State, is_own, unused_state
 
 
 def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _check_loaded(
     check_data(where, param, saved)
     saved = separated(saved, spec)
     own = {name for name in saved if is_own(name)}
-    needed = spec.keys() - optimizer._unused_state(group)
+    needed = spec.keys() - unused_state(group)
     if not needed <= own <= spec.keys():
         raise ValueError(
             f"{where} has keys {sorted(own)} where "

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import DTYPES, HYPERPARAMETERS
+from ..ops.methods import second_moments
 from .state import Initial, State, initial_step, is_own
 
-# Averages of squares.
-_NOT_NEGATIVE = frozenset({"square_avg", "exp_avg_sq"})
 _DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load an earlier one"
 _FACTOR = re.compile(r"factor_\d+")
 _WHOLE = "pass what state_dict() of the optimizer returned, as it was"
@@ -209,7 +208,7 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
             f"{where} is {value.dtype} but this optimizer keeps {declared.dtype}, which would lose "
             f"bits; use parameters of the saved dtype, or cast it to {declared.dtype} first"
         )
-    _check_numbers(where, value, not_negative=key in _NOT_NEGATIVE)
+    _check_numbers(where, value, not_negative=key in second_moments())
     return value
 
 

@@ -22,7 +22,7 @@ from .checks import check_plain, has_no_values, lacks, name_of
 from .known_tensors import PreparedSteps
 from .stacks import allocate
 from .starts import AUTO, Starts
-from .state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart
+from .state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart, unused_state
 
 Group = dict[str, Any]
 
@@ -58,10 +58,6 @@ class DeclaringOptimizer(Optimizer):
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         """How each state tensor of a parameter starts, by key; `step` is the base's own."""
         raise NotImplementedError
-
-    def _unused_state(self, group: Group) -> frozenset[str]:
-        """Keys of `_state_spec` that need not exist under the group's present settings."""
-        return frozenset()
 
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""
@@ -145,7 +141,7 @@ class DeclaringOptimizer(Optimizer):
 
     def _spec(self, param: Tensor, group: Group, held: Iterable[str] = ()) -> dict[str, Initial]:
         """The state that a parameter needs; what a group without momentum has `held` stays."""
-        unused = self._unused_state(group).difference(held)
+        unused = unused_state(group).difference(held)
         spec = self._full_spec(param, group)
         return {key: initial for key, initial in spec.items() if key not in unused}
 
@@ -200,7 +196,7 @@ class DeclaringOptimizer(Optimizer):
     def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
         self._check_named(index, self._check_group, group)
         self._check_kept(index, group)
-        if known is not None and self._unused_state(group) != self._unused_state(known):
+        if known is not None and unused_state(group) != unused_state(known):
             self._prepared.forget(index)
         self._checked[index] = dict(group)
 

@@ -14,16 +14,23 @@ import torch
 from torch import Tensor
 
 from ..reference.matrix import initial_scale, split
+from ..reference.structures import (
+    DENSE,
+    DIAGONAL,
+    STRUCTURES,
+    Structure,
+    structure_of_stack,
+)
 from .stacks import as_stack, follows, runs
 from .state import Initial, State
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How IF-Shampoo sees a parameter: the sizes of its axes and which have a dense factor."""
+    """How IF-Shampoo sees a parameter: the sizes of its axes and their factors' structures."""
 
     sizes: tuple[int, ...]
-    dense: tuple[bool, ...]
+    structures: tuple[Structure, ...]
 
 
 def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
@@ -57,11 +64,14 @@ def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
                 f"{6 * size * size / 2**30:.1f} GiB; pass 'auto' or 'diagonal', or a larger "
                 "max_dense_dim"
             )
-    dense = tuple(
-        structure == "dense" or (structure == "auto" and size <= limit)
-        for size, structure in zip(sizes, structures, strict=True)
+    automatic = (DENSE if size <= limit else DIAGONAL for size in sizes)
+    return Layout(
+        sizes,
+        tuple(
+            structure if name == "auto" else STRUCTURES[name]
+            for name, structure in zip(structures, automatic, strict=True)
+        ),
     )
-    return Layout(sizes, dense)
 
 
 def default_dtype(param: Tensor) -> torch.dtype:
@@ -85,7 +95,8 @@ def caches_product(layout: Layout, axis: int, interval: int, device: torch.devic
     """
     size = layout.sizes[axis]
     others = math.prod(layout.sizes) // size
-    return layout.dense[axis] and (device.type == "cuda" or 2 * size < 3 * interval * others)
+    pays = device.type == "cuda" or 2 * size < 3 * interval * others
+    return layout.structures[axis].is_dense and pays
 
 
 def factor_state(layout: Layout, dtype: torch.dtype, start: float) -> dict[str, Initial]:
@@ -101,17 +112,16 @@ def factor_state(layout: Layout, dtype: torch.dtype, start: float) -> dict[str, 
     square = torch.tensor(start, dtype=torch.float64, device="cpu")
     scale = initial_scale(square, 0.0, len(layout.sizes)) if start else square
     high, residual = split(scale.float())
-    for axis, (size, dense) in enumerate(zip(layout.sizes, layout.dense, strict=True)):
-        parts = dense and dtype == torch.bfloat16
-        shape = (size, size) if dense else (size,)
-        kept = dtype if dense else wide
-        spec[f"factor_{axis}"] = Initial(
-            shape, kept, (high if parts else scale).item(), identity=dense
-        )
+    for axis, (size, structure) in enumerate(zip(layout.sizes, layout.structures, strict=True)):
+        in_parts = structure.is_dense and dtype == torch.bfloat16
+        shape = structure.shape(size)
+        kept = dtype if structure.is_dense else wide
+        value = (high if in_parts else scale).item()
+        spec[f"factor_{axis}"] = Initial(shape, kept, value, structure)
         spec[f"factor_momentum_{axis}"] = Initial(shape, kept)
-        if parts:
+        if in_parts:
             spec[f"factor_{axis}_residual"] = Initial(
-                shape, torch.int16, residual.item(), identity=True
+                shape, torch.int16, residual.item(), structure
             )
     return spec
 
@@ -233,7 +243,9 @@ def _stacked(states: Sequence[State], interval: int) -> Bucket:
 
     empty = [states[0][f"factor_{axis}"].new_empty(0) for axis in axes]
     factors = stacks("factor_{}")
-    layout = Layout(tuple(f.shape[1] for f in factors), tuple(f.dim() == 3 for f in factors))
+    layout = Layout(
+        tuple(factor.shape[1] for factor in factors), tuple(map(structure_of_stack, factors))
+    )
     products = [
         torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
         if caches_product(layout, axis, interval, factor.device)

@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ops.dispatch import matrix_kernel
+from ..ops.methods import RMSPROP, settings_of
+from ..ops.schemas import as_scalar_tensor
+from ..reference.matrix import largest_update
 from .amp_and_graphs import Scaling
 from .base import Work
-from .diagonal import rmsprop_state, update_rmsprop_
+from .diagonal import state_lists, update_
 from .groups import Group
 from .layouts import Bucket, Plan, Stacks
 from .state import momentum_buffers
 
+# What the operator takes of a group as it is.
+_SETTINGS = (
+    *("factor_lr", "factor_momentum", "damping", "momentum", "weight_decay"),
+    *("decoupled", "maximize"),
+)
 # Of each parameter, whether it updates its factors at a step.
 Due = tuple[bool, ...]
 # An operator's call on known tensors, for their gradients, a group's settings and a scaler's.
@@ -36,7 +44,7 @@ def planned_calls(group: Group, due: Due, work: Work, plan: Plan) -> list[Call]:
     calls: list[Call] = []
     if plan.vectors:
         params, states = _pick(plan.vectors, work.params, work.states)
-        calls.append(_Vectors(plan.vectors, params, *rmsprop_state(states, group)))
+        calls.append(_Vectors(plan.vectors, params, state_lists(RMSPROP, states, group)))
     # One call for all buckets of a device that are due alike; on the CPU they run one by one.
     together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
     for bucket in plan.buckets:
@@ -51,29 +59,21 @@ def planned_calls(group: Group, due: Due, work: Work, plan: Plan) -> list[Call]:
     return calls
 
 
-def _bound(group: Group) -> float | None:
-    """Of the entries of P; see `IFShampoo`'s max_update."""
-    if group["max_update"] is None:
-        return None
-    bound: float = group["max_update"] / (group["batch_size"] ** 0.5 * group["damping"] ** 0.5)
-    return bound
-
-
 def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
     return [[items[i] for i in places] for items in lists]
 
 
 class _Vectors:
-    """The call of the operator for the parameters at these places, which have no factors."""
+    """The call of the operator for the parameters at these indices, which have no factors."""
 
-    def __init__(self, places: list[int], *lists: list[Tensor]) -> None:
-        self._places = places
-        self._params, self._square_avgs, self._buffers = lists
+    def __init__(
+        self, indices: list[int], params: list[Tensor], states: list[list[Tensor]]
+    ) -> None:
+        self._indices, self._params, self._states = indices, params, states
 
     def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-        own = [grads[i] for i in self._places]
-        state = self._square_avgs, self._buffers
-        update_rmsprop_(group, scaling, self._params, own, *state)
+        own = [grads[i] for i in self._indices]
+        update_(RMSPROP, group, scaling, self._params, own, *self._states)
 
 
 class _Matrices:
@@ -96,7 +96,7 @@ class _Matrices:
         ]
         self._axes = [len(bucket.factors) for bucket in buckets]
         alone = len(buckets) == 1 and all(t.is_contiguous() for t in (*params, *grads, *buffers))
-        self._kernel = ops.matrix_kernel(params, buckets[0].residuals) if alone else None
+        self._kernel = matrix_kernel(params, buckets[0].residuals) if alone else None
 
     def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
         refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
@@ -105,20 +105,14 @@ class _Matrices:
             [grads[i] for i in self._places],
             *self._stacks,
             self._buffers,
-            ops.as_scalar_tensor(group["lr"]),
+            as_scalar_tensor(group["lr"]),
         )
         scalars = {
+            **settings_of(group, *_SETTINGS),
             "update_factors": self._update_factors,
             "refresh_products": refresh_products,
-            "factor_lr": group["factor_lr"],
-            "factor_momentum": group["factor_momentum"],
-            "damping": group["damping"],
             "batch_size": float(group["batch_size"]),
-            "bound": _bound(group),
-            "momentum": group["momentum"],
-            "weight_decay": group["weight_decay"],
-            "decoupled": group["weight_decay_mode"] == "decoupled",
-            "maximize": group["maximize"],
+            "bound": largest_update(group["max_update"], group["batch_size"], group["damping"]),
         }
         if self._kernel and not scaling:
             self._kernel(*tensors, **scalars)

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.checks import usable_gradients
+from ..ops.methods import second_moments
 from ..reference import initial_scale, mean_square, split
+from ..reference.structures import structure_of
 from .amp_and_graphs import Scaling
 from .state import State
 
@@ -151,14 +153,14 @@ def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scalin
         if f"{key}_residual" in state:
             parts = dict(zip((key, f"{key}_residual"), split(scale.float()), strict=True))
         for name, value in parts.items():
-            _add_(state[name] if factor.dim() == 1 else state[name].diagonal(), value, starts)
+            _add_(structure_of(factor).diagonal(state[name]), value, starts)
         state[f"factor_momentum_{axis}"].masked_fill_(starts, 0)  # of zero gradients before
     return started | starts
 
 
 def _second_moment(state: State) -> Tensor:
     """What is zero until it starts."""
-    for key in ("square_avg", "exp_avg_sq"):
+    for key in second_moments():
         if key in state:
             return state[key]
     return state["factor_0"]
@@ -167,7 +169,7 @@ def _second_moment(state: State) -> Tensor:
 def _diagonal(state: State) -> Tensor:
     """Of it as much as tells whether it is zero."""
     held = _second_moment(state)
-    return held.diagonal() if "factor_0" in state and held.dim() == 2 else held
+    return structure_of(held).diagonal(held) if "factor_0" in state else held
 
 
 def _add_(tensor: Tensor, value: Tensor, starts: Tensor) -> None:

@@ -11,22 +11,28 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import state_dtype
+from ..ops.methods import state_keys
 from ..reference.matrix import split
+from ..reference.structures import Structure
 
 State = dict[str, Tensor]
-# State that a change of settings may ask for after the first step.
-ADDED_LATER = frozenset({"momentum_buffer"})
-_OWN = {"step", "square_avg", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+# The state that a group without momentum does without, and that a change of settings may ask for
+# after the first step.
+MOMENTUM = "momentum_buffer"
+ADDED_LATER = frozenset({MOMENTUM})
 
 
 def is_own(key: Any) -> bool:
     """Whether a key of `state[param]` is of an optimizer here, and not of a wrapper around it."""
-    return isinstance(key, str) and (key in _OWN or key.startswith("factor_"))
+    if not isinstance(key, str):
+        return False
+    return key == "step" or key.startswith("factor_") or key in state_keys()
 
 
 @dataclass(frozen=True, eq=False)
 class Initial:
-    """A state tensor that is declared: its shape and dtype, and `value` (times the identity).
+    """A state tensor that is declared: its shape and dtype, and the `value` of every element, or of
+    the diagonal of a factor of a `structure`.
 
     A call builds it on a device; with `count`, so many of them as one tensor of one axis more.
     like: the parameter whose strides it has; such a tensor is never stacked.
@@ -35,7 +41,7 @@ class Initial:
     shape: tuple[int, ...]
     dtype: torch.dtype
     value: float = 0.0
-    identity: bool = False
+    structure: Structure | None = None
     like: Tensor | None = None
 
     def __call__(self, device: torch.device, count: int | None = None) -> Tensor:
@@ -44,10 +50,10 @@ class Initial:
                 self.like, self.value, dtype=self.dtype, device=device, requires_grad=False
             )
         shape = self.shape if count is None else (count, *self.shape)
-        if not self.identity:
+        if self.structure is None:
             return torch.full(shape, self.value, dtype=self.dtype, device=device)
         built = torch.zeros(shape, dtype=self.dtype, device=device)
-        built.diagonal(dim1=-2, dim2=-1).fill_(self.value)
+        self.structure.diagonal(built).fill_(self.value)
         return built
 
 
@@ -123,14 +129,14 @@ class DeclaredState(defaultdict[Any, Any]):
         return super().items()
 
 
-def unused_momentum(group: Mapping[str, Any]) -> frozenset[str]:
-    """State that a group without momentum does without."""
-    return frozenset() if group["momentum"] else frozenset({"momentum_buffer"})
+def unused_state(group: Mapping[str, Any]) -> frozenset[str]:
+    """Declared state that need not exist under a group's present settings."""
+    return frozenset() if group.get("momentum") else ADDED_LATER
 
 
 def momentum_buffers(states: Sequence[State], momentum: float) -> list[Tensor]:
     """The momentum buffers, or an empty list where the states have none and need none."""
-    buffers = [state["momentum_buffer"] for state in states if "momentum_buffer" in state]
+    buffers = [state[MOMENTUM] for state in states if MOMENTUM in state]
     if momentum and len(buffers) < len(states):
         raise RuntimeError(
             f"momentum is {momentum} but there are no momentum buffers yet; after changing it from "

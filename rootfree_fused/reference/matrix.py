@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .structures import structure_of
+
 LARGEST_GRADIENT = 2.0**40
 LARGEST_MOMENTUM = 2.0**48
 
@@ -68,20 +70,16 @@ def update_factors_(
         others = math.prod(grad.shape) // grad.shape[axis]
         trace = math.prod(t for j, t in enumerate(mean_squares) if j != axis)
         unfolded = transformed.movedim(axis, 0).reshape(grad.shape[axis], -1)
-        if factor.dim() == 1:
-            gram, square = unfolded.square().sum(1), factor.square()
-            identity = torch.ones_like(factor)
-        else:
-            gram, square = unfolded @ unfolded.T, factor.T @ factor
-            identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        structure = structure_of(factor)
+        gram, square = structure.gram(unfolded), structure.square(factor)
+        identity = structure.identity_like(factor)
         targets.append((batch_size / others * gram + damping * trace * square - identity) / 2)
 
     for factor, momentum, target in zip(factors, factor_momenta, targets, strict=True):
         momentum.lerp_(target, (1 - factor_momentum) * told)
         momentum.clamp_(-LARGEST_MOMENTUM, LARGEST_MOMENTUM)
         step = told * factor_lr / momentum.norm().clamp_min(1)
-        product = factor * momentum if factor.dim() == 1 else factor @ momentum
-        factor.sub_(step * product)
+        factor.sub_(step * structure_of(factor).product(factor, momentum))
 
 
 def precondition(grad: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -131,6 +129,15 @@ def apply_(
     param.copy_(p - lr * u)
 
 
+def largest_update(max_update: float | None, batch_size: float, damping: float) -> float | None:
+    """The bound of the entries of P: max_update / sqrt(B damping), or None for none.
+
+    Near 1 / sqrt(B damping) those of a root-free diagonal step g / (B g^2 + damping) stay by
+    themselves.
+    """
+    return None if max_update is None else max_update / (batch_size**0.5 * damping**0.5)
+
+
 def is_update_step(step: int, interval: int, schedule: str) -> bool:
     """Whether factors are updated at `step`, counted from 0.
 
@@ -168,7 +175,6 @@ def join(high: Tensor, residual: Tensor) -> Tensor:
 
 def _mode_product(tensor: Tensor, factor: Tensor, axis: int, *, transpose: bool) -> Tensor:
     """tensor x_axis F for F = factor or its transpose: F times every fibre along the axis."""
-    fibres = tensor.movedim(axis, -1)
-    if factor.dim() == 1:
-        return (fibres * factor).movedim(-1, axis)
-    return (fibres @ (factor if transpose else factor.T)).movedim(-1, axis)
+    structure, fibres = structure_of(factor), tensor.movedim(axis, -1)
+    applied = structure.right(fibres, factor if transpose else structure.transposed(factor))
+    return applied.movedim(-1, axis)

@@ -20,7 +20,8 @@ from helpers.optimizers import (
 )
 
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, ops
-from rootfree_fused.ops import dispatch
+from rootfree_fused.ops import by_reference, dispatch
+from rootfree_fused.ops.methods import METHODS
 
 NAN, INF = float("nan"), float("inf")
 LR = torch.tensor(0.1, dtype=torch.float64)
@@ -150,7 +151,8 @@ def test_the_cuda_body_sends_cpu_parameters_to_the_cpu_body(call):
         for tensor, value in zip(group, values, strict=True) if isinstance(group, list) else ():
             tensor.copy_(value)
     getattr(torch.ops.rootfree_fused, name)(*expected, **kwargs)
-    dispatch._on_cuda(name)(*args, **kwargs)
+    method = METHODS[name]
+    dispatch._on_cuda(method, by_reference.diagonal(method))(*args, **kwargs)
     for group, values in zip(args, expected, strict=True):
         if isinstance(group, list):
             assert_identical(group, values)

@@ -7,6 +7,7 @@ import torch
 
 from rootfree_fused.optimizer.layouts import Layout, caches_product, factor_state, layout_of
 from rootfree_fused.reference import join
+from rootfree_fused.reference.structures import DENSE, DIAGONAL
 
 GROUP = {
     "structures": "auto",
@@ -18,24 +19,24 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("shape", "settings", "sizes", "dense"),
+    ("shape", "settings", "sizes", "structures"),
     [
-        ((8, 4), {}, (8, 4), (True, True)),
-        ((8, 400), {}, (8, 400), (True, False)),
-        ((8, 100), {}, (8, 100), (True, True)),
-        ((6, 1, 5), {}, (6, 5), (True, True)),
-        ((4, 3, 3, 2), {}, (4, 18), (True, True)),
-        ((4, 3, 3, 2), {"merge_axes": False}, (4, 3, 3, 2), (True,) * 4),
-        ((8, 4), {"structures": "diagonal"}, (8, 4), (False, False)),
-        ((8, 400), {"structures": ("dense", "auto")}, (8, 400), (True, False)),
-        ((8, 4), {"structures": ("diagonal", "dense")}, (8, 4), (False, True)),
-        ((7,), {"vector_method": "factor"}, (7,), (True,)),
-        ((1, 7), {"vector_method": "factor"}, (7,), (True,)),
-        ((), {"vector_method": "factor"}, (1,), (True,)),
+        ((8, 4), {}, (8, 4), (DENSE, DENSE)),
+        ((8, 400), {}, (8, 400), (DENSE, DIAGONAL)),
+        ((8, 100), {}, (8, 100), (DENSE, DENSE)),
+        ((6, 1, 5), {}, (6, 5), (DENSE, DENSE)),
+        ((4, 3, 3, 2), {}, (4, 18), (DENSE, DENSE)),
+        ((4, 3, 3, 2), {"merge_axes": False}, (4, 3, 3, 2), (DENSE,) * 4),
+        ((8, 4), {"structures": "diagonal"}, (8, 4), (DIAGONAL, DIAGONAL)),
+        ((8, 400), {"structures": ("dense", "auto")}, (8, 400), (DENSE, DIAGONAL)),
+        ((8, 4), {"structures": ("diagonal", "dense")}, (8, 4), (DIAGONAL, DENSE)),
+        ((7,), {"vector_method": "factor"}, (7,), (DENSE,)),
+        ((1, 7), {"vector_method": "factor"}, (7,), (DENSE,)),
+        ((), {"vector_method": "factor"}, (1,), (DENSE,)),
     ],
 )
-def test_layout(shape, settings, sizes, dense):
-    assert layout_of(shape, {**GROUP, **settings}) == Layout(sizes, dense)
+def test_layout(shape, settings, sizes, structures):
+    assert layout_of(shape, {**GROUP, **settings}) == Layout(sizes, structures)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 7), (0, 3)])
@@ -56,19 +57,19 @@ def test_structures_must_be_one_an_axis():
 
 
 def test_products_are_kept_where_that_costs_fewer_flops():
-    square, wide = Layout((64, 64), (True, True)), Layout((64, 512), (True, True))
+    square, wide = Layout((64, 64), (DENSE, DENSE)), Layout((64, 512), (DENSE, DENSE))
     assert caches_product(wide, 0, 1, CPU)
     assert not caches_product(wide, 1, 1, CPU)
     assert caches_product(wide, 1, 10, CPU)
     assert caches_product(square, 0, 1, CPU)
-    assert caches_product(Layout((140, 100), (True, True)), 0, 1, CPU)
-    assert not caches_product(Layout((160, 100), (True, True)), 0, 1, CPU)
+    assert caches_product(Layout((140, 100), (DENSE, DENSE)), 0, 1, CPU)
+    assert not caches_product(Layout((160, 100), (DENSE, DENSE)), 0, 1, CPU)
     assert caches_product(wide, 1, 1, CUDA)
-    assert not caches_product(Layout((64, 512), (True, False)), 1, 10, CUDA)
+    assert not caches_product(Layout((64, 512), (DENSE, DIAGONAL)), 1, 10, CUDA)
 
 
 def test_factor_state_by_dtype():
-    layout = Layout((4, 3), (True, False))
+    layout = Layout((4, 3), (DENSE, DIAGONAL))
     spec = factor_state(layout, torch.bfloat16, 1.0)
     state = {key: initial(CPU) for key, initial in spec.items()}
     assert {key: (tuple(v.shape), v.dtype) for key, v in state.items()} == {

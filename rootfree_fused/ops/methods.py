@@ -1,0 +1,107 @@
+"""The diagonal methods, each declared once: its state, its settings, its operator's schema.
+
+A method updates every element of a parameter by itself. What runs it, the specification, the
+kernels and the optimizers, follows from this declaration; docs/architecture.md has the steps to add
+one.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Final
+
+from ..reference import diag
+
+# Fills a state that starts where the setting initial_square_avg says; see optimizer/starts.py.
+SECOND_MOMENT: Final = None
+# Settings that the operators take in another form than the groups have.
+_TAKEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "beta1": lambda group: group["betas"][0],
+    "beta2": lambda group: group["betas"][1],
+    "decoupled": lambda group: group["weight_decay_mode"] == "decoupled",
+}
+
+
+@dataclass(frozen=True)
+class DiagonalMethod:
+    """One diagonal method, the operator `torch.ops.rootfree_fused.<name>`.
+
+    name: ends in `_`, as the operator updates its tensors.
+    reference: the update of one parameter: (param, grad, *states, *step, lr=, batch_size=, ...);
+        a state that is not there is None, and step is given to a method that `counts`.
+    states: what each entry of `optimizer.state[param]` is filled with before the first step, in the
+        one order that the schema and every kernel have.
+    numbers, switches: the settings beside lr and batch_size, floats and bools.
+    counts: whether it may need the number of steps.
+    """
+
+    name: str
+    reference: Callable[..., None]
+    states: Mapping[str, float | None]
+    numbers: tuple[str, ...]
+    switches: tuple[str, ...]
+    counts: bool = False
+
+    @property
+    def schema(self) -> str:
+        """Lists of parameters, gradients and states; lr and batch_size are 0-d tensors."""
+        lists = ["params", *(f"{key}s" for key in self.states)]
+        tensors = [
+            f"Tensor({alias}!)[] {name}"
+            for alias, name in zip(string.ascii_lowercase, lists, strict=False)
+        ]
+        tensors.insert(1, "Tensor[] grads")
+        arguments = [
+            *tensors,
+            *(["Tensor? steps"] if self.counts else []),
+            "Tensor lr",
+            "*",
+            *(f"float {name}" for name in self.numbers),
+            "Tensor batch_size",
+            *(f"bool {name}" for name in self.switches),
+            "Tensor? grad_scale=None",
+            "Tensor? found_inf=None",
+        ]
+        return f"{self.name}({', '.join(arguments)}) -> ()"
+
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group's settings as the operator takes them, but for lr and batch_size."""
+        return settings_of(group, *self.numbers, *self.switches)
+
+
+def settings_of(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The settings of these names as the operators take them."""
+    return {name: _TAKEN.get(name, itemgetter(name))(group) for name in names}
+
+
+RMSPROP = DiagonalMethod(
+    "rmsprop_",
+    diag.rmsprop_,
+    states={"square_avg": SECOND_MOMENT, "momentum_buffer": 0.0},
+    numbers=("alpha", "damping", "weight_decay", "momentum"),
+    switches=("decoupled", "maximize"),
+)
+ADAMW = DiagonalMethod(
+    "adamw_",
+    diag.adamw_,
+    states={"exp_avg": 0.0, "exp_avg_sq": SECOND_MOMENT},
+    numbers=("beta1", "beta2", "damping", "weight_decay"),
+    switches=("maximize",),
+    counts=True,
+)
+# The methods that have an operator, by its name; see schemas.register.
+METHODS: dict[str, DiagonalMethod] = {}
+
+
+def state_keys() -> set[str]:
+    """The keys of all diagonal state."""
+    return {key for method in METHODS.values() for key in method.states}
+
+
+def second_moments() -> list[str]:
+    """The keys of state that starts where initial_square_avg says."""
+    states = [item for method in METHODS.values() for item in method.states.items()]
+    return [key for key, value in states if value is SECOND_MOMENT]

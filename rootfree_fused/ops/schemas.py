@@ -1,0 +1,51 @@
+"""The operators as PyTorch's dispatcher knows them, and how they are called.
+
+lr and batch_size are 0-d tensors, so that a compiled step needs no recompile for other values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .methods import ADAMW, METHODS, RMSPROP, DiagonalMethod
+
+IFSHAMPOO = (
+    "ifshampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
+    "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
+    "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] axes, bool update_factors, "
+    "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
+    "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize, "
+    "float? bound=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+)
+_library = torch.library.Library("rootfree_fused", "DEF")
+
+
+def register(method: DiagonalMethod) -> None:
+    """Make the operator of a diagonal method; C++ registers its body under the same name."""
+    METHODS[method.name] = method
+    _library.define(method.schema)
+    dispatch.give_bodies(_library, method)
+
+
+def as_scalar_tensor(value: float | Tensor) -> Tensor:
+    """A number as the 0-d float32 or float64 tensor that the operators take."""
+    if isinstance(value, Tensor):
+        value = value.detach().reshape(())
+        return value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def mark_changed(params: Sequence[Tensor]) -> None:
+    """Tell autograd that an operator wrote the parameters, so that a stale backward raises."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(params)
+
+
+register(RMSPROP)
+register(ADAMW)
+_library.define(IFSHAMPOO)
+dispatch.give_matrix_bodies(_library)
