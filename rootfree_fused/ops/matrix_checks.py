@@ -46,7 +46,13 @@ def check_buckets(
                     f"params[{member}] on share a bucket and params has {len(params)}; stack one "
                     "factor a parameter"
                 )
-            _check_dtypes(i, stack, stacks)
+            if stack.device != own[0].device:
+                raise ValueError(
+                    f"factors[{i}] is on {stack.device} but params[{member}] is on "
+                    f"{own[0].device}; move it with .to({str(own[0].device)!r})"
+                )
+            _check_dtype(i, stack, stacks)
+        for i, stack in zip(indices, stacks, strict=True):
             _check_belongings(i, stack, per_axis, products_are_given=products_are_given)
         for i, param in enumerate(own, start=member):
             if param.numel() != math.prod(sizes):
@@ -54,10 +60,10 @@ def check_buckets(
                     f"params[{i}] has shape {tuple(param.shape)} but its bucket has axes of "
                     f"{sizes}; put it into a bucket of its own axes"
                 )
-            if param.device != stacks[0].device:
+            if param.device != own[0].device:
                 raise ValueError(
-                    f"factors[{first}] is on {stacks[0].device} but params[{i}] is on "
-                    f"{param.device}; move it with .to({str(param.device)!r})"
+                    f"params[{i}] is on {param.device} but its bucket is on {own[0].device}; put "
+                    "it into a bucket of its own"
                 )
         member, first = member + members, first + count
     if member != len(params):
@@ -81,7 +87,7 @@ def _checked_factor(name: str, factor: Tensor | None) -> Tensor:
     return factor
 
 
-def _check_dtypes(i: int, stack: Tensor, stacks: Sequence[Tensor]) -> None:
+def _check_dtype(i: int, stack: Tensor, stacks: Sequence[Tensor]) -> None:
     dense = {other.dtype for other in stacks if structure_of_stack(other).is_dense}
     wide = torch.float64 if torch.float64 in dense else torch.float32
     if structure_of_stack(stack).is_dense:
@@ -93,10 +99,6 @@ def _check_dtypes(i: int, stack: Tensor, stacks: Sequence[Tensor]) -> None:
             f"factors[{i}] is {stack.dtype}; the dense factors of a bucket have one dtype of "
             "bfloat16, float32 and float64, and diagonal ones are float32, or float64 beside "
             "float64: cast it"
-        )
-    if stack.device != stacks[0].device:
-        raise ValueError(
-            f"factors[{i}] is on {stack.device} but its bucket is on {stacks[0].device}; move it"
         )
 
 
