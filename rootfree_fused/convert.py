@@ -57,11 +57,11 @@ _SHAMPOO: Group = {
 
 
 class _Entry(NamedTuple):
-    """A parameter of ours with its group, and its place, group and state in the source."""
+    """A parameter of ours with its group, and its index, group and state in the source."""
 
     param: Tensor
     own: Group
-    place: int
+    index: int
     group: Mapping[str, Any]
     state: Mapping[str, Any]
 
@@ -103,14 +103,14 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
         settings = {**_renamed(entry, _SIRFSHAMPOO), **_SHAMPOO, "update_schedule": "constant"}
         if callable(settings["update_interval"]):
             raise ValueError(
-                f"T of group {entry.place} is a function, but IFShampoo updates its factors every "
+                f"T of group {entry.index} is a function, but IFShampoo updates its factors every "
                 "T steps; set T of the source's groups to a whole number first"
             )
         settings["structures"] = _structures(entry)
         if saved.get("batch_size_valid") == "always":
             settings["batch_size"] = saved["batch_size"]
         factors, momenta = (
-            [None if matrix is None else matrix.to_dense() for matrix in saved[key][entry.place]]
+            [None if matrix is None else matrix.to_dense() for matrix in saved[key][entry.index]]
             for key in ("preconditioner", "preconditioner_momenta")
         )
         state = _factor_state(entry, settings, factors, momenta)
@@ -170,7 +170,7 @@ def from_released_code(
             return _Converted(settings, {})
         if not {"step", moment} <= entry.state.keys():
             raise ValueError(
-                f"parameter {entry.place} of the source has the state {sorted(entry.state)}, "
+                f"parameter {entry.index} of the source has the state {sorted(entry.state)}, "
                 f"without {moment}; pass the class that {type(optimizer).__name__} replaces"
             )
         v = entry.state[moment]
@@ -249,7 +249,7 @@ def _entries(
             f"the source has {len(theirs)} parameters but the optimizer has {len(owned)}; build it "
             "with the same parameters, in the same order"
         )
-    places: Sequence[int] = range(len(owned))
+    positions: Sequence[int] = range(len(owned))
     if isinstance(source, Optimizer):
         params = chain.from_iterable(group["params"] for group in source.param_groups)
         found: dict[Tensor, int] = {param: i for i, param in enumerate(params)}
@@ -258,10 +258,10 @@ def _entries(
                 "the source has other parameters than the optimizer; build it with those of the "
                 "source, or pass the source's state_dict() where they come in the same order"
             )
-        places = [found[param] for param, _ in owned]
+        positions = [found[param] for param, _ in owned]
     return [
         _Entry(param, group, i, theirs[i][1], saved["state"].get(theirs[i][0], {}))
-        for (param, group), i in zip(owned, places, strict=True)
+        for (param, group), i in zip(owned, positions, strict=True)
     ]
 
 
@@ -269,7 +269,7 @@ def _renamed(entry: _Entry, names: Mapping[str, str]) -> Group:
     """The settings of a parameter by our names, with the lr that schedulers start from."""
     if missing := names.keys() - entry.group.keys():
         raise ValueError(
-            f"the source's group of parameter {entry.place} has no {', '.join(sorted(missing))}; "
+            f"the source's group of parameter {entry.index} has no {', '.join(sorted(missing))}; "
             "pass an optimizer of the class that is to be replaced, or its state_dict()"
         )
     if "differentiable" in entry.group:
@@ -285,7 +285,7 @@ def _structures(entry: _Entry) -> str | tuple[str, ...]:
     structures = entry.group["structures"]
     if others := set(structures) - {"dense", "diagonal"}:
         raise ValueError(
-            f"group {entry.place} of the source has the structures {sorted(others)}; IFShampoo has "
+            f"group {entry.index} of the source has the structures {sorted(others)}; IFShampoo has "
             "dense and diagonal factors alone"
         )
     return structures[0] if len(set(structures)) == 1 else tuple(structures)
@@ -303,7 +303,7 @@ def _factor_state(
     sizes = layout.sizes if layout else ()
     if not len(sizes) == len(factors) == len(momenta):
         raise ValueError(
-            f"parameter {entry.place} of the source has {len(factors)} factors, but one of shape "
+            f"parameter {entry.index} of the source has {len(factors)} factors, but one of shape "
             f"{tuple(entry.param.shape)} has {len(sizes)}; build the optimizer with the same "
             "parameters, in the same order"
         )
@@ -328,23 +328,23 @@ def _assembled(optimizer: RootFreeOptimizer, converted: Sequence[_Converted]) ->
     groups: list[Group] = []
     states: dict[int, Mapping[str, Any]] = {}
     for index, group in enumerate(optimizer.param_groups):
-        places = range(len(states), len(states) + len(group["params"]))
-        settings = converted[places[0]].settings if places else {}
+        positions = range(len(states), len(states) + len(group["params"]))
+        settings = converted[positions[0]].settings if positions else {}
         merged = {**group, **settings, "initial_square_avg": 1.0}  # as they start
         unused = unused_state(merged)
-        for place, param in zip(places, group["params"], strict=True):
-            _check_same(index, places[0], settings, place, converted[place].settings)
+        for position, param in zip(positions, group["params"], strict=True):
+            _check_same(index, positions[0], settings, position, converted[position].settings)
             spec = optimizer._full_spec(param, merged)
             initial = {k: start(param.device) for k, start in spec.items() if k not in unused}
-            states[place] = {**initial, **converted[place].state}
-        groups.append({**saved_group(merged), "params": list(places)})
+            states[position] = {**initial, **converted[position].state}
+        groups.append({**saved_group(merged), "params": list(positions)})
     return {"state": states, "param_groups": groups}
 
 
-def _check_same(index: int, first: int, settings: Group, place: int, others: Group) -> None:
+def _check_same(index: int, first: int, settings: Group, position: int, others: Group) -> None:
     for key in settings.keys() | others.keys():
         if settings.get(key) != others.get(key):
             raise ValueError(
-                f"parameters {first} and {place} of group {index} had {key} {settings.get(key)} "
+                f"parameters {first} and {position} of group {index} had {key} {settings.get(key)} "
                 f"and {others.get(key)} in the source; build the optimizer with a group for each"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,16 +18,14 @@ from .optimizer.amp_and_graphs import Scaling
 from .optimizer.base import RootFreeOptimizer, Work
 from .optimizer.checks import check_state, check_whole, name_of
 from .optimizer.groups import Group
-from .optimizer.known_tensors import Launch, on_gradients
-from .optimizer.layouts import Plan, Stacks, default_dtype, factor_state, layout_of
-from .optimizer.matrix_calls import Call, Due, Known, planned_calls
+from .optimizer.known_tensors import PreparedUpdate, on_gradients
+from .optimizer.layouts import BucketPlan, Stacks, default_dtype, factor_state, layout_of
+from .optimizer.matrix_calls import Call, KnownCalls, planned_calls
+from .optimizer.schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
 from .optimizer.starts import declared_start
 from .optimizer.state import Initial, State, full_like
-from .reference import is_update_step
 
 Structure = Literal["auto", "dense", "diagonal"]
-# float32 counts one by one up to here.
-_LARGEST_EXACT = 2**24
 
 
 class IFShampoo(RootFreeOptimizer):
@@ -198,11 +196,11 @@ class IFShampoo(RootFreeOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._counts: dict[int, tuple[Tensor, list[int]]] = {}
+        self._schedule = FactorSchedule()
 
     def _reset_caches(self) -> None:
         super()._reset_caches()
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, BucketPlan] = {}
         self._stacks: dict[int, Stacks] = {}
         self._had_matrices: dict[int, bool] = {}
 
@@ -223,9 +221,9 @@ class IFShampoo(RootFreeOptimizer):
             )
         return params
 
-    def _check_taken(self, index: int, place: int, group: Group) -> None:
-        super()._check_taken(index, place, group)
-        check_whole(name_of(index, place, group), group["params"][place])
+    def _check_taken(self, index: int, position: int, group: Group) -> None:
+        super()._check_taken(index, position, group)
+        check_whole(name_of(index, position, group), group["params"][position])
 
     _start_traced = _disable_dynamo(RootFreeOptimizer._start_traced)
 
@@ -234,14 +232,14 @@ class IFShampoo(RootFreeOptimizer):
         group = self.param_groups[index]
         for param, state in zip(work.params, work.states, strict=True):
             check_state("a parameter", param, state, self._spec(param, group))
-        self._step(index, work, Known())
+        self._step(index, work, KnownCalls())
 
-    def _prepare(self, index: int, work: Work) -> Launch:
+    def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         params, states, steps = work.params, work.states, work.steps  # and not the gradients
-        known = Known()
+        known = KnownCalls()
         group = self.param_groups[index]
         if not _waits(group, work.scaling):
-            self._calls(index, self._due_next(index, group, steps), work, known)
+            self._calls(index, self._schedule.after(index, group, steps), work, known)
         optimizer = weakref.ref(self)  # which will own the launch
 
         def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
@@ -251,27 +249,29 @@ class IFShampoo(RootFreeOptimizer):
 
         return on_gradients(params, update)
 
-    def _step(self, index: int, work: Work, known: Known) -> None:
+    def _step(self, index: int, work: Work, known: KnownCalls) -> None:
         """Update a group; `known` are the calls on these tensors."""
         group = self.param_groups[index]
         if _waits(group, work.scaling):
-            return  # what is due next and which K K^T are stale stays as it was
-        due = self._due(index, group, work.steps)
-        for call in self._calls(index, due, work, known):
+            return  # what is updates_factors next and which K K^T are stale stays as it was
+        updates_factors = self._schedule.at(index, group, work.steps)
+        for call in self._calls(index, updates_factors, work, known):
             call(work.grads, group, work.scaling)
 
-    def _calls(self, index: int, due: Due, work: Work, known: Known) -> list[Call]:
-        """The operator's calls for what is due, from those known for the group's stacks."""
+    def _calls(
+        self, index: int, updates_factors: UpdatesFactors, work: Work, known: KnownCalls
+    ) -> list[Call]:
+        """The operator's calls of such a step, from those known for the group's stacks."""
         if known.stacks is not self._stacks.get(index):
-            known.by_due.clear()
-        if due not in known.by_due:
+            known.by_kind.clear()
+        if updates_factors not in known.by_kind:
             stacks = self._stacked(index, work.states)
             if stacks is not known.stacks:
-                known.by_due.clear()
-            plan = stacks.plan(work.states, due)
-            calls = planned_calls(self.param_groups[index], due, work, plan)
-            known.stacks, known.by_due[due] = stacks, (plan, calls)
-        self._plans[index], calls = known.by_due[due]
+                known.by_kind.clear()
+            plan = stacks.plan(work.states, updates_factors)
+            calls = planned_calls(self.param_groups[index], updates_factors, work, plan)
+            known.stacks, known.by_kind[updates_factors] = stacks, (plan, calls)
+        self._plans[index], calls = known.by_kind[updates_factors]
         return calls
 
     def _stacked(self, index: int, states: list[State]) -> Stacks:
@@ -283,26 +283,6 @@ class IFShampoo(RootFreeOptimizer):
             stacks = self._stacks[index] = Stacks(owned, group["update_interval"])
         return stacks
 
-    def _due_next(self, index: int, group: Group, steps: Tensor) -> Due:
-        """Which parameters update their factors at the step after these."""
-        if group["update_interval"] == 1:
-            return (True,) * len(steps)
-        source, counts = self._counts.get(index, (None, []))
-        counts = counts if source is steps else [int(count) for count in steps.tolist()]
-        return _due_at([count + 1 for count in counts], group)
-
-    def _due(self, index: int, group: Group, steps: Tensor) -> Due:
-        """Which parameters update their factors at this step."""
-        source, counts = self._counts.pop(index, (None, []))
-        if group["update_interval"] == 1:
-            return (True,) * len(steps)
-        counts = [count + 1 for count in counts] if source is steps else []
-        # On a device they are read once: nothing waits for it.
-        if not counts or (steps.is_cpu and not group["capturable"]):
-            counts = _exact(steps, counts)
-        self._counts[index] = steps, counts
-        return _due_at(counts, group)
-
     def _next_kind(self) -> Hashable:
         kinds: list[Hashable] = []
         for index, group in enumerate(self.param_groups):
@@ -310,40 +290,19 @@ class IFShampoo(RootFreeOptimizer):
             if plan is None:
                 return None
             if group["update_interval"] > 1:
+                updates_factors = self._schedule.after_last(index, group)
                 stale = any(bucket.products_are_stale() for bucket in plan.buckets)
-                if stale or index not in self._counts:
+                if stale or updates_factors is None:
                     return None
-                _, counts = self._counts[index]
-                kinds.append(_due_at([count + 1 for count in counts], group))
+                kinds.append(updates_factors)
         return tuple(kinds)
 
     def _count_replay(self) -> None:
-        for index, (steps, counts) in self._counts.items():
-            self._counts[index] = steps, [count + 1 for count in counts]
+        self._schedule.count_replay()
 
     def _check_capture(self) -> None:
         super()._check_capture()
-        _check_schedules(self.param_groups, by_kind=self._captured_by_kind)
-
-
-def _check_schedules(groups: list[dict[str, Any]], *, by_kind: bool) -> None:
-    """Raise a RuntimeError for groups that update their factors at some steps only.
-
-    by_kind: CapturedStep has a graph for each kind of step, and chooses by the count of steps.
-    """
-    for group in groups:
-        interval = "step() was called under CUDA graph capture with update_interval="
-        interval += str(group["update_interval"])
-        if group["update_interval"] > 1 and not by_kind:
-            raise RuntimeError(
-                f"{interval}: replays would update the factors always or never; capture the "
-                "training step with rootfree_fused.CapturedStep"
-            )
-        if group["update_interval"] > 1 and group["amp_scaling"]:
-            raise RuntimeError(
-                f"{interval} and amp_scaling=True: only the device knows which steps were skipped; "
-                "use update_interval=1 or amp_scaling=False"
-            )
+        check_capturable_schedules(self.param_groups, by_kind=self._captured_by_kind)
 
 
 def _has_matrices(params: list[Tensor]) -> bool:
@@ -353,25 +312,3 @@ def _has_matrices(params: list[Tensor]) -> bool:
 def _waits(group: Group, scaling: Scaling) -> bool:
     """Whether a step that the scaler skips leaves the schedule as it is."""
     return group["update_interval"] > 1 and skips(scaling.get("found_inf"))
-
-
-def _exact(steps: Tensor, counted: list[int]) -> list[int]:
-    """The counts, which float32 holds up to 2^24; above, those of the host, which it then rounds.
-
-    A count that a load or a user changed is taken from `steps`, and so is one without a host's;
-    this step's own 1 is lost there from 2^25 on.
-    """
-    counts = [int(count) + (count >= 2 * _LARGEST_EXACT) for count in steps.tolist()]
-    if counted and max(counts) >= _LARGEST_EXACT:
-        before = torch.tensor([count - 1 for count in counted], dtype=steps.dtype)
-        if torch.equal(before + 1, steps):
-            steps.copy_(torch.tensor(counted, dtype=steps.dtype))
-            return counted
-    return counts
-
-
-def _due_at(counts: list[int], group: Group) -> Due:
-    """Which of the parameters update their factors at these steps, counted from 1."""
-    interval, schedule = group["update_interval"], group["update_schedule"]
-    due = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
-    return tuple(due[count] for count in counts)

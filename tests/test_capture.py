@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers.optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
@@ -10,6 +12,15 @@ import rootfree_fused.optimizer.base
 from rootfree_fused import CapturedStep, IFShampoo, RootFreeRMSprop
 
 SHAPES = [(7, 5), (11,), (), (3, 4, 2), (16, 8)]
+
+
+def twin(schedule):
+    """What counts apart from then on, on the same tensors."""
+    if schedule is None:
+        return None
+    own = copy.copy(schedule)
+    own._counts = dict(schedule._counts)
+    return own
 
 
 class Emulated(CapturedStep):
@@ -22,7 +33,7 @@ class Emulated(CapturedStep):
 
     def _record(self):
         optimizer = self._optimizer
-        counts = dict(getattr(optimizer, "_counts", {}))
+        schedule = twin(getattr(optimizer, "_schedule", None))
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         tensors += [t for state in optimizer.state.values() for t in state.values()]
         before = [t.detach().clone() for t in tensors]
@@ -32,10 +43,10 @@ class Emulated(CapturedStep):
 
         def replay():
             self.replays += 1
-            counted = dict(getattr(optimizer, "_counts", {}))
-            optimizer._counts = dict(counts)
+            counted = getattr(optimizer, "_schedule", None)
+            optimizer._schedule = twin(schedule)
             output.copy_(self._train_step())
-            optimizer._counts = counted
+            optimizer._schedule = counted
 
         return replay, output
 

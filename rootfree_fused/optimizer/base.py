@@ -27,7 +27,7 @@ from .amp_and_graphs import (
 )
 from .checks import check_devices, check_gradient, check_state, memory, name_of
 from .groups import DeclaringOptimizer, Group, devices_of
-from .known_tensors import Launch, Prepared, fingerprint
+from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
 from .stacks import Counts, restack
 from .starts import AUTO, Waiting, start_
 from .state import DeclaredState, State
@@ -43,7 +43,7 @@ class Work(NamedTuple):
     scaling: Scaling
 
 
-class Unprepared(NamedTuple):
+class UnpreparedStep(NamedTuple):
     """A step on tensors that are not known again: `run` takes it after `counts` has counted it."""
 
     params: list[Tensor]
@@ -70,7 +70,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
     def _count_replay(self) -> None:
         """Note on the host that a graph took a step."""
 
-    def _prepare(self, index: int, work: Work) -> Launch | None:
+    def _prepare(self, index: int, work: Work) -> PreparedUpdate | None:
         """How to do at every step on these tensors what `_update` does, or None."""
         return None
 
@@ -116,7 +116,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
             step.run(group, own_scaling)
         return loss
 
-    def _plan(self, scaling: Scaling) -> list[tuple[Group, Prepared | Unprepared]]:
+    def _plan(self, scaling: Scaling) -> list[tuple[Group, PreparedStep | UnpreparedStep]]:
         """What each group's step will do; tensors that are not known are checked first."""
         if not isinstance(self.state, DeclaredState):
             self._watch_state()
@@ -154,11 +154,11 @@ class RootFreeOptimizer(DeclaringOptimizer):
     def _gather(self, index: int, group: Group) -> list[Tensor]:
         """The parameters that have a gradient, after a check of all that a step works on."""
         params = []
-        for place, param in enumerate(group["params"]):
+        for position, param in enumerate(group["params"]):
             if isinstance(param, Tensor) and param.grad is None:
                 continue
-            self._check_taken(index, place, group)
-            check_gradient(name_of(index, place, group), param, param.grad)
+            self._check_taken(index, position, group)
+            check_gradient(name_of(index, position, group), param, param.grad)
             params.append(param)
         check_devices(index, group, params)
         for param, (name, spec) in zip(params, self._declare(index, group, params), strict=True):
@@ -175,14 +175,14 @@ class RootFreeOptimizer(DeclaringOptimizer):
             named
             for index, (group, params) in enumerate(zip(self.param_groups, gathered, strict=True))
             if params
-            for place, param in enumerate(group["params"])
+            for position, param in enumerate(group["params"])
             if param.grad is not None
-            for named in memory(name_of(index, place, group), param, self.state[param])
+            for named in memory(name_of(index, position, group), param, self.state[param])
         )
 
     def _build(
         self, index: int, group: Group, params: list[Tensor], scaling: Scaling
-    ) -> Prepared | Unprepared:
+    ) -> PreparedStep | UnpreparedStep:
         states = [self.state[p] for p in params]
         counts = self._prepared.counts(index, [state["step"] for state in states])
         if params[0].is_cpu:
@@ -204,12 +204,12 @@ class RootFreeOptimizer(DeclaringOptimizer):
 
         owned = [dict.get(self.state, p, {}) for p in group["params"]]
         if launch is None or not (found := fingerprint(group["params"], owned)):
-            return Unprepared(params, counts, run)
-        prepared = Prepared(*found, owned, params, counts, launch)
+            return UnpreparedStep(params, counts, run)
+        prepared = PreparedStep(*found, owned, params, counts, launch)
         self._prepared.keep(index, prepared)
         return prepared
 
-    def _starting(self, waiting: list[Waiting], launch: Launch) -> Launch:
+    def _starting(self, waiting: list[Waiting], launch: PreparedUpdate) -> PreparedUpdate:
         """The launch, after a look whether what waits for a gradient starts with this one."""
         optimizer = weakref.ref(self)  # which will own the launch
 

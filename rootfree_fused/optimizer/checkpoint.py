@@ -36,14 +36,14 @@ def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
 
-    places: dict[Tensor, int] = {}
+    positions: dict[Tensor, int] = {}
     groups = []
     for index, group in enumerate(optimizer.param_groups):
         _declare_and_check(optimizer, index, group)
         for param in group["params"]:
-            places.setdefault(param, len(places))
-        groups.append({**saved_group(group), "params": [places[p] for p in group["params"]]})
-    states = by_place(dict(dict.items(optimizer.state)), places)
+            positions.setdefault(param, len(positions))
+        groups.append({**saved_group(group), "params": [positions[p] for p in group["params"]]})
+    states = by_position(dict(dict.items(optimizer.state)), positions)
     saved = {key: copied(state) for key, state in states.items()}
 
     state_dict = {"state": saved, "param_groups": groups}
@@ -232,13 +232,13 @@ def _is_empty(value: Any) -> bool:
     return isinstance(value, dict) and not value
 
 
-def by_place(states: Mapping[Any, Any], places: Mapping[Any, int]) -> dict[Any, Any]:
-    """The states by their parameters' places in the groups, and what is no parameter's.
+def by_position(states: Mapping[Any, Any], positions: Mapping[Any, int]) -> dict[Any, Any]:
+    """The states by their parameters' positions in the groups, and what is no parameter's.
 
     State of a parameter that is in no group, and the empty entry that a mere look at
     `optimizer.state[other]` leaves, are left out.
     """
-    kept = {places[p]: state for p, state in states.items() if state and p in places}
+    kept = {positions[p]: state for p, state in states.items() if state and p in positions}
     others = {key: value for key, value in states.items() if not isinstance(key, Tensor)}
     return {**dict(sorted(kept.items())), **others}
 

@@ -20,11 +20,11 @@ from .state import ADDED_LATER, Initial, is_own
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
 
 
-def name_of(index: int, place: int, group: Mapping[str, Any]) -> str:
+def name_of(index: int, position: int, group: Mapping[str, Any]) -> str:
     """What errors call a parameter: its place, and its name where it has one."""
     names = group.get("param_names", ())
-    name = f" ({names[place]})" if place < len(names) else ""
-    return f"parameter {place}{name} of group {index}"
+    name = f" ({names[position]})" if position < len(names) else ""
+    return f"parameter {position}{name} of group {index}"
 
 
 def check_plain(name: str, param: Any) -> None:
@@ -79,10 +79,12 @@ def check_gradient(name: str, param: Tensor, grad: Any) -> None:
 def check_devices(index: int, group: Mapping[str, Any], params: Sequence[Tensor]) -> None:
     """Raise a ValueError where a tensor on another device would take the step with it."""
     if len({param.is_meta for param in params}) > 1:
-        place = next(i for i, p in enumerate(group["params"]) if p.is_meta and p.grad is not None)
+        position = next(
+            i for i, p in enumerate(group["params"]) if p.is_meta and p.grad is not None
+        )
         raise ValueError(
-            f"{name_of(index, place, group)} is on meta, where it has no values, and others of its "
-            "group are not; give it memory (module.to_empty), or set its gradient to None"
+            f"{name_of(index, position, group)} is on meta, where it has no values, and others of "
+            "its group are not; give it memory (module.to_empty), or set its gradient to None"
         )
     lr = group["lr"]
     if params and isinstance(lr, Tensor) and lr.device.type != "cpu":

@@ -14,7 +14,7 @@ from ..ops.schemas import as_scalar_tensor
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .groups import Group
-from .known_tensors import Launch, on_gradients
+from .known_tensors import PreparedUpdate, on_gradients
 from .starts import declared_start
 from .state import MOMENTUM, Initial, State, full_like, momentum_buffers
 
@@ -38,7 +38,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
         steps = _counted(self._method, work.steps, group)
         update_(self._method, group, work.scaling, work.params, work.grads, *states, *steps)
 
-    def _prepare(self, index: int, work: Work) -> Launch:
+    def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         # The parts of the work, and not the work, which would keep the gradients.
         method, params, steps = self._method, work.params, work.steps
         states = state_lists(method, work.states, self.param_groups[index])
@@ -58,7 +58,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
             update_(method, group, scaling, params, grads, *states, *counted)
 
         if kernels is not None and plan:
-            return Launch(plan, launch, kernels.move_grads)
+            return PreparedUpdate(plan, launch, kernels.move_grads)
         return on_gradients(params, update)
 
 

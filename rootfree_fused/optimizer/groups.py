@@ -62,9 +62,9 @@ class DeclaringOptimizer(Optimizer):
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""
 
-    def _check_taken(self, index: int, place: int, group: Group) -> None:
-        """Raise where the method would be another one for the parameter at this place."""
-        check_plain(name_of(index, place, group), group["params"][place])
+    def _check_taken(self, index: int, position: int, group: Group) -> None:
+        """Raise where the method would be another one for the parameter at this position."""
+        check_plain(name_of(index, position, group), group["params"][position])
 
     # Caches -----------------------------------------------------------------------------------
 
@@ -91,8 +91,8 @@ class DeclaringOptimizer(Optimizer):
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
             self._check_group(group)
-            for place, param in enumerate(group["params"]):
-                self._check_taken(index, place, group)
+            for position, param in enumerate(group["params"]):
+                self._check_taken(index, position, group)
                 if not is_lazy(param):
                     self._state_spec(param, group)
             self._complete(group)
@@ -155,12 +155,12 @@ class DeclaringOptimizer(Optimizer):
     ) -> list[tuple[str, dict[str, Initial]]]:
         """Allocate what state the parameters lack; return each one's name and what it needs."""
         self._complete(group)
-        places = {id(param): place for place, param in enumerate(group["params"])}
+        positions = {id(param): position for position, param in enumerate(group["params"])}
         states = [dict.setdefault(self.state, param, {}) for param in params]
         held = {key for state in states for key in ADDED_LATER & state.keys()}
         needed, fresh = [], []
         for param, state in zip(params, states, strict=True):
-            name = name_of(index, places[id(param)], group)
+            name = name_of(index, positions[id(param)], group)
             try:
                 spec = self._spec(param, group, held)
             except ValueError as error:

@@ -28,7 +28,7 @@ def host() -> Any:
     return extensions.known_tensors() or known_tensors_in_python
 
 
-class Launch(NamedTuple):
+class PreparedUpdate(NamedTuple):
     """An update of known tensors: a plan, how to run it with a group's settings, how to change it.
 
     `move` makes of a plan that of other gradients, from their addresses (int64, one a gradient);
@@ -42,29 +42,31 @@ class Launch(NamedTuple):
 
 def on_gradients(
     params: list[Tensor], run: Callable[[list[Any], dict[str, Any], Scaling], None]
-) -> Launch:
+) -> PreparedUpdate:
     """A launch that takes the gradients as tensors, of the dtypes that they have now."""
     if gradients_suit(params):
-        return Launch(params, lambda params, *rest: run([p.grad for p in params], *rest), None)
-    return Launch(params, lambda params, *rest: run(usable_gradients(params), *rest), None)
+        return PreparedUpdate(
+            params, lambda params, *rest: run([p.grad for p in params], *rest), None
+        )
+    return PreparedUpdate(params, lambda params, *rest: run(usable_gradients(params), *rest), None)
 
 
-class Prepared(NamedTuple):
+class PreparedStep(NamedTuple):
     """A launch for the tensors that a fingerprint describes. It keeps no gradient alive."""
 
-    what: Any
+    fingerprint: Any
     grads: bytes
     states: list[State]  # of every parameter of the group
     params: list[Tensor]  # those that have a gradient
     counts: Counts
-    launch: Launch
+    launch: PreparedUpdate
 
     def run(self, group: dict[str, Any], scaling: Scaling) -> None:
         """A step, after `counts` has counted it."""
         self.launch.run(self.launch.plan, group, scaling)
         host().mark_changed(self.params)
 
-    def with_grads(self, grads: bytes) -> Prepared:
+    def with_grads(self, grads: bytes) -> PreparedStep:
         """For gradients at these addresses."""
         if self.launch.move is None or grads == self.grads:
             return self
@@ -83,7 +85,7 @@ class PreparedSteps:
     _KEPT = 8
 
     def __init__(self) -> None:
-        self._steps: dict[int, list[Prepared]] = {}
+        self._steps: dict[int, list[PreparedStep]] = {}
         self._counts: dict[int, list[tuple[list[Tensor], Counts]]] = {}
         self._states: list[State] = []
 
@@ -97,20 +99,20 @@ class PreparedSteps:
         """Drop what is known of a group, whose settings ask for another look."""
         self._steps.pop(index, None)
 
-    def find(self, index: int, params: list[Tensor]) -> Prepared | None:
+    def find(self, index: int, params: list[Tensor]) -> PreparedStep | None:
         """The step that is right for these parameters, their gradients and state, if there is."""
         known = self._steps.get(index, [])
-        for place, step in enumerate(known):
-            grads = host().unchanged(params, step.states, step.what)
+        for position, step in enumerate(known):
+            grads = host().unchanged(params, step.states, step.fingerprint)
             if grads is not None:
-                if place:
-                    del known[place]
+                if position:
+                    del known[position]
                     known.insert(0, step)
                 known[0] = step.with_grads(grads)
                 return known[0]
         return None
 
-    def keep(self, index: int, prepared: Prepared) -> None:
+    def keep(self, index: int, prepared: PreparedStep) -> None:
         known = self._steps.setdefault(index, [])
         known.insert(0, prepared)
         del known[self._KEPT :]

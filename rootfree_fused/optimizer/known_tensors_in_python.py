@@ -82,11 +82,11 @@ def fingerprint(
 
 
 def unchanged(
-    params: Sequence[Tensor], states: Sequence[Mapping[Any, Any]], what: _Fingerprint
+    params: Sequence[Tensor], states: Sequence[Mapping[Any, Any]], known: _Fingerprint
 ) -> bytes | None:
     """Where the gradients lie, or None where anything else changed."""
     found = fingerprint(params, states)
-    return found[1] if found is not None and found[0] == what else None
+    return found[1] if found is not None and found[0] == known else None
 
 
 def has_values(mapping: dict[Any, Any], values: Sequence[Any]) -> bool:

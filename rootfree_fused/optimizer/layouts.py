@@ -132,7 +132,7 @@ class Bucket:
 
     Each list has one tensor an axis: `factors` and `momenta` of shape (members, d, d), or
     (members, d) for a diagonal factor; `residuals` (`reference.split`) and `products` K K^T of
-    shape (members, d, d), or empty where there is none. members: places in the lists of a step.
+    shape (members, d, d), or empty where there is none. members: positions in the lists of a step.
     """
 
     members: list[int]
@@ -143,7 +143,7 @@ class Bucket:
     versions: list[int] | None = None
 
     def part(self, first: int, members: list[int]) -> Bucket:
-        """The `members` that lie from place `first` on."""
+        """The `members` that lie from position `first` on."""
         if len(members) == len(self.members):
             return dataclasses.replace(self, members=members, versions=None)
 
@@ -170,7 +170,7 @@ class Bucket:
 
 
 @dataclass
-class Plan:
+class BucketPlan:
     """Which parameters root-free RMSProp updates (`vectors`), and the others by bucket."""
 
     vectors: list[int]
@@ -186,7 +186,7 @@ class Stacks:
 
     def __init__(self, states: Sequence[State], interval: int) -> None:
         self._views: list[tuple[State, str, Tensor]] = []
-        self._places: dict[int, tuple[Bucket, int]] = {}
+        self._positions: dict[int, tuple[Bucket, int]] = {}
         alike: dict[Any, list[State]] = defaultdict(list)
         for state in states:
             kind = [(k, v.shape, v.dtype, v.device) for k, v in state.items() if _is_factor(k)]
@@ -196,31 +196,31 @@ class Stacks:
             keys = [key for key, *_ in kind]
             for run in runs(members, functools.partial(_follow, keys)):
                 bucket = _stacked(run, interval)
-                for place, state in enumerate(run):
-                    self._places[id(state)] = bucket, place
+                for position, state in enumerate(run):
+                    self._positions[id(state)] = bucket, position
                     self._views += [(state, key, state[key]) for key in keys]
 
     def hold(self, states: Sequence[State]) -> bool:
         """Whether they are still the stacks of these states' tensors."""
-        return all(id(state) in self._places for state in states if "factor_0" in state) and all(
+        return all(id(state) in self._positions for state in states if "factor_0" in state) and all(
             state.get(key) is view for state, key, view in self._views
         )
 
-    def plan(self, states: Sequence[State], due: Sequence[bool]) -> Plan:
-        """Buckets of these states: neighbours in a stack that are due together."""
+    def plan(self, states: Sequence[State], updates_factors: Sequence[bool]) -> BucketPlan:
+        """Buckets of these states: neighbours in a stack that update their factors together."""
         vectors = [i for i, state in enumerate(states) if "factor_0" not in state]
         found: dict[tuple[int, bool], list[tuple[int, int]]] = defaultdict(list)
         stacks: dict[int, Bucket] = {}
         for i, state in enumerate(states):
             if "factor_0" in state:
-                stack, place = self._places[id(state)]
+                stack, position = self._positions[id(state)]
                 stacks[id(stack)] = stack
-                found[id(stack), due[i]].append((place, i))
+                found[id(stack), updates_factors[i]].append((position, i))
         buckets = []
         for (stack_id, _), members in found.items():
             for run in runs(sorted(members), lambda a, b: b[0] == a[0] + 1):
                 buckets.append(stacks[stack_id].part(run[0][0], [i for _, i in run]))
-        return Plan(vectors, buckets)
+        return BucketPlan(vectors, buckets)
 
 
 def _is_factor(key: str) -> bool:

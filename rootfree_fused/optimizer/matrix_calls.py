@@ -1,4 +1,4 @@
-"""What a step of IFShampoo asks of the operators: their calls on known tensors, by what is due."""
+"""What a step of IFShampoo asks of the operators: their calls on known tensors, by kind of step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .amp_and_graphs import Scaling
 from .base import Work
 from .diagonal import state_lists, update_
 from .groups import Group
-from .layouts import Bucket, Plan, Stacks
+from .layouts import Bucket, BucketPlan, Stacks
+from .schedule import UpdatesFactors
 from .state import momentum_buffers
 
 # What the operator takes of a group as it is.
@@ -25,32 +26,33 @@ _SETTINGS = (
     *("factor_lr", "factor_momentum", "damping", "momentum", "weight_decay"),
     *("decoupled", "maximize"),
 )
-# Of each parameter, whether it updates its factors at a step.
-Due = tuple[bool, ...]
 # An operator's call on known tensors, for their gradients, a group's settings and a scaler's.
 Call = Callable[[list[Tensor], Group, Scaling], None]
 
 
-class Known:
-    """The calls on the tensors of a step by what is due, each with its plan on the same stacks."""
+class KnownCalls:
+    """The calls on the tensors of a step by its kind, each with its plan on the same stacks."""
 
     def __init__(self) -> None:
         self.stacks: Stacks | None = None
-        self.by_due: dict[Due, tuple[Plan, list[Call]]] = {}
+        self.by_kind: dict[UpdatesFactors, tuple[BucketPlan, list[Call]]] = {}
 
 
-def planned_calls(group: Group, due: Due, work: Work, plan: Plan) -> list[Call]:
+def planned_calls(
+    group: Group, updates_factors: UpdatesFactors, work: Work, plan: BucketPlan
+) -> list[Call]:
     """What a plan asks of the operators."""
     calls: list[Call] = []
     if plan.vectors:
         params, states = _pick(plan.vectors, work.params, work.states)
         calls.append(_Vectors(plan.vectors, params, state_lists(RMSPROP, states, group)))
-    # One call for all buckets of a device that are due alike; on the CPU they run one by one.
+    # One call for all buckets of a device that update their factors, and one for the others; on the
+    # CPU they run one by one.
     together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
     for bucket in plan.buckets:
         device = bucket.factors[0].device.type
         key = id(bucket) if device == "cpu" else device
-        together[due[bucket.members[0]], key].append(bucket)
+        together[updates_factors[bucket.members[0]], key].append(bucket)
     for (update, _), buckets in together.items():
         members = [i for bucket in buckets for i in bucket.members]
         params, grads, states = _pick(members, work.params, work.grads, work.states)
@@ -59,8 +61,8 @@ def planned_calls(group: Group, due: Due, work: Work, plan: Plan) -> list[Call]:
     return calls
 
 
-def _pick(places: list[int], *lists: list[Any]) -> list[list[Any]]:
-    return [[items[i] for i in places] for items in lists]
+def _pick(indices: list[int], *lists: list[Any]) -> list[list[Any]]:
+    return [[items[i] for i in indices] for items in lists]
 
 
 class _Vectors:
@@ -77,18 +79,18 @@ class _Vectors:
 
 
 class _Matrices:
-    """The call of the operator for the parameters at these places, those of some buckets."""
+    """The call of the operator for the parameters at these indices, those of some buckets."""
 
     def __init__(
         self,
-        places: list[int],
+        indices: list[int],
         buckets: list[Bucket],
         update_factors: bool,
         params: list[Tensor],
         buffers: list[Tensor],
         grads: list[Tensor],
     ) -> None:
-        self._places, self._buckets, self._update_factors = places, buckets, update_factors
+        self._indices, self._buckets, self._update_factors = indices, buckets, update_factors
         self._params, self._buffers = params, buffers
         self._stacks = [
             [tensor for bucket in buckets for tensor in getattr(bucket, name)]
@@ -102,7 +104,7 @@ class _Matrices:
         refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
         tensors = (
             self._params,
-            [grads[i] for i in self._places],
+            [grads[i] for i in self._indices],
             *self._stacks,
             self._buffers,
             as_scalar_tensor(group["lr"]),

@@ -19,7 +19,7 @@ from .state import Initial, State
 
 T = TypeVar("T")
 # What a state tensor's memory looks like: key, shape, dtype and device.
-_Kind = tuple[str, tuple[int, ...], torch.dtype, torch.device]
+_Form = tuple[str, tuple[int, ...], torch.dtype, torch.device]
 
 
 def allocate(
@@ -27,15 +27,15 @@ def allocate(
 ) -> list[State]:
     """The declared tensors of each parameter, stacked with those that are stepped with them."""
     states: list[State] = [{} for _ in specs]
-    kinds = [
+    forms = [
         [(k, i.shape, i.dtype, device[k]) for k, i in spec.items() if i.like is None]
         for spec, device in zip(specs, devices, strict=True)
     ]
     built: dict[tuple[int, str], Tensor] = {}
-    for kind, members in _alike(kinds):
-        initial = specs[members[0]][kind[0]]
-        stack = initial(kind[3], len(members))
-        built |= {(i, kind[0]): view for i, view in zip(members, stack.unbind(), strict=True)}
+    for form, members in _alike(forms):
+        initial = specs[members[0]][form[0]]
+        stack = initial(form[3], len(members))
+        built |= {(i, form[0]): view for i, view in zip(members, stack.unbind(), strict=True)}
     for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
         for key, initial in spec.items():
             states[i][key] = built[i, key] if (i, key) in built else initial(device[key])
@@ -44,7 +44,7 @@ def allocate(
 
 def restack(states: Sequence[State]) -> None:
     """Stack what `allocate` stacks, in states whose tensors nobody else holds."""
-    kinds = [
+    forms = [
         [
             (key, tuple(value.shape), value.dtype, value.device)
             for key, value in state.items()
@@ -52,24 +52,24 @@ def restack(states: Sequence[State]) -> None:
         ]
         for state in states
     ]
-    for (key, *_), members in _alike(kinds):
+    for (key, *_), members in _alike(forms):
         stack = torch.stack([states[i][key] for i in members])
         for i, view in zip(members, stack.unbind(), strict=True):
             states[i][key] = view
 
 
-def _alike(kinds: Sequence[list[_Kind]]) -> list[tuple[_Kind, list[int]]]:
+def _alike(forms: Sequence[list[_Form]]) -> list[tuple[_Form, list[int]]]:
     """What is one tensor: step counts of a device; the rest of those that have all of it alike."""
-    members: dict[tuple[_Kind, Hashable], list[int]] = defaultdict(list)
-    for i, own in enumerate(kinds):
-        others = tuple(kind for kind in own if kind[0] != "step")
-        for kind in own:
-            members[kind, () if kind[0] == "step" else others].append(i)
-    return [(kind, places) for (kind, _), places in members.items()]
+    members: dict[tuple[_Form, Hashable], list[int]] = defaultdict(list)
+    for i, own in enumerate(forms):
+        others = tuple(form for form in own if form[0] != "step")
+        for form in own:
+            members[form, () if form[0] == "step" else others].append(i)
+    return [(form, indices) for (form, _), indices in members.items()]
 
 
 def follows(last: Tensor, tensor: Tensor) -> bool:
-    """Whether the second lies right behind the first, one of its kind, in the same stack."""
+    """Whether the second lies right behind the first, one of its form, in the same stack."""
     base = tensor._base
     return (
         base is not None
