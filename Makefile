@@ -46,7 +46,7 @@ $(VENV)/base:
 	touch $@
 
 $(VENV)/installed: $(VENV)/base $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton,examples]"
 	touch $@
 
 # The oldest Triton that is supported, beside the newest in the environment itself.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-import pytest
 from torch.nn.modules.module import register_module_forward_hook
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,7 +33,6 @@ def test_checkpoint():
 
 
 def test_lightning_module():
-    pytest.importorskip("lightning")
     batch_sizes, losses = run_example("lightning_module")
     assert batch_sizes == [32, 32, 4] * 10
     assert losses[-1] < 0.8 * losses[0]
@@ -42,8 +40,6 @@ def test_lightning_module():
 
 def test_hf_trainer():
     """The counter's number of tokens is the Trainer's, which divides the loss by it."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
     divisors = []
 
     def record(module, args, kwargs, output):
