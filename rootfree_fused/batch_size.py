@@ -29,7 +29,7 @@ class BatchSizeCounter:
     module that the training loop calls once for every loss; the optimizer's own ``batch_size`` is
     overwritten at the first step.
 
-    Example::
+    In a plain loop:
 
         optimizer = RootFreeAdamW(model.parameters(), lr=1e-2, batch_size=1)
         counter = BatchSizeCounter(model, optimizer)
@@ -68,7 +68,7 @@ class BatchSizeCounter:
 
     Counts are dropped with their gradients: where a backward finds every ``.grad`` None after an
     earlier one had filled some, as after a step that GradScaler skipped and ``zero_grad()``. With
-    ``zero_grad(set_to_none=False)`` call :meth:`reset`.
+    ``zero_grad(set_to_none=False)`` call ``reset()``.
 
     Copies and pickles of the model or the optimizer are not counted: attach a new counter.
 

@@ -43,9 +43,9 @@ def _held(value: Any, params: list[Tensor]) -> Any:
 class CapturedStep(Generic[T]):
     """A whole training step, captured in CUDA graphs and replayed.
 
-    A graph repeats one sequence of kernels, but :class:`IFShampoo` with an ``update_interval``
+    A graph repeats one sequence of kernels, but ``IFShampoo`` with an ``update_interval``
     above 1 has two: with a factor update, and without. Each kind of step runs ``warmup`` times as
-    it is, is then captured, and replayed from there on. Every call is one training step::
+    it is, is then captured, and replayed from there on. Every call is one training step:
 
         x, y = torch.empty(...), torch.empty(...)      # on the device; filled before every call
         lr = torch.tensor(1e-3, device="cuda")

@@ -15,19 +15,19 @@ from .optimizer.diagonal import DiagonalOptimizer
 class RootFreeRMSprop(DiagonalOptimizer):
     r"""RMSProp without the square root (root-free RMSProp).
 
-    With gradient g, batch size B and s starting at the first gradient's mean of B g^2::
+    With gradient g, batch size B and s starting at the first gradient's mean of B g^2:
 
         s   <- s + (1 - alpha) (B g^2 - s)
         u    = g / (s + damping)
         buf <- momentum buf + u
         p   <- (1 - lr weight_decay) p - lr buf
 
-    or, with ``weight_decay_mode="momentum"``, as in the paper's released code::
+    or, with ``weight_decay_mode="momentum"``, as in the paper's released code:
 
         buf <- momentum buf + u + weight_decay p
         p   <- p - lr buf
 
-    With ``alpha=1``, ``damping=0`` and ``initial_square_avg=1`` it is :class:`torch.optim.SGD`.
+    With ``alpha=1``, ``damping=0`` and ``initial_square_avg=1`` it is ``torch.optim.SGD``.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
@@ -49,7 +49,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
-        amp_scaling: let :class:`torch.amp.GradScaler` leave its work to the kernel, which divides
+        amp_scaling: let ``torch.amp.GradScaler`` leave its work to the kernel, which divides
             by the scale and, where there were infs, changes nothing. The host then waits for
             nothing, float16 parameters are served, and ``step`` is on the parameter's device. To
             clip gradients call ``scaler.unscale_`` first; Lightning's clipping needs False.
@@ -105,7 +105,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
 class RootFreeAdamW(DiagonalOptimizer):
     r"""AdamW without the square root (root-free AdamW).
 
-    With gradient g, batch size B, m starting at 0 and s at the first gradient's mean of B g^2::
+    With gradient g, batch size B, m starting at 0 and s at the first gradient's mean of B g^2:
 
         p <- (1 - lr weight_decay) p
         m <- m + (1 - beta1) (g - m)
@@ -137,7 +137,7 @@ class RootFreeAdamW(DiagonalOptimizer):
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
-        amp_scaling: let :class:`torch.amp.GradScaler` leave its work to the kernel, which divides
+        amp_scaling: let ``torch.amp.GradScaler`` leave its work to the kernel, which divides
             by the scale and, where there were infs, changes nothing. The host then waits for
             nothing, float16 parameters are served, and ``step`` is on the parameter's device. To
             clip gradients call ``scaler.unscale_`` first; Lightning's clipping needs False.

@@ -34,14 +34,14 @@ class IFShampoo(RootFreeOptimizer):
     A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at a multiple of
     the identity, so that K_n K_n^T learns the inverse of Shampoo's preconditioner by matrix
     products alone. With the gradient G of a loss averaged over B terms and M_n the mode-n unfolding
-    of G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors::
+    of G x_1 K_1^T ... x_N K_N^T, an update step makes, from the old factors:
 
         H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
                      + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }
         m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
         K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
 
-    and every step, with the newest factors::
+    and every step, with the newest factors:
 
         P    = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T), every entry within
                max_update / sqrt(B damping)
@@ -50,7 +50,7 @@ class IFShampoo(RootFreeOptimizer):
 
     or, with ``weight_decay_mode="momentum"``, as released, ``buf <- momentum buf + P +
     weight_decay p``. Axes of size 1 are dropped. Vectors and scalars take the update of
-    :class:`RootFreeRMSprop`, or a factor as released with ``vector_method="factor"``. A gradient
+    ``RootFreeRMSprop``, or a factor as released with ``vector_method="factor"``. A gradient
     that is exactly zero leaves K_n and m_n alone: an expert without tokens learns nothing.
 
     Args:
@@ -85,13 +85,13 @@ class IFShampoo(RootFreeOptimizer):
         factor_dtype: dtype of the products: torch.bfloat16, torch.float32 or torch.float64. None
             chooses bfloat16 where the device multiplies it natively, float64 for float64
             parameters, and float32 elsewhere; the group then shows which.
-        initial_square_avg: as in :class:`RootFreeRMSprop`, for vectors. Factors start at c I: for a
+        initial_square_avg: as in ``RootFreeRMSprop``, for vectors. Factors start at c I: for a
             number with c^(2N) = 1 / number (the identity for 1, as released), for "auto" with
             c^(2N) = 1 / (mean of B G^2 + damping), which is where their update comes to rest.
         weight_decay_mode: "decoupled" or "momentum".
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device.
-        amp_scaling: as in :class:`RootFreeRMSprop`. With an update_interval above 1 the host reads
+        amp_scaling: as in ``RootFreeRMSprop``. With an update_interval above 1 the host reads
             whether there were infs at every step, since a skipped step leaves the schedule.
 
     State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the

@@ -46,12 +46,12 @@ def rmsprop_(
 ) -> None:
     """One root-free RMSProp step on one parameter; square_avg (s) starts at 1 as released.
 
-    s   <- s + (1 - alpha) (B g^2 - s)
-    u    = g / (s + damping)
-    u   <- u + weight_decay p            unless decoupled
-    p   <- p - lr weight_decay p         if decoupled
-    buf <- momentum buf + u              (buf = u where there is no momentum buffer)
-    p   <- p - lr buf
+        s   <- s + (1 - alpha) (B g^2 - s)
+        u    = g / (s + damping)
+        u   <- u + weight_decay p            unless decoupled
+        p   <- p - lr weight_decay p         if decoupled
+        buf <- momentum buf + u              (buf = u where there is no momentum buffer)
+        p   <- p - lr buf
 
     With alpha = 1 and damping = 0 this is torch.optim.SGD(momentum=momentum); unless decoupled,
     with SGD's own weight_decay.
@@ -86,10 +86,10 @@ def adamw_(
 ) -> None:
     """One root-free AdamW step on one parameter; exp_avg_sq (s) starts at 1 as released.
 
-    p <- p - lr weight_decay p
-    m <- m + (1 - beta1) (g - m)
-    s <- s + (1 - beta2) (B g^2 - s)
-    p <- p - (lr / bc1) m / (s / bc2 + damping)
+        p <- p - lr weight_decay p
+        m <- m + (1 - beta1) (g - m)
+        s <- s + (1 - beta2) (B g^2 - s)
+        p <- p - (lr / bc1) m / (s / bc2 + damping)
 
     bc1 = 1 - beta1^t and bc2 = 1 - beta2^t, where t = `step` counts this step; without `step` there
     is no bias correction: bc1 = bc2 = 1.

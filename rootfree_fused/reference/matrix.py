@@ -50,11 +50,11 @@ def update_factors_(
 ) -> None:
     """One update of every factor, all from the old factors.
 
-    M_n  = the mode-n unfolding of G x_1 K_1^T ... x_N K_N^T
-    H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
-                 + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }
-    m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
-    K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
+        M_n  = the mode-n unfolding of G x_1 K_1^T ... x_N K_N^T
+        H_n  = 1/2 { B / prod_{j!=n} d_j  M_n M_n^T
+                     + damping prod_{j!=n} (tr(K_j^T K_j) / d_j) K_n^T K_n  -  I }
+        m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
+        K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
 
     A diagonal factor keeps the diagonal of H_n alone. Where G is exactly zero nothing changes: it
     says nothing, and without it the factors would grow to 1 / damping.
@@ -110,11 +110,11 @@ def apply_(
 ) -> None:
     """One step of a parameter along its preconditioned gradient P = `update`.
 
-    P   <- min(max(P, -bound), bound)    every entry; as released there is no bound
-    u    = P + weight_decay p            (P where decoupled)
-    p   <- p - lr weight_decay p         if decoupled
-    buf <- momentum buf + u              (buf = u where there is no momentum buffer)
-    p   <- p - lr buf
+        P   <- min(max(P, -bound), bound)    every entry; as released there is no bound
+        u    = P + weight_decay p            (P where decoupled)
+        p   <- p - lr weight_decay p         if decoupled
+        buf <- momentum buf + u              (buf = u where there is no momentum buffer)
+        p   <- p - lr buf
 
     Computed in float32, or float64 for float64 parameters.
     """
