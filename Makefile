@@ -1,5 +1,5 @@
 # make test    ruff, mypy and the tests        make bench    the benchmarks on this machine
-# make sanitize    the tests of csrc under ASan and UBSan
+# make docs    the site, into site/     make sanitize    the tests of csrc under ASan and UBSan
 # Each sets up its own virtual environment first; Python >= 3.10, g++ and make are all it needs.
 
 PYTHON ?= python3
@@ -15,9 +15,9 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 SANITIZED := build/sanitized
 
-.PHONY: test bench sanitize clean
+.PHONY: test bench docs sanitize clean
 
-test: $(VENV)/installed $(VENV)/triton36
+test: docs $(VENV)/triton36
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -28,6 +28,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m bench diag
 	$(BIN)/python -m bench train --seeds 2
 	$(BIN)/python -m bench report --rows bench/out
+
+# Without a network; a warning is an error (mkdocs.yml).
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over csrc: two to seven minutes, so not in `make test`.
 # pytest and not python -m pytest: the sources in this folder would hide what was built.
@@ -46,7 +50,7 @@ $(VENV)/base:
 	touch $@
 
 $(VENV)/installed: $(VENV)/base $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton,examples]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton,examples,docs]"
 	touch $@
 
 # The oldest Triton that is supported, beside the newest in the environment itself.
@@ -54,4 +58,4 @@ $(VENV)/triton36: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 clean:
-	rm -rf $(VENV) build *.egg-info rootfree_fused/*.so
+	rm -rf $(VENV) build site *.egg-info rootfree_fused/*.so

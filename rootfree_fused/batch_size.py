@@ -50,14 +50,15 @@ class BatchSizeCounter:
             than the module inside, and no module that only runs inside a checkpoint.
         optimizer: one whose groups have ``batch_size``.
         count: what one call adds.
-            "samples": the leading dimension, which all tensors (of one axis or more) among the
-            arguments must share. So does None, but for a model whose first argument is a matrix of
-            integers, as language models take tokens: there samples and tokens differ, and it
-            raises.
-            "tokens": the entries of the keyword argument ``labels`` that are not `ignore_index`.
-            "next_tokens": the same without the first of each sequence (last axis), for causal
-            language models that shift the labels themselves, as those of transformers do.
-            A function of the call's ``(args, kwargs)`` that returns a number or a 0-d tensor.
+
+            - "samples": the leading dimension, which all tensors (of one axis or more) among the
+              arguments must share. So does None, but for a model whose first argument is a matrix
+              of integers, as language models take tokens: there samples and tokens differ, and it
+              raises.
+            - "tokens": the entries of the keyword argument ``labels`` that are not `ignore_index`.
+            - "next_tokens": the same without the first of each sequence (last axis), for causal
+              language models that shift the labels themselves, as those of transformers do.
+            - A function of the call's ``(args, kwargs)`` that returns a number or a 0-d tensor.
         ignore_index: the label of what does not count in the loss.
         process_group: the ranks that gradients are averaged over. None takes those of a
             DistributedDataParallel model, and one process without torch.distributed;
