@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/diag.cpp", "csrc/matrix.cpp", "csrc/registration.cpp"]
-HOST_SOURCES = ["csrc/host.cpp"]
+KNOWN_TENSORS = ["csrc/known_tensors.cpp"]
 # torch's stable ABI from 2.11 and Python's from 3.10 on: one build serves all newer.
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
 
@@ -57,7 +57,7 @@ class OptionalBuildExt(build_ext):
                 " ".join(str(error).split()),
                 "install a C++20 compiler (g++ 11, clang 14)",
             )
-            if ext.sources == HOST_SOURCES:
+            if ext.sources == KNOWN_TENSORS:
                 warn_without_extension(cause, cure, "a step on a GPU takes its host longer")
             else:
                 warn_without_extension(cause, cure)
@@ -112,15 +112,15 @@ def extensions() -> list[Extension]:
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    found = {
+    common = {
         "depends": sorted(map(str, Path("csrc").iterdir())),  # an sdist has what is listed
         "include_dirs": include_paths(),
         "library_dirs": library_paths(),
     }
-    return [cpu_extension(found), host_extension(found, torch.__version__)]
+    return [cpu_extension(common), known_tensors_extension(common, torch.__version__)]
 
 
-def cpu_extension(found: dict[str, Any]) -> Extension:
+def cpu_extension(common: dict[str, Any]) -> Extension:
     return Extension(
         "rootfree_fused._C",
         SOURCES,
@@ -137,23 +137,23 @@ def cpu_extension(found: dict[str, Any]) -> Extension:
         ],
         language="c++",
         optional=True,
-        **found,
+        **common,
     )
 
 
-def host_extension(found: dict[str, Any], torch_version: str) -> Extension:
+def known_tensors_extension(common: dict[str, Any], torch_version: str) -> Extension:
     """For this torch and this Python alone."""
     names = runpy.run_path("rootfree_fused/ops/extensions.py")
     name = names["known_tensors_module"](torch_version)
     return Extension(
         f"rootfree_fused.{name}",
-        HOST_SOURCES,
+        KNOWN_TENSORS,
         libraries=["c10", "torch_cpu", "torch_python"],
-        define_macros=[("ROOTFREE_HOST", name)],
+        define_macros=[("ROOTFREE_MODULE", name)],
         extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
         language="c++",
         optional=True,
-        **found,
+        **common,
     )
 
 

@@ -1,6 +1,6 @@
 """Steps on tensors that are known already, with nothing done a parameter at a time from Python.
 
-C++ compares the tensors of a step with those of the last one (csrc/host.cpp, or
+C++ compares the tensors of a step with those of the last one (csrc/known_tensors.cpp, or
 `known_tensors_in_python` where it was not built for this torch). While they are what they were, the
 launch that was prepared for them is right: settings are read anew, and gradients may be others of
 the same layouts.

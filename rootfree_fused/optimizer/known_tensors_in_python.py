@@ -1,4 +1,4 @@
-"""What csrc/host.cpp does, from Python: where it was not built for this torch, and much slower."""
+"""csrc/known_tensors.cpp from Python, much slower: for where it was not built for this torch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from rootfree_fused.ops import dispatch, extensions
 from rootfree_fused.optimizer import known_tensors, known_tensors_in_python
 
 pytestmark = pytest.mark.skipif(
-    extensions.known_tensors() is None, reason="csrc/host.cpp is not built"
+    extensions.known_tensors() is None, reason="csrc/known_tensors.cpp is not built"
 )
 SHAPES = [(3, 5), (), (1500,), (0,), (2, 3, 4, 5)]
 

@@ -209,4 +209,4 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_host", nullptr, -1, methods,
 #define CONCATENATE(a, b) a##b
 #define INIT(name) CONCATENATE(PyInit_, name)
 
-PyMODINIT_FUNC INIT(ROOTFREE_HOST)() { return PyModule_Create(&module); }
+PyMODINIT_FUNC INIT(ROOTFREE_MODULE)() { return PyModule_Create(&module); }
