@@ -88,32 +88,17 @@ class Arguments {
     return tensors;
   }
 
+  void read(double& value) { value = next<double>(); }
+  void read(bool& value) { value = next<bool>(); }
+  void read(BatchSize& size) { size.value = read_number(next_tensor(), "batch_size"); }
+  template <class... Values>
+  void read_all(Values&... values) {
+    (read(values), ...);
+  }
+
  private:
   StableIValue* next_;
   TensorHandles owned_;
 };
-
-// The scalars of the diagonal updates, in schema order; lr is not among them.
-inline RmspropOptions next_rmsprop_options(Arguments& arguments) {
-  RmspropOptions options{};
-  options.alpha = arguments.next<double>();
-  options.damping = arguments.next<double>();
-  options.weight_decay = arguments.next<double>();
-  options.momentum = arguments.next<double>();
-  options.batch_size = read_number(arguments.next_tensor(), "batch_size");
-  options.decoupled = arguments.next<bool>();
-  options.maximize = arguments.next<bool>();
-  return options;
-}
-inline AdamwOptions next_adamw_options(Arguments& arguments) {
-  AdamwOptions options{};
-  options.beta1 = arguments.next<double>();
-  options.beta2 = arguments.next<double>();
-  options.damping = arguments.next<double>();
-  options.weight_decay = arguments.next<double>();
-  options.batch_size = read_number(arguments.next_tensor(), "batch_size");
-  options.maximize = arguments.next<bool>();
-  return options;
-}
 
 }  // namespace rootfree_fused

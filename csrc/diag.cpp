@@ -1,9 +1,12 @@
-// Root-free RMSProp and AdamW on lists of CPU tensors: one parallel region over blocks of them all.
+// The diagonal updates of update.h on lists of CPU tensors: one parallel region over chunks of them
+// all. At the end of this file each is registered as the body of its operator, whose schema is
+// in rootfree_fused/ops.py.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "arguments.h"
@@ -14,9 +17,9 @@
 namespace rootfree_fused {
 namespace {
 
-// Threads split at multiples of a block, so that the place of an element in a vector or a tail does
-// not depend on their number. Strided operands are gathered a block at a time.
-constexpr int64_t block_size = 1024;
+// Threads split at multiples of a chunk, so that whether an element is in a vector or a tail does not
+// depend on their number. Strided operands are gathered a chunk at a time.
+constexpr int64_t chunk_size = 1024;
 // Fewer elements are not worth waking a thread for; ATen's grain size.
 constexpr int64_t min_elements_per_thread = 32768;
 
@@ -27,8 +30,8 @@ template <class Options>
 struct Task {
   const Options* options;
   Body<Options> body;
-  PerOperand<char*> data;  // STATE1 is null where there is no momentum buffer
-  int64_t numel, first_block;
+  PerOperand<char*> data;  // STATE1 is null where it is optional and missing
+  int64_t numel, first_chunk;
   std::vector<StridedAxis> axes;  // from outer to inner; empty where all operands are dense in one order
   PerOperand<int64_t> element_size;  // where there are axes
 };
@@ -58,7 +61,7 @@ struct Bodies {
     auto* grad = reinterpret_cast<const G*>(data[GRAD]);
     auto* state0 = reinterpret_cast<T*>(data[STATE0]);
     auto* state1 = reinterpret_cast<T*>(data[STATE1]);
-    if (Rule::needs_state1 || state1) {
+    if (!Rule::state1_is_optional || state1) {
       update_each<true>(rule, param, grad, state0, state1, begin, end);
     } else {
       update_each<false>(rule, param, grad, state0, state1, begin, end);
@@ -105,20 +108,21 @@ Body<typename Rule<float>::Options> select_body(int32_t param, int32_t grad, int
                   "], its gradient and its state");
 }
 
-int64_t block_count(int64_t numel) { return (numel + block_size - 1) / block_size; }
+int64_t chunk_count(int64_t numel) { return (numel + chunk_size - 1) / chunk_size; }
 
-// Checks everything, so that an error leaves every tensor as it was.
+// Checks everything, so that an error leaves every tensor as it was. `options` are those of all
+// parameters, or one for each.
 template <template <class> class Rule, class Options>
 std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
                                 const std::vector<Options>& options) {
   const size_t count = lists[PARAM].size();
-  const bool has_state1 = Rule<float>::needs_state1 || !lists[STATE1].empty();
+  const bool has_state1 = !Rule<float>::state1_is_optional || !lists[STATE1].empty();
   STD_TORCH_CHECK(lists[GRAD].size() == count && lists[STATE0].size() == count &&
                       (!has_state1 || lists[STATE1].size() == count),
                   "the lists of tensors differ in length");
   std::vector<Task<Options>> tasks;
   tasks.reserve(count);
-  int64_t blocks = 0;
+  int64_t chunks = 0;
   for (size_t i = 0; i < count; ++i) {
     const AtenTensorHandle param = lists[PARAM][i];
     const int64_t dim = get(aoti_torch_get_dim, param);
@@ -157,8 +161,8 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
                         "params[", i, "] or its state is expanded: elements share their memory");
       }
     }
-    task.first_block = blocks;
-    blocks += block_count(task.numel);
+    task.first_chunk = chunks;
+    chunks += chunk_count(task.numel);
     tasks.push_back(std::move(task));
   }
   return tasks;
@@ -166,11 +170,11 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
 
 template <class Options>
 void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
-  alignas(64) char buffers[OPERANDS][block_size * sizeof(double)];
+  alignas(64) char buffers[OPERANDS][chunk_size * sizeof(double)];
   PerOperand<char*> dense;
   for (int k = 0; k < OPERANDS; ++k) dense[k] = task.data[k] ? buffers[k] : nullptr;
-  for (; begin < end; begin += block_size) {
-    const int64_t stop = std::min(end, begin + block_size);
+  for (; begin < end; begin += chunk_size) {
+    const int64_t stop = std::min(end, begin + chunk_size);
     for (int k : {PARAM, GRAD, STATE0, STATE1}) {
       if (!dense[k]) continue;
       copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k,
@@ -188,17 +192,17 @@ void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
 template <class Options>
 void run(const std::vector<Task<Options>>& tasks) {
   if (tasks.empty()) return;
-  const int64_t blocks = tasks.back().first_block + block_count(tasks.back().numel);
+  const int64_t chunks = tasks.back().first_chunk + chunk_count(tasks.back().numel);
   int64_t elements = 0;
   for (const auto& task : tasks) elements += task.numel;
-  // In blocks as full as these are on average.
-  const int64_t grain_size = blocks * min_elements_per_thread / std::max<int64_t>(elements, 1);
-  torch::stable::parallel_for(0, blocks, grain_size, [&](int64_t begin, int64_t end) {
-    const auto before = [](int64_t block, const auto& task) { return block < task.first_block; };
+  // In chunks as full as these are on average.
+  const int64_t grain_size = chunks * min_elements_per_thread / std::max<int64_t>(elements, 1);
+  torch::stable::parallel_for(0, chunks, grain_size, [&](int64_t begin, int64_t end) {
+    const auto before = [](int64_t chunk, const auto& task) { return chunk < task.first_chunk; };
     auto task = std::upper_bound(tasks.begin(), tasks.end(), begin, before) - 1;
-    for (; task != tasks.end() && task->first_block < end; ++task) {
-      const int64_t first = std::max<int64_t>(0, begin - task->first_block) * block_size;
-      const int64_t last = std::min(task->numel, (end - task->first_block) * block_size);
+    for (; task != tasks.end() && task->first_chunk < end; ++task) {
+      const int64_t first = std::max<int64_t>(0, begin - task->first_chunk) * chunk_size;
+      const int64_t last = std::min(task->numel, (end - task->first_chunk) * chunk_size);
       if (task->axes.empty()) {
         task->body(*task->options, task->data, first, last);
       } else {
@@ -208,21 +212,17 @@ void run(const std::vector<Task<Options>>& tasks) {
   });
 }
 
-// One set of options for all parameters without bias correction, else one for each.
-std::vector<AdamwOptions> at_steps(const AdamwOptions& options, AtenTensorHandle steps,
-                                   size_t count) {
-  if (!steps) return {options};
+// Those of each parameter.
+template <class Options>
+std::vector<Options> at_steps(const Options& options, AtenTensorHandle steps, size_t count) {
   STD_TORCH_CHECK(is_cpu(steps) && dtype(steps) == aoti_torch_dtype_float32() &&
                       get(aoti_torch_get_dim, steps) == 1 &&
                       get(aoti_torch_get_numel, steps) == static_cast<int64_t>(count),
                   "steps must be a 1-D float32 CPU tensor with one entry for each parameter");
   const auto* data = static_cast<const float*>(get(torch_get_const_data_ptr, steps));
   const int64_t stride = *get(aoti_torch_get_strides, steps);
-  std::vector<AdamwOptions> all(count, options);
-  for (size_t i = 0; i < count; ++i) {
-    all[i].bias_correction1 = bias_correction(options.beta1, data[i * stride]);
-    all[i].bias_correction2 = bias_correction(options.beta2, data[i * stride]);
-  }
+  std::vector<Options> all(count, options);
+  for (size_t i = 0; i < count; ++i) all[i].set_step(data[i * stride]);
   return all;
 }
 
@@ -235,33 +235,34 @@ bool next_scaling(Arguments& arguments, Options& options) {
   return !found_inf || read_number(found_inf, "found_inf") == 0;
 }
 
+// The body of an operator (params, grads, states 0, states 1, [steps,] lr, scalars, grad_scale,
+// found_inf).
+template <template <class> class Rule>
+void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
+  using Options = typename Rule<float>::Options;
+  constexpr bool has_steps = requires(Options o) { o.set_step(1.0); };
+  constexpr size_t scalars = std::tuple_size_v<decltype(Options().scalars())>;
+  Arguments arguments(stack, argument_count, OPERANDS + has_steps + 1 + scalars + 2);
+  PerOperand<TensorHandles> lists;
+  for (auto& list : lists) list = arguments.next_tensors();
+  const AtenTensorHandle steps = has_steps ? arguments.next_optional_tensor() : nullptr;
+  const AtenTensorHandle lr = arguments.next_tensor();
+  Options options{};
+  std::apply([&](auto&... values) { arguments.read_all(values...); }, options.scalars());
+  const bool take_step = next_scaling(arguments, options);
+  options.lr = read_number(lr, "lr");
+  std::vector<Options> all_options{options};
+  if constexpr (has_steps) {
+    if (steps) all_options = at_steps(options, steps, lists[PARAM].size());
+  }
+  const auto tasks = plan<Rule>(lists, all_options);
+  if (take_step) run(tasks);
+}
+
 }  // namespace
-
-void rmsprop_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 14);
-  PerOperand<TensorHandles> lists;
-  for (auto& list : lists) list = arguments.next_tensors();
-  const AtenTensorHandle lr = arguments.next_tensor();
-  RmspropOptions options = next_rmsprop_options(arguments);
-  const bool take_step = next_scaling(arguments, options);
-  options.lr = read_number(lr, "lr");
-  const std::vector all_options{options};
-  const auto tasks = plan<Rmsprop>(lists, all_options);
-  if (take_step) run(tasks);
-}
-
-void adamw_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 14);
-  PerOperand<TensorHandles> lists;
-  for (auto& list : lists) list = arguments.next_tensors();
-  const AtenTensorHandle steps = arguments.next_optional_tensor();
-  const AtenTensorHandle lr = arguments.next_tensor();
-  AdamwOptions options = next_adamw_options(arguments);
-  const bool take_step = next_scaling(arguments, options);
-  options.lr = read_number(lr, "lr");
-  const auto all_options = at_steps(options, steps, lists[PARAM].size());
-  const auto tasks = plan<Adamw>(lists, all_options);
-  if (take_step) run(tasks);
-}
-
 }  // namespace rootfree_fused
+
+STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {
+  m.impl("rmsprop_", rootfree_fused::update_tensors<rootfree_fused::Rmsprop>);
+  m.impl("adamw_", rootfree_fused::update_tensors<rootfree_fused::Adamw>);
+}

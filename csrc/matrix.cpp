@@ -385,3 +385,22 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
 }
 
 }  // namespace rootfree_fused
+
+// Of this operator and the next the schemas are here: only the extension has them.
+STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
+  m.def(
+      "_ifshampoo_bf16_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
+      "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
+      "Tensor(f!)[] momentum_buffers, Tensor lr, *, bool update_factors, bool refresh_products, "
+      "float factor_lr, float factor_momentum, float damping, float batch_size, float momentum, "
+      "float weight_decay, bool decoupled, bool maximize, float? bound=None) -> ()");
+  m.def("_bf16_kernel_runs() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {
+  m.impl("_ifshampoo_bf16_", rootfree_fused::ifshampoo_bf16_);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CompositeExplicitAutograd, m) {
+  m.impl("_bf16_kernel_runs", TORCH_BOX(&rootfree_fused::bf16_kernel_runs));
+}

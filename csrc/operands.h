@@ -9,7 +9,7 @@
 
 namespace rootfree_fused {
 
-// In the order of the schemas.
+// The lists of tensors in the order of the schemas, the two states as update.h has them.
 enum Operand { PARAM, GRAD, STATE0, STATE1, OPERANDS };
 
 template <class T>

@@ -1,10 +1,12 @@
 // The updates on one element; see rootfree_fused/reference/diag.py and matrix.py. One source
-// serves vectors and tails: the compiler vectorizes the loops that call it. Scalars are derived in
-// double, then rounded once to the compute type T.
+// serves vectors and tails: the compiler vectorizes the loops that call it. Options hold the scalars
+// as they were passed; a rule has what it derives from them in double, rounded once to the compute
+// type T.
 #pragma once
 
 #include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "isa.h"
 
@@ -28,16 +30,28 @@ ROOTFREE_INLINE T lerp(T start, T end, T weight) {
   return nearer + (weight < T(0.5) ? weight : weight - 1) * (end - start);
 }
 
+// The number of loss terms that a gradient averages: in the schemas a tensor of one number.
+struct BatchSize {
+  double value;
+  operator double() const { return value; }
+};
+
 struct RmspropOptions {
-  double lr, alpha, damping, weight_decay, momentum, batch_size;
+  double lr, alpha, damping, weight_decay, momentum;
+  BatchSize batch_size;
   bool decoupled, maximize;
   double grad_scale = 1.0;
+
+  // What the schema has between lr and grad_scale, in its order.
+  auto scalars() {
+    return std::tie(alpha, damping, weight_decay, momentum, batch_size, decoupled, maximize);
+  }
 };
 
 template <class T>
 struct Rmsprop {
   using Options = RmspropOptions;
-  static constexpr bool needs_state1 = false;
+  static constexpr bool state1_is_optional = true;
   T lr, square_avg_weight, damping, momentum, batch_size, grad_factor, largest_grad;
   T coupled_decay, decoupled_decay;  // one of them is 0
 
@@ -53,6 +67,8 @@ struct Rmsprop {
         decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
 };
 
+// State 0 is square_avg (s), state 1 momentum_buffer (buf), without which buf is 0 before a step.
+//
 // s   <- s + (1 - alpha) (B g^2 - s)
 // u    = g / (s + damping)
 // u   <- u + weight_decay p       unless decoupled
@@ -71,21 +87,30 @@ ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T& s, T& buf) {
   p -= h.lr * buf;
 }
 
-struct AdamwOptions {
-  double lr, beta1, beta2, damping, weight_decay, batch_size;
-  bool maximize;
-  double grad_scale = 1.0, bias_correction1 = 1.0, bias_correction2 = 1.0;
-};
-
 // 1 - beta^step, without cancellation.
 inline double bias_correction(double beta, double step) {
   return beta == 0.0 ? 1.0 : -std::expm1(step * std::log(beta));
 }
 
+struct AdamwOptions {
+  double lr, beta1, beta2, damping, weight_decay;
+  BatchSize batch_size;
+  bool maximize;
+  double grad_scale = 1.0, bias_correction1 = 1.0, bias_correction2 = 1.0;
+
+  auto scalars() { return std::tie(beta1, beta2, damping, weight_decay, batch_size, maximize); }
+
+  // Options with this method are those of an update that may depend on the number of steps.
+  void set_step(double step) {
+    bias_correction1 = bias_correction(beta1, step);
+    bias_correction2 = bias_correction(beta2, step);
+  }
+};
+
 template <class T>
 struct Adamw {
   using Options = AdamwOptions;
-  static constexpr bool needs_state1 = true;
+  static constexpr bool state1_is_optional = false;
   T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, grad_factor,
       largest_grad;
 
@@ -101,6 +126,8 @@ struct Adamw {
         largest_grad(largest_gradient_of<T>(o.batch_size)) {}
 };
 
+// State 0 is exp_avg (m), state 1 exp_avg_sq (s).
+//
 // p <- p - lr weight_decay p
 // m <- m + (1 - beta1) (g - m)
 // s <- s + (1 - beta2) (B g^2 - s)
