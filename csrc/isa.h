@@ -3,6 +3,7 @@
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -34,10 +35,13 @@ inline constexpr const char* isa_names[ISA_COUNT] = {"baseline", "avx2", "avx512
 
 inline bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
+  // By CPUID, since clang 14 to 16 know no name for AMX: bits of EDX in leaf 7.
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   // Linux gives the registers of tiles to processes that ask for them.
   constexpr int request_permission = 0x1023, tile_data = 18;
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-bf16") &&
+  return __builtin_cpu_supports("avx512bf16") && edx & amx_tile && edx & amx_bf16 &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
