@@ -3,8 +3,8 @@
 // follows it happens while its tile is in the cache. A tile is one task and its sums have one
 // order, so the number of threads does not change a bit.
 #include "arguments.h"
-#include "tasks.h"
-#include "update.h"
+#include "factors.h"
+#include "params.h"
 
 #if defined(__x86_64__)
 #include <sys/mman.h>
@@ -16,46 +16,23 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <type_traits>
+#include <variant>
 #endif
 
 namespace rootfree_fused {
 
-struct MatrixOptions {
-  DescentOptions descent;
-  double factor_lr, factor_momentum, damping, batch_size;
-  bool update_factors, refresh_products;
-};
-
 #if defined(__x86_64__)
 namespace {
 
-using c10::Half;
+struct MatrixOptions {
+  FactorOptions factors;
+  DescentOptions descent;
+  bool update_factors, refresh_products;
+};
 
-template <class P>
-ROOTFREE_BF16 void descend(const Descent<float>& rule, void* params, float* buffer,
-                           const Tile& tile, int64_t stride) {
-  for (int64_t i = 0; i < tile.rows; ++i) {
-    const int64_t offset = (tile.row + i) * stride + tile.column;
-    P* param = static_cast<P*>(params) + offset;
-    const float* values = tile.values[i];
-    if (buffer) {
-      float* row = buffer + offset;
-      ROOTFREE_INDEPENDENT_ITERATIONS
-      for (int64_t j = 0; j < tile.columns; ++j) {
-        float p = param[j];
-        update(rule, p, values[j], row[j]);
-        param[j] = p;
-      }
-    } else {
-      ROOTFREE_INDEPENDENT_ITERATIONS
-      for (int64_t j = 0; j < tile.columns; ++j) {
-        float p = param[j], none = 0;
-        update(rule, p, values[j], none);
-        param[j] = p;
-      }
-    }
-  }
-}
+// A limit of the specification: beyond it products of gradients would not be finite.
+constexpr float largest_gradient = 0x1p40f;
 
 // The bits of |x| order as |x| does, infinity and then NaN last.
 template <class T>
@@ -65,11 +42,11 @@ ROOTFREE_INLINE Bits<T> magnitude(T x) {
   return std::bit_cast<Bits<T>>(x) & std::numeric_limits<Bits<T>>::max() >> 1;
 }
 
-// Returns whether any of the numbers is not zero.
+// Packs rows of the gradient; returns whether any of their numbers is not zero.
 template <class T>
-ROOTFREE_BF16 bool pack_grad(const Right& to, const void* grad, int64_t row, int64_t rows,
+ROOTFREE_BF16 bool pack_grad(const Right& to, const T* grad, int64_t row, int64_t rows,
                              int64_t columns) {
-  const T* first = static_cast<const T*>(grad) + row * columns;
+  const T* first = grad + row * columns;
   Bits<T> largest = 0;
   for (int64_t i = 0; i < rows * columns; ++i) largest = std::max(largest, magnitude(first[i]));
   std::vector<T> limited;
@@ -82,66 +59,25 @@ ROOTFREE_BF16 bool pack_grad(const Right& to, const void* grad, int64_t row, int
     }
     first = limited.data();
   }
-  pack(to, Block<T>{row, 0, rows, columns, first, columns});
+  pack(to, Submatrix<T>{row, 0, rows, columns, first, columns});
   return largest != 0;
 }
 
-template <template <class> class Body>
-auto select(int32_t dtype) {
-  static const int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
-                       f16 = aoti_torch_dtype_float16();
-  STD_TORCH_CHECK(dtype == f32 || dtype == bf16 || dtype == f16,
-                  "parameters and gradients must be float32, bfloat16 or float16");
-  return dtype == f32 ? Body<float>::body : dtype == bf16 ? Body<BFloat16>::body : Body<Half>::body;
-}
-template <class T>
-struct DescendFor {
-  static constexpr Descend body = descend<T>;
-};
-template <class T>
-struct PackGradFor {
-  static constexpr PackGrad body = pack_grad<T>;
-};
-
-// Of the matrices whose gradient is not exactly zero.
-void update_factors(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const Matrix& shape = *matrices;
-  for_each(matrices, count, shape.tiles(), cost_on_rows, [](Matrix& m, int64_t task) {
-    if (!m.rows.told) return;
-    Tile tile = m.tile(task);
-    multiply(tile, m.rows.transposed.x, m.packed_grad);
-    pack(m.half, tile.block());
+// Also learns of which matrices the gradient is exactly zero.
+void pack_grads(Matrix* matrices, int64_t count) {
+  const auto alike = [](auto&&...) { return int64_t(1); };
+  for_each(matrices, count, matrices->rows.strips(), alike, [](Matrix& m, int64_t strip) {
+    const int64_t row = strip * strip_size, rows = std::min(strip_size, m.rows.size - row);
+    const auto pack_strip = [&](const auto* grad) {
+      return pack_grad(m.packed_grad, grad, row, rows, m.columns.size);
+    };
+    m.strip_has_gradient[strip] = std::visit(pack_strip, m.grad);
   });
-  for_each(matrices, count, shape.tiles(), cost_on_columns, [](Matrix& m, int64_t task) {
-    if (!m.rows.told) return;
-    Tile tile = m.tile(task);
-    multiply(tile, m.half, m.columns.transposed.x_transposed);
-    pack(m.transformed, tile.block());
-    pack_transposed(m.transformed_transposed, tile.block());
-  });
-  for_each_axis(matrices, count, shape.rows.pairs_of_tiles(), shape.columns.pairs_of_tiles(),
-                [](const Axis& axis, const Axis& other, int64_t task) {
-                  return symmetric_cost(triangle_tile(axis, task), axis.size + other.size);
-                },
-                [&](const Axis& axis, const Axis& other, const Gram& transformed, int64_t task) {
-                  if (!axis.told) return;
-                  const double trace = sum(other.squares, other.strips()) / other.size;
-                  const double scale = options.batch_size / other.size;
-                  Tile tile = triangle_tile(axis, task);
-                  multiply(tile, axis.transposed);
-                  multiply(tile, options.damping * trace / scale);
-                  multiply(tile, transformed, true);
-                  update_momentum(axis, task, tile, scale, options.factor_momentum);
-                });
-  for_each_axis(matrices, count, shape.rows.square_tiles(), shape.columns.square_tiles(),
-                [](const Axis& axis, const Axis&, int64_t task) {
-                  return cost(square_tile(axis, task), axis.size);
-                },
-                [&](const Axis& axis, const Axis&, const Gram&, int64_t task) {
-                  if (!axis.told) return;
-                  Tile tile = square_tile(axis, task);
-                  update_factor(axis, tile, options.factor_lr);
-                });
+  for (Matrix* m = matrices; m < matrices + count; ++m) {
+    const bool* strips = m->strip_has_gradient;
+    m->rows.has_gradient = m->columns.has_gradient =
+        std::any_of(strips, strips + m->rows.strips(), std::identity());
+  }
 }
 
 void update_products(Matrix* matrices, int64_t count) {
@@ -152,79 +88,29 @@ void update_products(Matrix* matrices, int64_t count) {
                 },
                 [](const Axis& axis, const Axis&, const Gram&, int64_t task) {
                   Tile tile = triangle_tile(axis, task);
-                  multiply(tile, axis.now);
+                  multiply(tile, axis.factor_times_transpose());
                   if (tile.row == tile.column) mirror(tile);
-                  if (axis.on_rows) {
-                    write_symmetric(axis, tile, axis.product, axis.left_product);
-                  } else {
-                    write_symmetric(axis, tile, axis.product, axis.right_product);
-                  }
+                  write_symmetric(tile, axis.product, axis.size,
+                                  [&](const auto& part) { pack_product(axis, part); });
                 });
-}
-
-void update_params(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const int64_t tiles = matrices->tiles();
-  const Descent<float> rule(options.descent);
-  if (!matrices->rows.cached) {
-    for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-      Tile tile = m.tile(task);
-      multiply(tile, m.rows.transposed.x, m.packed_grad);
-      pack(m.transformed_transposed.x_transposed, tile.block());
-    });
-  }
-  for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-    Tile tile = m.tile(task);
-    if (m.rows.cached) {
-      multiply(tile, m.rows.left_product, m.packed_grad);
-    } else {
-      multiply(tile, m.rows.now.x, m.transformed_transposed.x_transposed);
-    }
-    pack(m.half, tile.block());
-  });
-  if (!matrices->columns.cached) {
-    for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
-      Tile tile = m.tile(task);
-      multiply(tile, m.half, m.columns.transposed.x_transposed);
-      pack(m.transformed.x, tile.block());
-    });
-  }
-  for_each(matrices, count, tiles, cost_on_columns, [&](Matrix& m, int64_t task) {
-    Tile tile = m.tile(task);
-    if (m.columns.cached) {
-      multiply(tile, m.half, m.columns.right_product);
-    } else {
-      multiply(tile, m.transformed.x, m.columns.now.x_transposed);
-    }
-    m.descend(rule, m.param, m.buffer, tile, m.columns.size);
-  });
 }
 
 void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
-  const auto alike = [](auto&&...) { return int64_t(1); };
-  for_each(matrices, count, matrices->rows.strips(), alike, [](Matrix& m, int64_t strip) {
-    const int64_t row = strip * strip_size, rows = std::min(strip_size, m.rows.size - row);
-    m.told[strip] = m.pack_grad(m.packed_grad, m.grad, row, rows, m.columns.size);
-  });
-  for (Matrix* m = matrices; m < matrices + count; ++m) {
-    const auto any = std::any_of(m->told, m->told + m->rows.strips(), std::identity());
-    m->rows.told = m->columns.told = any;
-  }
+  pack_grads(matrices, count);
   for_each_axis(matrices, count, matrices->rows.strips(), matrices->columns.strips(),
                 [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
                 [&](const Axis& axis, const Axis&, const Gram&, int64_t strip) {
-                  if (options.update_factors && axis.told) {
+                  if (options.update_factors && axis.has_gradient) {
                     pack_factor(axis, strip);
                   } else if (options.update_factors || options.refresh_products || !axis.cached) {
-                    keep(axis, strip_of(axis, axis.factor, strip));
-                  } else if (axis.on_rows) {
-                    pack(axis.left_product, strip_of(axis, axis.product, strip));
+                    pack_updated_factor(axis, strip_of(axis, axis.factor, strip));
                   } else {
-                    pack(axis.right_product, strip_of(axis, axis.product, strip));
+                    pack_product(axis, strip_of(axis, axis.product, strip));
                   }
                 });
-  if (options.update_factors) update_factors(matrices, count, options);
+  if (options.update_factors) update_factors(matrices, count, options.factors);
   if (options.update_factors || options.refresh_products) update_products(matrices, count);
-  update_params(matrices, count, options);
+  update_params(matrices, count, options.descent);
 }
 
 // At least `bytes` of memory, kept for the calling thread's next step: to fault in fresh pages would
@@ -261,10 +147,10 @@ void run_all(std::vector<Matrix>& matrices, const MatrixOptions& options) {
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t worker) {
     for (int64_t first; (first = next.fetch_add(together)) < count;) {
-      const int64_t now = std::min(together, count - first);
+      const int64_t size = std::min(together, count - first);
       Arena arena{memory + worker * measure.used};
-      for (int64_t i = first; i < first + now; ++i) matrices[i].take_scratch(arena);
-      run(&matrices[first], now, options);
+      for (int64_t i = first; i < first + size; ++i) matrices[i].take_scratch(arena);
+      run(&matrices[first], size, options);
     }
   };
   if (workers == 1) {
@@ -283,6 +169,17 @@ T* data(AtenTensorHandle tensor, int32_t expected, int64_t numel, const char* na
                       get(aoti_torch_is_contiguous, tensor),
                   name, " must be contiguous CPU tensors of ", numel, " elements and their dtype");
   return static_cast<T*>(get(torch_get_mutable_data_ptr, tensor));
+}
+
+// The one switch on a dtype: a pointer to numbers of that type.
+template <class Pointer, class Void>
+Pointer typed(int32_t dtype, Void* data) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       f16 = aoti_torch_dtype_float16();
+  if (dtype == f32) return static_cast<std::variant_alternative_t<0, Pointer>>(data);
+  if (dtype == bf16) return static_cast<std::variant_alternative_t<1, Pointer>>(data);
+  if (dtype == f16) return static_cast<std::variant_alternative_t<2, Pointer>>(data);
+  STD_TORCH_CHECK(false, "parameters and gradients must be float32, bfloat16 or float16");
 }
 
 struct Lists {
@@ -313,31 +210,29 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
     for (int64_t i = 0; i < count; ++i) {
       Axis& axis = k == 0 ? matrices[i].rows : matrices[i].columns;
       const int64_t first = i * d * d;
-      axis = {d,
-              ceil_div(d, tile_size),
-              k == 0,
-              cached,
-              true,
-              factor + first,
-              momentum + first,
-              cached ? product + first : nullptr,
-              residual + first};
+      axis.size = d;
+      axis.tiles = ceil_div(d, tile_size);
+      axis.on_rows = k == 0;
+      axis.cached = cached;
+      axis.factor = factor + first;
+      axis.momentum = momentum + first;
+      axis.product = cached ? product + first : nullptr;
+      axis.residual = residual + first;
     }
   }
   const int64_t numel = sizes[0] * sizes[1];
   for (int64_t i = 0; i < count; ++i) {
     Matrix& m = matrices[i];
     const AtenTensorHandle param = lists.params[i], grad = lists.grads[i];
-    m.descend = select<DescendFor>(dtype(param));
-    m.pack_grad = select<PackGradFor>(dtype(grad));
-    m.param = data<void>(param, dtype(param), numel, "parameters");
-    m.buffer = lists.buffers.empty() ? nullptr
-                                     : data<float>(lists.buffers[i], aoti_torch_dtype_float32(),
-                                                   numel, "momentum buffers");
+    m.param = typed<Params>(dtype(param), data<void>(param, dtype(param), numel, "parameters"));
+    m.momentum_buffer =
+        lists.buffers.empty()
+            ? nullptr
+            : data<float>(lists.buffers[i], aoti_torch_dtype_float32(), numel, "momentum buffers");
     STD_TORCH_CHECK(is_cpu(grad) && get(aoti_torch_get_numel, grad) == numel &&
                         get(aoti_torch_is_contiguous, grad),
                     "gradients must be contiguous CPU tensors of the parameters' shapes");
-    m.grad = get(torch_get_const_data_ptr, grad);
+    m.grad = typed<Grads>(dtype(grad), get(torch_get_const_data_ptr, grad));
   }
   return matrices;
 }
@@ -363,19 +258,14 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
     *list = arguments.next_tensors();
   }
   MatrixOptions options;
-  options.descent.lr = read_number(arguments.next_tensor(), "lr");
-  options.update_factors = arguments.next<bool>();
-  options.refresh_products = arguments.next<bool>();
-  options.factor_lr = arguments.next<double>();
-  options.factor_momentum = arguments.next<double>();
-  options.damping = arguments.next<double>();
-  options.batch_size = arguments.next<double>();
-  options.descent.momentum = arguments.next<double>();
-  options.descent.weight_decay = arguments.next<double>();
-  options.descent.decoupled = arguments.next<bool>();
-  options.descent.maximize = arguments.next<bool>();
+  FactorOptions& factors = options.factors;
+  DescentOptions& descent = options.descent;
+  descent.lr = read_number(arguments.next_tensor(), "lr");
+  arguments.read_all(options.update_factors, options.refresh_products, factors.factor_lr,
+                     factors.factor_momentum, factors.damping, factors.batch_size,
+                     descent.momentum, descent.weight_decay, descent.decoupled, descent.maximize);
   const auto bound = arguments.next<std::optional<double>>();
-  if (bound) options.descent.bound = *bound;
+  if (bound) descent.bound = *bound;
   STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");
   std::vector<Matrix> matrices = matrices_of(lists);
   run_all(matrices, options);

@@ -31,19 +31,19 @@ constexpr int64_t lanes = 16, tile_size = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t block_depth = 2 * lanes, block_size = lanes * lanes;
+constexpr int64_t block_depth = 2 * lanes, pairs_per_block = lanes * lanes;
 
 struct Packed {
   uint32_t* data;
   int64_t depth;
 
   static int64_t size(int64_t depth, int64_t across) {
-    return ceil_div(depth, block_depth) * ceil_div(across, lanes) * block_size;
+    return ceil_div(depth, block_depth) * ceil_div(across, lanes) * pairs_per_block;
   }
-  int64_t panel_size() const { return ceil_div(depth, block_depth) * block_size; }
+  int64_t panel_size() const { return ceil_div(depth, block_depth) * pairs_per_block; }
   // The block at multiples of 32 and 16.
   uint32_t* at(int64_t along, int64_t across) const {
-    return data + across / lanes * panel_size() + along / block_depth * block_size;
+    return data + across / lanes * panel_size() + along / block_depth * pairs_per_block;
   }
 };
 struct Left : Packed {
@@ -51,9 +51,23 @@ struct Left : Packed {
 };
 struct Right : Packed {};
 
+// What X X^T is made of.
+struct Gram {
+  Left x;
+  Right x_transposed;
+};
+
+// Memory of a square matrix that some stages of a step hold as a left operand and others as a right
+// one: what reads it must name the side by which it was packed last.
+struct PackedSquare {
+  Packed memory;
+  Left as_left() const { return {memory}; }
+  Right as_right() const { return {memory}; }
+};
+
 // Numbers of a matrix from (row, column) on, in rows `stride` apart.
 template <class T>
-struct Block {
+struct Submatrix {
   int64_t row, column, rows, columns;
   const T* values;
   int64_t stride;
@@ -70,7 +84,7 @@ struct Tile {
         column(first_column),
         rows(std::min(tile_size, total_rows - row)),
         columns(std::min(tile_size, total_columns - column)) {}
-  Block<float> block() const { return {row, column, rows, columns, values[0], tile_size}; }
+  Submatrix<float> submatrix() const { return {row, column, rows, columns, values[0], tile_size}; }
 };
 
 // Transposes 16 x 16 lanes of 32 bits.
@@ -124,9 +138,9 @@ ROOTFREE_BF16 inline Tile transposed(const Tile& tile) {
   return result;
 }
 
-ROOTFREE_BF16 inline void multiply(Tile& tile, float scale) {
+ROOTFREE_BF16 inline void scale(Tile& tile, float by) {
   for (int64_t i = 0; i < tile.rows; ++i) {
-    for (float& value : tile.values[i]) value *= scale;
+    for (float& value : tile.values[i]) value *= by;
   }
 }
 
@@ -168,7 +182,7 @@ ROOTFREE_BF16 inline void store(const __m512i (&r)[16], uint32_t* to) {
 
 // A block of a Left, or of a Right transposed: 16 rows of 32 numbers, as they lie.
 template <class T>
-ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Block<T>& from, int64_t i, int64_t j,
+ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Submatrix<T>& from, int64_t i, int64_t j,
                                              __m512i (&r)[16]) {
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k) {
@@ -180,7 +194,7 @@ ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Block<T>& from, int64_t i, in
 
 // A block of a Right, or of a Left transposed: 16 pairs of rows of 16 numbers.
 template <class T>
-ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Block<T>& from, int64_t i, int64_t j,
+ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Submatrix<T>& from, int64_t i, int64_t j,
                                               __m512i (&r)[16]) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
                                               24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
@@ -198,8 +212,8 @@ ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Block<T>& from, int64_t i, i
 // Blocks of rows are those of a Left, blocks of pairs those of a Right, and of the other operand of
 // the transposed matrix.
 template <bool of_pairs, class Operand, class T>
-ROOTFREE_BF16 void pack_blocks(const Operand& to, const Block<T>& from) {
-  constexpr bool transposed = of_pairs != std::is_same_v<Operand, Right>;
+ROOTFREE_BF16 void pack_blocks(const Operand& to, const Submatrix<T>& from) {
+  constexpr bool transposes = of_pairs != std::is_same_v<Operand, Right>;
   constexpr int64_t rows = of_pairs ? block_depth : lanes, columns = of_pairs ? lanes : block_depth;
   for (int64_t i = 0; i < from.rows; i += rows) {
     for (int64_t j = 0; j < from.columns; j += columns) {
@@ -210,35 +224,29 @@ ROOTFREE_BF16 void pack_blocks(const Operand& to, const Block<T>& from) {
         load_rows(from, i, j, r);
       }
       const int64_t row = from.row + i, column = from.column + j;
-      if constexpr (transposed) transpose(r);
-      store(r, transposed ? to.at(column, row) : to.at(row, column));
+      if constexpr (transposes) transpose(r);
+      store(r, transposes ? to.at(column, row) : to.at(row, column));
     }
   }
 }
 
 template <class Operand, class T>
-void pack(const Operand& to, const Block<T>& from) {
+void pack(const Operand& to, const Submatrix<T>& from) {
   pack_blocks<std::is_same_v<Operand, Right>>(to, from);
 }
 template <class Operand, class T>
-void pack_transposed(const Operand& to, const Block<T>& from) {
+void pack_transposed(const Operand& to, const Submatrix<T>& from) {
   pack_blocks<std::is_same_v<Operand, Left>>(to, from);
 }
 
-// What X X^T is made of.
-struct Gram {
-  Left x;
-  Right x_transposed;
-};
-
 template <class T>
-void pack(const Gram& to, const Block<T>& x) {
+void pack(const Gram& to, const Submatrix<T>& x) {
   pack(to.x, x);
   pack_transposed(to.x_transposed, x);
 }
-// X being the transpose of a block.
+// X being the transpose of what is packed.
 template <class T>
-void pack_transposed(const Gram& to, const Block<T>& x_transposed) {
+void pack_transposed(const Gram& to, const Submatrix<T>& x_transposed) {
   pack_transposed(to.x, x_transposed);
   pack(to.x_transposed, x_transposed);
 }

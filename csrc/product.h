@@ -27,7 +27,7 @@ ROOTFREE_BF16 inline void multiply_block(const uint32_t* a, const uint32_t* b, i
       sums[i][v] = add ? _mm512_load_ps(c + i * tile_size + v * lanes) : _mm512_setzero_ps();
     }
   }
-  for (; pairs > 0; pairs -= lanes, a += block_size) {
+  for (; pairs > 0; pairs -= lanes, a += pairs_per_block) {
     const int64_t here = std::min(lanes, pairs);
 #pragma GCC unroll 2
     for (int64_t k = 0; k < here; ++k, b += lanes) {
@@ -108,7 +108,7 @@ ROOTFREE_AMX inline void multiply_blocks(const uint32_t* a, int64_t a_panel, con
     if constexpr (rows > 1) _tile_zero(2);
     if constexpr (rows > 1 && columns > 1) _tile_zero(3);
   }
-  for (; count > 0; --count, a += block_size, b += block_size) {
+  for (; count > 0; --count, a += pairs_per_block, b += pairs_per_block) {
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);

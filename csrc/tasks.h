@@ -4,36 +4,44 @@
 #if defined(__x86_64__)
 #include <torch/csrc/stable/ops.h>
 
+#include <variant>
+
 #include "axis.h"
-#include "update.h"
 
 namespace rootfree_fused {
 
-using Descend = void (*)(const Descent<float>&, void*, float*, const Tile&, int64_t);
-using PackGrad = bool (*)(const Right&, const void*, int64_t, int64_t, int64_t);
+using c10::Half;
+
+// Of a parameter or a gradient, by its dtype.
+using Params = std::variant<float*, BFloat16*, Half*>;
+using Grads = std::variant<const float*, const BFloat16*, const Half*>;
 
 // A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
 struct Matrix {
   Axis rows, columns;
-  void* param;
-  float* buffer;  // null without momentum
-  const void* grad;
-  Descend descend;
-  PackGrad pack_grad;
+  Params param;
+  float* momentum_buffer;  // null without momentum
+  Grads grad;
+
   Right packed_grad;
-  bool* told;  // of each strip of the gradient, whether it is not exactly zero
-  Left half;  // C^T G, later half of the way to P
-  // M = C^T G K and its transpose, for M M^T and M^T M; later what uncached products multiply next.
-  Gram transformed, transformed_transposed;
+  bool* strip_has_gradient;  // whether a strip of the gradient is not exactly zero
+  Left rows_applied;  // C^T G, later C C^T G
+  Gram transformed, transformed_transpose;  // M = C^T G K for M M^T, and M^T for M^T M
+  // In memory of M, which has been read by then, what is between the two factors of a product that
+  // is not cached: C^T G, and C C^T G K.
+  Right between_on_rows;
+  Left between_on_columns;
 
   void take_scratch(Arena& arena) {
     rows.take_scratch(arena);
     columns.take_scratch(arena);
-    packed_grad = arena.right(rows.size, columns.size);
-    told = arena.take<bool>(rows.strips());
-    half = arena.left(rows.size, columns.size);
-    transformed = arena.gram(rows.size, columns.size);
-    transformed_transposed = arena.gram(columns.size, rows.size);
+    packed_grad = arena.take_right(rows.size, columns.size);
+    strip_has_gradient = arena.take<bool>(rows.strips());
+    rows_applied = arena.take_left(rows.size, columns.size);
+    transformed = arena.take_gram(rows.size, columns.size);
+    transformed_transpose = arena.take_gram(columns.size, rows.size);
+    between_on_rows = transformed_transpose.x_transposed;
+    between_on_columns = transformed.x;
   }
   int64_t tiles() const { return rows.tiles * columns.tiles; }
   Tile tile(int64_t task) const {
@@ -87,7 +95,8 @@ void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Cost& cost_o
   });
 }
 
-// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second.
+// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second. `body` gets the axis,
+// the other axis, and M where the axis is that of its rows, else M^T.
 template <class Cost, class Body>
 void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
                    const Cost& cost_of, const Body& body) {
@@ -101,7 +110,7 @@ void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_
         if (task < on_rows) {
           body(m.rows, m.columns, m.transformed, task);
         } else {
-          body(m.columns, m.rows, m.transformed_transposed, task - on_rows);
+          body(m.columns, m.rows, m.transformed_transpose, task - on_rows);
         }
       });
 }
