@@ -88,6 +88,7 @@ class Arguments {
     return tensors;
   }
 
+  // In the order of the schema.
   void read(double& value) { value = next<double>(); }
   void read(bool& value) { value = next<bool>(); }
   void read(BatchSize& size) { size.value = read_number(next_tensor(), "batch_size"); }

@@ -17,8 +17,8 @@
 namespace rootfree_fused {
 namespace {
 
-// Threads split at multiples of a chunk, so that whether an element is in a vector or a tail does not
-// depend on their number. Strided operands are gathered a chunk at a time.
+// Threads split at multiples of a chunk, so that whether an element is in a vector or in a tail is
+// the same for every number of them. Strided operands are gathered a chunk at a time.
 constexpr int64_t chunk_size = 1024;
 // Fewer elements are not worth waking a thread for; ATen's grain size.
 constexpr int64_t min_elements_per_thread = 32768;
@@ -32,7 +32,7 @@ struct Task {
   Body<Options> body;
   PerOperand<char*> data;  // STATE1 is null where it is optional and missing
   int64_t numel, first_chunk;
-  std::vector<StridedAxis> axes;  // from outer to inner; empty where all operands are dense in one order
+  std::vector<StridedAxis> axes;  // see shared_axes
   PerOperand<int64_t> element_size;  // where there are axes
 };
 

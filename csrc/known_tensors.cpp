@@ -13,14 +13,14 @@ namespace {
 // What an update depends on beside the values: what a tensor is, and where its elements lie.
 struct Entry {
   const void *object, *impl, *storage, *data;
-  int64_t numel, kind;
+  int64_t numel, type;  // type: dtype, device, whether contiguous; or the stride of an axis
   uint64_t shape;
   bool operator==(const Entry&) const = default;
 };
 
 // Neither sparse nor in another layout, no view that is computed, and no subclass with operators of
 // its own.
-constexpr c10::DispatchKeySet strange =
+constexpr c10::DispatchKeySet not_plain =
     c10::sparse_ks | c10::sparse_csr_ks | c10::mkldnn_ks | c10::python_ks |
     c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
                          c10::DispatchKey::NestedTensor});
@@ -65,23 +65,23 @@ uint64_t shape_of(const at::TensorImpl& impl) {
 
 // False for a tensor that is no plain strided one, and where the taker says so.
 template <class Taker>
-bool describe(const at::Tensor& tensor, Entry place, Taker& taker) {
+bool describe(const at::Tensor& tensor, Entry entry, Taker& taker) {
   const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::Device device = impl.device();
   const bool contiguous = impl.is_contiguous();
-  place.numel = impl.numel();
-  place.kind = int64_t(tensor.scalar_type()) << 32 | int64_t(device.type()) << 16 |
+  entry.numel = impl.numel();
+  entry.type = int64_t(tensor.scalar_type()) << 32 | int64_t(device.type()) << 16 |
                (int64_t(device.index()) & 0xff) << 8 | contiguous;
-  place.shape = shape_of(impl);
-  if (!taker.take(place)) return false;
+  entry.shape = shape_of(impl);
+  if (!taker.take(entry)) return false;
   for (int64_t axis = 0; !contiguous && axis < tensor.dim(); ++axis) {
-    if (!taker.take({.kind = tensor.stride(axis)})) return false;
+    if (!taker.take({.type = tensor.stride(axis)})) return false;
   }
   return true;
 }
 
 bool is_plain(const at::Tensor& tensor) {
-  return !tensor.unsafeGetTensorImpl()->key_set().has_any(strange);
+  return !tensor.unsafeGetTensorImpl()->key_set().has_any(not_plain);
 }
 
 // Of a tensor that stays where it is.
@@ -129,14 +129,14 @@ PyObject* to_bytes(const std::vector<T>& values) {
 }
 
 bool are_lists(PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected) {
-  bool right = count == expected;
-  for (Py_ssize_t i = 0; right && i < expected; ++i) right = PyList_CheckExact(arguments[i]);
-  if (!right) PyErr_Format(PyExc_TypeError, "expected %zd lists", expected);
-  return right;
+  bool lists = count == expected;
+  for (Py_ssize_t i = 0; lists && i < expected; ++i) lists = PyList_CheckExact(arguments[i]);
+  if (!lists) PyErr_Format(PyExc_TypeError, "expected %zd lists", expected);
+  return lists;
 }
 
-// fingerprint(params, states) -> (what, grads), or None where something is no plain tensor.
-// what: bytes that `unchanged` takes. grads: bytes, the addresses of the gradients.
+// fingerprint(params, states) -> (bytes that `unchanged` takes, bytes of the gradients' addresses),
+// or None where something is no plain tensor.
 PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!are_lists(arguments, count, 2)) return nullptr;
@@ -147,9 +147,10 @@ PyObject* fingerprint(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// unchanged(params, states, what) -> grads, or None where something changed: the parameters are no
-// longer the same objects, not the same of them have gradients, one of them or a tensor of a state
-// dict lies elsewhere, or one, gradients included, has another dtype or layout.
+// unchanged(params, states, fingerprint) -> the gradients' addresses, or None where something
+// changed: the parameters are no longer the same objects, not the same of them have gradients, one
+// of them or a tensor of a state dict lies elsewhere, or one, gradients included, has another dtype
+// or layout.
 PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 3 || !PyBytes_CheckExact(arguments[2])) {

@@ -113,8 +113,8 @@ void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   update_params(matrices, count, options.descent);
 }
 
-// At least `bytes` of memory, kept for the calling thread's next step: to fault in fresh pages would
-// take a tenth of a step.
+// At least `bytes` of memory, kept for the calling thread's next step: faulting in fresh pages takes a
+// tenth of a step.
 char* scratch(int64_t bytes) {
   constexpr int64_t huge_page = 1 << 21;
   static thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, std::free);
@@ -224,7 +224,7 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
   for (int64_t i = 0; i < count; ++i) {
     Matrix& m = matrices[i];
     const AtenTensorHandle param = lists.params[i], grad = lists.grads[i];
-    m.param = typed<Params>(dtype(param), data<void>(param, dtype(param), numel, "parameters"));
+    m.param = typed<ParamPointer>(dtype(param), data<void>(param, dtype(param), numel, "parameters"));
     m.momentum_buffer =
         lists.buffers.empty()
             ? nullptr
@@ -232,7 +232,7 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
     STD_TORCH_CHECK(is_cpu(grad) && get(aoti_torch_get_numel, grad) == numel &&
                         get(aoti_torch_is_contiguous, grad),
                     "gradients must be contiguous CPU tensors of the parameters' shapes");
-    m.grad = typed<Grads>(dtype(grad), get(torch_get_const_data_ptr, grad));
+    m.grad = typed<GradPointer>(dtype(grad), get(torch_get_const_data_ptr, grad));
   }
   return matrices;
 }

@@ -1,9 +1,9 @@
 // How the operands of bfloat16 products A B lie in memory, and the tiles of 64 x 64 of the results.
 //
-// Pairs of neighbours along the depth (the columns of A, the rows of B) lie together in 32 bits, and
-// 16 by 16 pairs in a block: a Left has panels of 16 rows of A, block after block along the depth,
-// and in a block a row after the other. A Right has panels of 16 columns of B, and in a block a pair
-// of rows after the other. Blocks are whole; beyond the edges lie zeros.
+// Pairs of neighbours along the depth (the columns of A, the rows of B) lie together in 32 bits,
+// and 16 by 16 pairs in a block: a Left has panels of 16 rows of A, block after block along the
+// depth, and in a block a row after the other. A Right has panels of 16 columns of B, and in a
+// block a pair of rows after the other. Blocks are whole; beyond the edges lie zeros.
 #pragma once
 
 #if defined(__x86_64__)

@@ -12,16 +12,16 @@ namespace rootfree_fused {
 
 using c10::Half;
 
-// Of a parameter or a gradient, by its dtype.
-using Params = std::variant<float*, BFloat16*, Half*>;
-using Grads = std::variant<const float*, const BFloat16*, const Half*>;
+// To a parameter's or a gradient's numbers, of one of the dtypes that are served.
+using ParamPointer = std::variant<float*, BFloat16*, Half*>;
+using GradPointer = std::variant<const float*, const BFloat16*, const Half*>;
 
 // A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
 struct Matrix {
   Axis rows, columns;
-  Params param;
+  ParamPointer param;
   float* momentum_buffer;  // null without momentum
-  Grads grad;
+  GradPointer grad;
 
   Right packed_grad;
   bool* strip_has_gradient;  // whether a strip of the gradient is not exactly zero
@@ -95,8 +95,8 @@ void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Cost& cost_o
   });
 }
 
-// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second. `body` gets the axis,
-// the other axis, and M where the axis is that of its rows, else M^T.
+// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second. `body` gets the axis
+// of the task, the other axis, and M or, for the axis of the columns, M^T.
 template <class Cost, class Body>
 void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
                    const Cost& cost_of, const Body& body) {

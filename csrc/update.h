@@ -1,7 +1,6 @@
-// The updates on one element; see rootfree_fused/reference/diag.py and matrix.py. One source
-// serves vectors and tails: the compiler vectorizes the loops that call it. Options hold the scalars
-// as they were passed; a rule has what it derives from them in double, rounded once to the compute
-// type T.
+// The updates on one element; see rootfree_fused/reference/diag.py and matrix.py. One source serves
+// vectors and tails: the compiler vectorizes the loops that call it. Options hold the scalars of a
+// call; a rule derives its own from them in double and rounds those once, to the compute type T.
 #pragma once
 
 #include <cmath>
