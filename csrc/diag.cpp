@@ -1,6 +1,5 @@
 // The diagonal updates of update.h on lists of CPU tensors: one parallel region over chunks of them
-// all. At the end of this file each is registered as the body of its operator, whose schema is
-// in rootfree_fused/ops.py.
+// all. The last lines register each as the body of an operator that rootfree_fused/ops defines.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 

@@ -13,7 +13,7 @@ import torch
 
 def known_tensors_module(torch_version: str) -> str:
     """The C++ reads torch's own structs, so it serves the version that it was built with, alone."""
-    return "_host_" + re.sub(r"\W", "_", torch_version)
+    return "_known_tensors_" + re.sub(r"\W", "_", torch_version)
 
 
 @functools.cache

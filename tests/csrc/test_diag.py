@@ -331,7 +331,7 @@ def test_two_python_threads_do_not_disturb_each_other():
         assert_bits_equal(problem.tensors(), twin.tensors())
 
 
-# Misuse: ops.py names the cure; here memory must stay safe and nothing may be half done
+# Misuse: `ops` names the cure; here memory must stay safe and nothing may be half done
 
 
 def first_and(second):
