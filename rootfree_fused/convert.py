@@ -57,11 +57,11 @@ _SHAMPOO: Group = {
 
 
 class _Entry(NamedTuple):
-    """A parameter of ours with its group, and its index, group and state in the source."""
+    """A parameter of ours with its group, and its position, group and state in the source."""
 
     param: Tensor
     own: Group
-    index: int
+    position: int
     group: Mapping[str, Any]
     state: Mapping[str, Any]
 
@@ -103,14 +103,14 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
         settings = {**_renamed(entry, _SIRFSHAMPOO), **_SHAMPOO, "update_schedule": "constant"}
         if callable(settings["update_interval"]):
             raise ValueError(
-                f"T of group {entry.index} is a function, but IFShampoo updates its factors every "
-                "T steps; set T of the source's groups to a whole number first"
+                f"T of group {entry.position} is a function, but IFShampoo updates its factors "
+                "every T steps; set T of the source's groups to a whole number first"
             )
         settings["structures"] = _structures(entry)
         if saved.get("batch_size_valid") == "always":
             settings["batch_size"] = saved["batch_size"]
         factors, momenta = (
-            [None if matrix is None else matrix.to_dense() for matrix in saved[key][entry.index]]
+            [None if matrix is None else matrix.to_dense() for matrix in saved[key][entry.position]]
             for key in ("preconditioner", "preconditioner_momenta")
         )
         state = _factor_state(entry, settings, factors, momenta)
@@ -170,7 +170,7 @@ def from_released_code(
             return _Converted(settings, {})
         if not {"step", moment} <= entry.state.keys():
             raise ValueError(
-                f"parameter {entry.index} of the source has the state {sorted(entry.state)}, "
+                f"parameter {entry.position} of the source has the state {sorted(entry.state)}, "
                 f"without {moment}; pass the class that {type(optimizer).__name__} replaces"
             )
         v = entry.state[moment]
@@ -269,8 +269,9 @@ def _renamed(entry: _Entry, names: Mapping[str, str]) -> Group:
     """The settings of a parameter by our names, with the lr that schedulers start from."""
     if missing := names.keys() - entry.group.keys():
         raise ValueError(
-            f"the source's group of parameter {entry.index} has no {', '.join(sorted(missing))}; "
-            "pass an optimizer of the class that is to be replaced, or its state_dict()"
+            f"the source's group of parameter {entry.position} has no "
+            f"{', '.join(sorted(missing))}; pass an optimizer of the class that is to be replaced, "
+            "or its state_dict()"
         )
     if "differentiable" in entry.group:
         raise ValueError(
@@ -285,8 +286,8 @@ def _structures(entry: _Entry) -> str | tuple[str, ...]:
     structures = entry.group["structures"]
     if others := set(structures) - {"dense", "diagonal"}:
         raise ValueError(
-            f"group {entry.index} of the source has the structures {sorted(others)}; IFShampoo has "
-            "dense and diagonal factors alone"
+            f"group {entry.position} of the source has the structures {sorted(others)}; IFShampoo "
+            "has dense and diagonal factors alone"
         )
     return structures[0] if len(set(structures)) == 1 else tuple(structures)
 
@@ -303,8 +304,8 @@ def _factor_state(
     sizes = layout.sizes if layout else ()
     if not len(sizes) == len(factors) == len(momenta):
         raise ValueError(
-            f"parameter {entry.index} of the source has {len(factors)} factors, but one of shape "
-            f"{tuple(entry.param.shape)} has {len(sizes)}; build the optimizer with the same "
+            f"parameter {entry.position} of the source has {len(factors)} factors, but one of "
+            f"shape {tuple(entry.param.shape)} has {len(sizes)}; build the optimizer with the same "
             "parameters, in the same order"
         )
     state: State = {}
