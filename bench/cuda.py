@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .common import tensor_state
-from .providers import PROVIDERS, Provider
+from .optimizers.diagonal import PROVIDERS, Provider
 
 Build = Callable[[list[Tensor]], Optimizer]
 

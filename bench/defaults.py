@@ -20,11 +20,11 @@ from torch.optim import AdamW, Optimizer
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
 from .common import add_measurement_arguments, optional, pick_device, threads
-from .curves import mean_and_deviation
-from .digits import Digits
+from .report.curves import mean_and_deviation
 from .rows import Row, Rows, markdown, provenance, select, unique
-from .text import CONTEXT, VOCABULARY, Text, Transformer
-from .training import Problem
+from .workloads.digits import Digits
+from .workloads.text import CONTEXT, VOCABULARY, Text, Transformer
+from .workloads.training import Problem
 
 Build = Callable[..., Optimizer]
 PROVIDERS: dict[str, Build] = {

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import models
 from .common import (
     Call,
     Shape,
@@ -36,8 +35,9 @@ from .common import (
     time_host,
 )
 from .cuda import cuda_providers
-from .providers import ALLOWED_ERROR, CHECK_STEPS, PROVIDERS, Provider
+from .optimizers.diagonal import ALLOWED_ERROR, CHECK_STEPS, PROVIDERS, Provider
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
+from .workloads import networks
 
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
 CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
@@ -54,7 +54,7 @@ def cases(device: torch.device, quick: bool) -> dict[str, tuple[list[Shape], tor
     large = 250_000_000 if device.type == "cuda" else 30_000_000
     largest = 1_000_000_000 if device.type == "cuda" else 100_000_000
     many = 100 if quick else 1000
-    resnet50 = [layer.shape for layer in models.resnet50()]
+    resnet50 = [layer.shape for layer in networks.resnet50()]
     if quick:
         large, largest = 100_000, 10_000
         resnet50 = [shape for shape in resnet50 if shape[0] <= 64]

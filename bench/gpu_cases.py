@@ -13,14 +13,15 @@ from torch.optim import Optimizer
 
 from rootfree_fused import RootFreeRMSprop
 
-from . import diag, models, step
+from . import diag, step
 from . import products as bench_products
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .matrix import owned, step_flops
-from .operator import kernel_times
-from .peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
-from .providers import PROVIDERS, RELEASED, RMSPROP, Provider
+from .optimizers.diagonal import PROVIDERS, RELEASED, RMSPROP, Provider
+from .optimizers.peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
 from .rows import Rows
+from .workloads import networks as models
+from .workloads.operator import kernel_times
 
 Case = Callable[[Rows, torch.device, float], None]
 BF16 = torch.bfloat16

@@ -2,8 +2,8 @@
 
 The models are matrices alone, so that sirfshampoo does the same mathematics on equal settings and
 the float64 specification says how far each is from it. The others are other methods, each checked
-as bench/peers.py says. `pip install rootfree-fused[peers]` brings those on PyPI; the table says
-which of them is absent.
+as optimizers/peers.py says. `pip install rootfree-fused[peers]` brings those on PyPI; the table
+says which of them is absent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .common import (
     pick_device,
     random_tensors,
 )
-from .peers import BASE, CHECK_STEPS, PEERS, ROUNDINGS, judge
+from .optimizers.peers import BASE, CHECK_STEPS, PEERS, ROUNDINGS, judge
 from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
 
 # The optimizers whose products are counted.

@@ -1,7 +1,7 @@
 """Time each product of IF-Shampoo on stacks of n x n matrices against torch.bmm and torch.compile.
 
-bench/formulas.py has what every kernel computes. Rates count a symmetric product at half price for
-everybody, and are compared with one large product of the same run. Each result is compared with
+workloads/formulas.py has what every kernel computes. Rates count a symmetric product at half price
+for everybody, and are compared with one large product of the same run. Each result is compared with
 its formula in float64. One eigendecomposition is timed beside them, and what it costs in bfloat16
 products of its size: 16 by the method's authors (arXiv 2402.03496).
 """
@@ -27,11 +27,11 @@ from .common import (
     random_tensors,
 )
 from .diag import COPY
-from .formulas import KERNELS, error_of, moved, stacks
-from .operator import LAUNCHES, PARTS, Operator, kernel_times
-from .peers import ROUNDINGS
-from .products_table import EIGH, LIMITS, RATIO, table
+from .optimizers.peers import ROUNDINGS
+from .report.products_table import EIGH, LIMITS, RATIO, table
 from .rows import Rows, read_rows, select
+from .workloads.formulas import KERNELS, error_of, moved, stacks
+from .workloads.operator import LAUNCHES, PARTS, Operator, kernel_times
 
 OURS, BMM, COMPILED = "IFShampoo", "torch.bmm", "torch.compile"
 # Matrices of a stack, by size: a stack of one and a larger one.

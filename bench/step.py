@@ -33,10 +33,10 @@ from .common import (
     random_tensors,
 )
 from .matrix import transformer
-from .models import FULL, QUICK, SCALED, Model, forward_backward, split
-from .peers import EIGH, LR, MATRIX_PEERS, NEVER, PEERS, Peer, judge
+from .optimizers.peers import EIGH, LR, MATRIX_PEERS, NEVER, PEERS, Peer, judge
+from .report.step_table import FORWARD, INTERVALS, table
 from .rows import Rows, read_rows
-from .step_table import FORWARD, INTERVALS, table
+from .workloads.networks import FULL, QUICK, SCALED, Model, forward_backward, split
 
 LONGEST = 10_000
 # At least so many, also where they take longer than their time; one when nobody reads it.

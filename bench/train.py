@@ -26,14 +26,14 @@ from .common import (
     summarize,
     threads,
 )
-from .curves import plot, table
-from .digits import Digits
 from .matrix import owned
-from .methods import METHODS, Method, Settings
-from .peers import PEERS, judge
+from .optimizers.peers import PEERS, judge
+from .optimizers.tuned import METHODS, Method, Settings
+from .report.curves import plot, table
 from .rows import Row, Rows, read_rows, select
-from .text import Text
-from .training import Problem, Run, state_bytes, train
+from .workloads.digits import Digits
+from .workloads.text import Text
+from .workloads.training import Problem, Run, state_bytes, train
 
 PROBLEMS: dict[str, Problem] = {"digits": Digits(), "text": Text()}
 TUNING_SEEDS = {"digits": (100, 101, 102, 103, 104), "text": (100, 101, 102)}
@@ -46,7 +46,7 @@ THREADS = {"digits": 1, "text": 2}
 
 
 CHECK = "first steps"
-# Who in bench/peers.py has the truth of a method, IFShampoo in the dtype of its factors aside.
+# Who in optimizers/peers.py has the truth of a method, IFShampoo in the dtype of its factors aside.
 PEER_OF = {
     "RootFreeRMSprop": "RootFreeRMSprop, momentum 0.9",
     "RootFreeAdamW": "RootFreeAdamW",
@@ -130,8 +130,8 @@ def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespa
 def check(problem: Problem, methods: dict[str, Method], rows: Rows, device: torch.device) -> None:
     """Add the error of the first steps of a method on the network's shapes, against float64.
 
-    Settings are those of bench/peers.py, where the truth is known; IFShampoo's vectors take the
-    update of RootFreeRMSprop.
+    Settings are those of optimizers/peers.py, where the truth is known; IFShampoo's vectors take
+    the update of RootFreeRMSprop.
     """
     shapes = [p.shape for p in problem.build_model().parameters()]
     float32 = {"dtype": torch.float32, "device": device}

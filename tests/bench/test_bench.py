@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.bench import CPU, ROOT, needs_extras, row
 
-from bench import common, diag, host, matrix, peers, providers, rows
+from bench import common, diag, host, matrix, rows
 from bench.__main__ import SUBCOMMANDS, main
+from bench.optimizers import diagonal, peers
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.ops import dispatch
 
@@ -105,7 +106,7 @@ def test_an_unwritten_element_is_never_right():
     assert not ratio <= diag.ALLOWED_ERROR
 
 
-@pytest.mark.parametrize("name", providers.PROVIDERS)
+@pytest.mark.parametrize("name", diagonal.PROVIDERS)
 def test_providers_are_right_in_float32(name):
     params = common.random_tensors(
         [(300,), (2, 3)], scale=0.1, dtype=torch.float32, device=CPU, seed=0
@@ -113,7 +114,7 @@ def test_providers_are_right_in_float32(name):
     grads = common.random_tensors(
         [(300,), (2, 3)], scale=0.1, dtype=torch.float32, device=CPU, seed=1
     )
-    provider = providers.PROVIDERS[name]
+    provider = diagonal.PROVIDERS[name]
     optimizer = diag.built(provider, params, grads)
     assert diag.check(provider, optimizer, params, grads) <= diag.ALLOWED_ERROR
 
@@ -227,17 +228,17 @@ def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diag, "cases", lambda *_: TINY)
     assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "diag.jsonl")
-    assert set(rows.unique(written, "provider")) == {*diag.PROBE_BYTES, *providers.PROVIDERS}
+    assert set(rows.unique(written, "provider")) == {*diag.PROBE_BYTES, *diagonal.PROVIDERS}
     timed = rows.select(written, metric="time")
-    assert len(timed) == len(providers.PROVIDERS) + len(diag.PROBE_BYTES)
+    assert len(timed) == len(diagonal.PROVIDERS) + len(diag.PROBE_BYTES)
     assert (tmp_path / "diag.md").read_text() == diag.table(written)
     assert capsys.readouterr().out.endswith(f"tables {tmp_path / 'diag.md'}\n")
 
 
 @needs_extras
 def test_a_wrong_kernel_is_marked_and_gets_no_time(tmp_path, monkeypatch):
-    right = providers.PROVIDERS["RootFreeAdamW"]
-    wrong = providers.Provider(partial(right.build, damping=2e-4), right.eager)
+    right = diagonal.PROVIDERS["RootFreeAdamW"]
+    wrong = diagonal.Provider(partial(right.build, damping=2e-4), right.eager)
     monkeypatch.setattr(diag, "cases", lambda *_: TINY)
     monkeypatch.setattr(diag, "PROVIDERS", {"RootFreeAdamW": right, "RootFreeAdamW, off": wrong})
     assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
@@ -256,7 +257,7 @@ def test_an_interruption_keeps_the_rows_so_far(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(diag, "interleave", interrupt)
     assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 130
-    assert len(rows.read_rows(tmp_path / "diag.jsonl")) == len(providers.PROVIDERS)
+    assert len(rows.read_rows(tmp_path / "diag.jsonl")) == len(diagonal.PROVIDERS)
     assert str(tmp_path) in capsys.readouterr().out
 
 

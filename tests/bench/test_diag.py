@@ -8,7 +8,7 @@ from helpers.bench import CPU, needs_extras, row
 
 from bench import common, cuda, diag, rows
 from bench.__main__ import main
-from bench.providers import PROVIDERS
+from bench.optimizers.diagonal import PROVIDERS
 
 
 def test_sizes_go_up_by_tens_and_many_tensors_are_mixed():

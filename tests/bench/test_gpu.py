@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.bench import CPU, needs_extras
 
-from bench import eigh, gpu, gpu_cases, rows
+from bench import gpu, gpu_cases, rows
 from bench.__main__ import main
+from bench.optimizers import eigh
 
 # What the CPU cannot rehearse.
 GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.bench import CPU
 
-from bench import common, peers
+from bench import common
 from bench.matrix import owned
+from bench.optimizers import peers
 
 SHAPES = [(24, 16), (16, 16), (16, 40)]
 HERE = [name for name, peer in peers.PEERS.items() if not peer.why_absent()]

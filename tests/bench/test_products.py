@@ -9,8 +9,11 @@ import torch
 from helpers.bench import CPU, needs_extras, row
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import formulas, operator, peers, products, products_table, rows
+from bench import products, rows
 from bench.__main__ import main
+from bench.optimizers import peers
+from bench.report import products_table
+from bench.workloads import formulas, operator
 from rootfree_fused import reference
 
 DTYPES = [torch.float32, torch.bfloat16]

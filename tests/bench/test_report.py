@@ -10,8 +10,10 @@ import torch
 from helpers.bench import RESULTS, ROOT, needs_extras, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import figures, plots, providers, readme, report
+from bench import report
 from bench.__main__ import main
+from bench.optimizers import diagonal
+from bench.report import figures, pages, plots
 
 README = (ROOT / "README.md").read_text()
 
@@ -25,16 +27,16 @@ def files():
 
 
 def test_the_tables_of_readme_are_those_of_the_stored_rows(files):
-    assert readme.rewritten(README, files) == README
-    assert {found[1] for found in readme.MARKS.findall(README)} == set(readme.TABLES)
+    assert pages.rewritten(README, files) == README
+    assert {found[1] for found in pages.MARKS.findall(README)} == set(pages.TABLES)
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
+@pytest.mark.parametrize("name", pages.TABLES)
 def test_a_row_that_changes_changes_its_table_in_readme(name, files):
     changed = copy.deepcopy(files)
     for other in (other for of in changed.values() for other in of if other["value"]):
         other["value"] *= 1.1 if other["provider"].startswith("IFShampoo") else 1.2
-    assert readme.TABLES[name](changed) != readme.TABLES[name](files)
+    assert pages.TABLES[name](changed) != pages.TABLES[name](files)
 
 
 def test_the_stored_report_is_that_of_the_stored_rows(files):
@@ -56,15 +58,15 @@ def test_readme_shows_two_of_the_plots(files):
 def test_a_mark_without_rows_or_of_an_unknown_name_is_refused(files):
     page = "<!-- bench:diag -->\n<!-- /bench -->"
     with pytest.raises(SystemExit, match=r"bench:diag needs the rows 'diag'.jsonl"):
-        readme.rewritten(page, {})
+        pages.rewritten(page, {})
     with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, .*diag"):
-        readme.rewritten(page.replace("diag", "dig"), files)
+        pages.rewritten(page.replace("diag", "dig"), files)
 
 
 def test_a_wrong_and_an_unmeasured_step_have_no_time_in_readme():
-    case = readme.DIAG_CASES[0]
+    case = pages.DIAG_CASES[0]
     found = [row("A", "error", 9.0, case=case, right=False), row("B", "absent", None, case=case)]
-    shown = readme.diag({"diag": found})
+    shown = pages.diag({"diag": found})
     others = " not measured |" * 4
     assert f"| A | WRONG |{others}" in shown
     assert f"| B | not measured |{others}" in shown
@@ -132,9 +134,9 @@ def test_points_that_lie_together_have_one_line_of_names():
 def test_flops_of_a_diagonal_update_against_a_count(name, monkeypatch):
     counts = []
     for steps in (2, 3):
-        monkeypatch.setattr(providers, "CHECK_STEPS", steps)
+        monkeypatch.setattr(diagonal, "CHECK_STEPS", steps)
         with CountFlops(7) as counter:
-            providers.PROVIDERS[name].eager(torch.full((7,), 0.1), torch.full((7,), 0.1))
+            diagonal.PROVIDERS[name].eager(torch.full((7,), 0.1), torch.full((7,), 0.1))
         counts.append(counter.total)
     guard = 8 if name == "RootFreeAdamW" else 0  # of g - m beyond the largest number: no update
     assert counts[1] - counts[0] - guard == plots.DIAGONAL_FLOPS[name]

@@ -11,11 +11,19 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from bench import launches, matrix, sass
+from bench import matrix
 from bench.__main__ import main
-from bench.control_flow import ControlFlow
-from bench.machine_code import CONVERSION, WIDE_ADDRESS, access_bytes, count, tensor_cores, widths
-from bench.occupancy import resident_programs
+from bench.machine_code import launches, sass
+from bench.machine_code.control_flow import ControlFlow
+from bench.machine_code.instructions import (
+    CONVERSION,
+    WIDE_ADDRESS,
+    access_bytes,
+    count,
+    tensor_cores,
+    widths,
+)
+from bench.machine_code.occupancy import resident_programs
 from rootfree_fused.kernels import matrix as matrix_kernels
 
 needs_compiler = pytest.mark.skipif(

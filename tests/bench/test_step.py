@@ -11,12 +11,15 @@ from helpers.bench import CPU, needs_extras, row
 from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import common, models, peers, rows, step, step_table
+from bench import common, rows, step
 from bench.__main__ import main
+from bench.optimizers import peers
+from bench.report import step_table
+from bench.workloads import networks
 from rootfree_fused import RootFreeAdamW
 
 CHOSEN = ("IFShampoo, float32", "RootFreeAdamW", peers.EIGH)
-TINY = models.Model(list(models.gpt2(16, 1, 8, 32)), 2)
+TINY = networks.Model(list(networks.gpt2(16, 1, 8, 32)), 2)
 
 
 # Networks -------------------------------------------------------------------------------------
@@ -25,11 +28,11 @@ TINY = models.Model(list(models.gpt2(16, 1, 8, 32)), 2)
 @pytest.mark.parametrize(
     ("layers", "count", "elements"),
     [
-        (models.resnet50(), 161, 25_557_032),
-        (models.vit_b16(), 152, 86_567_656),
-        (models.gpt2(), 148, 124_439_808),
-        (models.gpt2(1024, 24), 292, 354_823_168),
-        (models.llama_1b(), 146, 1_235_814_400),
+        (networks.resnet50(), 161, 25_557_032),
+        (networks.vit_b16(), 152, 86_567_656),
+        (networks.gpt2(), 148, 124_439_808),
+        (networks.gpt2(1024, 24), 292, 354_823_168),
+        (networks.llama_1b(), 146, 1_235_814_400),
     ],
 )
 def test_networks_have_the_published_sizes(layers, count, elements):
@@ -39,12 +42,12 @@ def test_networks_have_the_published_sizes(layers, count, elements):
 
 
 def test_resnet50_has_the_published_shapes_and_products():
-    layers = list(models.resnet50())
+    layers = list(networks.resnet50())
     assert layers[0].shape == (64, 3, 7, 7)
     assert layers[12].shape == (256, 64, 1, 1)  # the first shortcut
     assert [layer.shape for layer in layers[-2:]] == [(1000, 2048), (1000,)]
     # 4.09 billion multiply-adds an image of 224 x 224, as torchvision says
-    assert models.Model(layers, 1).flops() / 6 == pytest.approx(4.09e9, rel=1e-3)
+    assert networks.Model(layers, 1).flops() / 6 == pytest.approx(4.09e9, rel=1e-3)
 
 
 def test_flops_of_convolutions_and_layers_as_torch_counts_them():
@@ -56,9 +59,9 @@ def test_flops_of_convolutions_and_layers_as_torch_counts_them():
         net(x).sum().backward()
     positions = {(4, 3, 3, 3): 25, (7, 100): 1}
     layers = [
-        models.Layer(shape, positions.get(shape, 0)) for shape in map(shape_of, net.parameters())
+        networks.Layer(shape, positions.get(shape, 0)) for shape in map(shape_of, net.parameters())
     ]
-    assert models.Model(layers, 2).flops() == counter.get_total_flops()
+    assert networks.Model(layers, 2).flops() == counter.get_total_flops()
 
 
 def shape_of(tensor):
@@ -66,17 +69,19 @@ def shape_of(tensor):
 
 
 def test_the_stand_in_makes_the_products_that_are_counted():
-    model = models.Model(list(models.resnet50(8, 32)), 2)
-    run = models.forward_backward(model, torch.float32, CPU)
+    model = networks.Model(list(networks.resnet50(8, 32)), 2)
+    run = networks.forward_backward(model, torch.float32, CPU)
     with FlopCounterMode(display=False) as counter:
         run()
     assert counter.get_total_flops() == model.flops() > 1e7
 
 
 def test_matrices_are_split_from_vectors_lookups_and_long_axes():
-    long_, lookup, dot = (models.Layer(s, p) for s, p in (((30, 4), 1), ((5, 6), 0), ((1, 9), 1)))
-    kept = [models.Layer((4, 3, 2, 2), 5), models.Layer((7, 20), 1)]
-    matrices, others = models.split([long_, kept[0], lookup, dot, kept[1], models.Layer((3,))], 20)
+    long_, lookup, dot = (networks.Layer(s, p) for s, p in (((30, 4), 1), ((5, 6), 0), ((1, 9), 1)))
+    kept = [networks.Layer((4, 3, 2, 2), 5), networks.Layer((7, 20), 1)]
+    matrices, others = networks.split(
+        [long_, kept[0], lookup, dot, kept[1], networks.Layer((3,))], 20
+    )
     assert matrices == [(4, 12), (7, 20)]
     assert others == [(30, 4), (5, 6), (1, 9), (3,)]
 
@@ -106,7 +111,7 @@ def test_growth_is_the_slope_in_logarithms():
 
 def check(peer, tmp_path, limit=60.0):
     written = rows.Rows(tmp_path / "step.jsonl", "step", CPU)
-    parameters = step.Parameters.of(*models.split(TINY.layers, 32), CPU)
+    parameters = step.Parameters.of(*networks.split(TINY.layers, 32), CPU)
     found = step.checked("c", "IFShampoo, float32", peer, parameters, written, limit)
     tensors = [*parameters.matrices, *parameters.others]
     restored = all(map(torch.equal, tensors, parameters.values))

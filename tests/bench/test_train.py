@@ -13,10 +13,13 @@ import torch
 from helpers.bench import CPU, RESULTS, needs_extras, row
 from torch.optim import SGD
 
-from bench import curves, methods, rows, text, train, training
+from bench import rows, train
 from bench.__main__ import main
-from bench.digits import Digits
-from bench.text import Text
+from bench.optimizers import tuned
+from bench.report import curves
+from bench.workloads import text, training
+from bench.workloads.digits import Digits
+from bench.workloads.text import Text
 from rootfree_fused import RootFreeRMSprop
 
 # Problems -------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def test_the_best_setting_is_the_lowest_of_those_that_ended_with_every_seed():
 
 
 def test_only_the_best_of_the_first_seed_are_trained_with_the_others(monkeypatch):
-    method = methods.Method(SGD, {"lr": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}, tuned={}, fixed={})
+    method = tuned.Method(SGD, {"lr": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}, tuned={}, fixed={})
     losses = {1.0: 0.5, 2.0: float("nan"), 3.0: 0.1, 4.0: 0.4, 5.0: 0.3, 6.0: 0.2}
     trained = []
 
@@ -166,11 +169,11 @@ def test_interior_means_away_from_both_ends_of_every_range():
 
 
 @pytest.mark.parametrize(
-    ("problem", "name"), [(p, name) for p, of in methods.METHODS.items() for name in of]
+    ("problem", "name"), [(p, name) for p, of in tuned.METHODS.items() for name in of]
 )
 def test_the_settings_in_use_are_the_best_of_a_stored_search_of_equal_size(problem, name):
     stored = rows.read_rows(RESULTS / f"train_{problem}_tuning.jsonl")
-    method, own = methods.METHODS[problem][name], rows.select(stored, provider=name)
+    method, own = tuned.METHODS[problem][name], rows.select(stored, provider=name)
     assert json.loads(json.dumps(method.tuned)) == train.best(own)
     searched = [r["detail"]["settings"] for r in own]
     assert json.loads(json.dumps(method.grid())) == searched
@@ -183,7 +186,7 @@ def test_the_settings_in_use_are_the_best_of_a_stored_search_of_equal_size(probl
 @pytest.mark.parametrize("problem", train.PROBLEMS)
 def test_the_stored_comparison_used_the_settings_in_use(problem):
     stored = rows.read_rows(RESULTS / f"train_{problem}.jsonl")
-    for name, method in methods.METHODS[problem].items():
+    for name, method in tuned.METHODS[problem].items():
         settings = json.loads(json.dumps({**method.tuned, **method.fixed}))
         trained = rows.select(stored, provider=name, metric="test loss")
         assert [row["detail"]["settings"] for row in trained] == [settings] * 3
@@ -216,9 +219,9 @@ def test_train_end_to_end(problem, tmp_path, monkeypatch):
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["train", "--problem", problem, *options]) == 0
     written = rows.read_rows(tmp_path / f"train_{problem}.jsonl")
-    assert rows.unique(written, "provider") == list(methods.METHODS[problem])
+    assert rows.unique(written, "provider") == list(tuned.METHODS[problem])
     of_loss = [r["detail"] for r in rows.select(written, metric="test loss")]
-    assert len(of_loss) == len(methods.METHODS[problem])
+    assert len(of_loss) == len(tuned.METHODS[problem])
     for detail in of_loss:
         assert len(detail["curve"]) == len(detail["steps"]) == len(detail["seconds"]) == 2
         assert detail["steps"][1] == 2 * detail["steps"][0]
@@ -245,10 +248,10 @@ def test_an_optimizer_with_a_wrong_step_is_red_and_not_trained(tmp_path, monkeyp
 
 @needs_extras
 def test_tuning_end_to_end(tmp_path, monkeypatch, capsys):
-    method = methods.Method(
+    method = tuned.Method(
         RootFreeRMSprop, {"lr": (1e-3, 1e-2)}, tuned={"lr": 1e-3}, fixed={"batch_size": 64}
     )
-    monkeypatch.setitem(methods.METHODS, "digits", {"RootFreeRMSprop": method})
+    monkeypatch.setitem(tuned.METHODS, "digits", {"RootFreeRMSprop": method})
     options = ["--problem", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["train", "--tune", *options]) == 0
     written = rows.read_rows(tmp_path / "train_digits_tuning.jsonl")

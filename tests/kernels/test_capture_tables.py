@@ -7,8 +7,8 @@ import torch
 from helpers.operators import ADAMW, RMSPROP
 from helpers.optimizers import parameters
 
-from bench.launches import matrix_tensors
-from bench.offline import Recorder
+from bench.machine_code.launches import matrix_tensors
+from bench.machine_code.offline import Recorder
 from rootfree_fused.kernels import common, diag, matrix
 
 CUDA = torch.device("cuda")

@@ -28,7 +28,7 @@ from helpers.kernels_matrix import (
 )
 from helpers.offline import needs_cuda
 
-from bench.offline import Recorder
+from bench.machine_code.offline import Recorder
 from rootfree_fused.kernels import matrix
 
 __all__ = ["_interpreter", "_poisoned_scratch"]  # fixtures

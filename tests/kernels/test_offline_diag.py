@@ -9,10 +9,17 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from bench import sass
-from bench.launches import ARCHITECTURES, DIAG_CASES, DIAG_DTYPES, F32, diag_call, diag_program
-from bench.machine_code import LOCAL_MEMORY, first_index, last_index, widths
-from bench.offline import compile_call
+from bench.machine_code import sass
+from bench.machine_code.instructions import LOCAL_MEMORY, first_index, last_index, widths
+from bench.machine_code.launches import (
+    ARCHITECTURES,
+    DIAG_CASES,
+    DIAG_DTYPES,
+    F32,
+    diag_call,
+    diag_program,
+)
+from bench.machine_code.offline import compile_call
 from rootfree_fused.kernels import diag
 
 pytestmark = pytest.mark.skipif(

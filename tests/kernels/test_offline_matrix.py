@@ -12,8 +12,9 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench import sass
-from bench.launches import (
+from bench.machine_code import sass
+from bench.machine_code.instructions import LOCAL_MEMORY, TENSOR_CORE, first_index, widths
+from bench.machine_code.launches import (
     ARCHITECTURES,
     MATRIX_DTYPES,
     MATRIX_KERNELS,
@@ -24,9 +25,8 @@ from bench.launches import (
     matrix_program,
     tilings,
 )
-from bench.machine_code import LOCAL_MEMORY, TENSOR_CORE, first_index, widths
-from bench.occupancy import CHIPS
-from bench.offline import compile_call
+from bench.machine_code.occupancy import CHIPS
+from bench.machine_code.offline import compile_call
 from rootfree_fused.kernels import gemm, jobs, launches, matrix, tiles
 
 pytestmark = pytest.mark.skipif(

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .common import add_quick_argument, optional
-from .machine_code import CONVERSION, WIDE_ADDRESS, count, tensor_cores
-from .rows import Row, commit
+from ..common import add_quick_argument, optional
+from ..rows import Row, commit
+from .instructions import CONVERSION, WIDE_ADDRESS, count, tensor_cores
 
 if TYPE_CHECKING:
     from .offline import Program

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..diag import COPY, PROBE_BYTES
+from ..rows import Row, select, unique
 from . import curves
-from .diag import COPY, PROBE_BYTES
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
-from .rows import Row, select, unique
 
 # FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
 DIAGONAL_FLOPS = {

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from .formulas import KERNELS
-from .rows import Row, markdown, number, provenance, select, timed, unique
+from ..rows import Row, markdown, number, provenance, select, timed, unique
+from ..workloads.formulas import KERNELS
 
 EIGH, LIMITS, RATIO = "torch.linalg.eigh, float32", "one large product", "eigh / product"
 AUTHORS = 16  # bfloat16 products a float32 eigendecomposition, arXiv 2402.03496
 NOTES = (
     "Each cell is ms, and the share of the rate of one large product in the same dtype and run; a "
     "symmetric product (gram, factor momentum) counts at half price for everybody. The kernels are "
-    "those of bench/formulas.py, of one factor; a step has both. IFShampoo's gram is half the time "
-    "of both and apply less that of apply; momentum and update of the factors run inside its step, "
+    "those of workloads/formulas.py, of one factor; a step has both. IFShampoo's gram is half the "
+    "time of both and apply less that of apply; momentum and update of the factors run inside its step, "
     "where a GPU's profiler sees them. The error is the largest of a row's kernels against "
     "float64; what is WRONG has no time."
 )

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import optional
-from .rows import Row, provenance
+from ..common import optional
+from ..rows import Row, provenance
 
 # By the name before the comma: a colour of its own, a dash and a marker; ours have full lines, and
 # what stands beside them most often is distinct to the colour-blind.

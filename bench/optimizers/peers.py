@@ -23,9 +23,9 @@ from rootfree_fused import IFShampoo, reference
 from rootfree_fused.optimizer.layouts import layout_of
 from rootfree_fused.reference.structures import structure_of
 
+from .diagonal import CHECK_STEPS as DIAGONAL_STEPS
+from .diagonal import PROVIDERS
 from .eigh import EighShampoo
-from .providers import CHECK_STEPS as DIAGONAL_STEPS
-from .providers import PROVIDERS
 
 Build = Callable[[list[Parameter], int], Optimizer]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rows import NOISY, Row, markdown, noisy, number, provenance, select, unique
 from .figures import save, styles, subplots
-from .rows import NOISY, Row, markdown, noisy, number, provenance, select, unique
 
 TITLES = {
     "digits": "Small CNN on scikit-learn's digits",

@@ -11,10 +11,10 @@ import importlib
 import re
 from pathlib import Path
 
-from .common import optional
+from ..common import optional
+from ..rows import ROOT, Row, provenance, read_rows
+from .pages import rewritten
 from .plots import PLOTS
-from .readme import rewritten
-from .rows import ROOT, Row, provenance, read_rows
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"

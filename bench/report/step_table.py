@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .matrix import error_cell
-from .rows import Row, markdown, number, provenance, select, timed, unique
+from ..matrix import error_cell
+from ..rows import Row, markdown, number, provenance, select, timed, unique
 
 INTERVALS = (1, 2, 10)
 FORWARD = "forward-backward"
@@ -22,7 +22,7 @@ NOTES = (
     "above 2048. forward-backward is a stand-in: the products with the weights, 6 FLOP a parameter "
     "and place, in bfloat16 where the device multiplies it natively, without attention scores, "
     "norms and activations. The error is that of the first steps on one tensor of every shape "
-    "against float64, as bench/peers.py says; what is WRONG has "
+    "against float64, as optimizers/peers.py says; what is WRONG has "
     "no time. State is all that an optimizer holds between steps, caches too."
 )
 

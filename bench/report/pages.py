@@ -6,9 +6,9 @@ import re
 import statistics
 from collections.abc import Callable
 
+from ..diag import PROBE_BYTES
+from ..rows import NOISY, Row, markdown, noisy, provenance, select, timed, unique
 from .curves import loss, reached, step_time
-from .diag import PROBE_BYTES
-from .rows import NOISY, Row, markdown, noisy, provenance, select, timed, unique
 from .step_table import FORWARD
 
 Files = dict[str, list[Row]]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from .machine_code import FLOAT32_PRODUCT, TENSOR_CORE, access_bytes, count
+from .instructions import FLOAT32_PRODUCT, TENSOR_CORE, access_bytes, count
 
 # Weights that choose the main path: turns of a loop, and what a loop of products outweighs.
 _TURNS = 16

@@ -20,9 +20,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
-from .common import optional
-from .digits import Digits
-from .text import Text
+from ..common import optional
+from ..workloads.digits import Digits
+from ..workloads.text import Text
 
 Settings = dict[str, Any]
 

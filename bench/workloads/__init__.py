@@ -1,0 +1,1 @@
+"""What the optimizers work on: networks, training problems, stacks of matrices."""
