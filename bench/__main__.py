@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
 from .common import pick_device, require_kernels
+from .rows import refuse_uncommitted
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",
@@ -24,9 +26,13 @@ SUBCOMMANDS = {
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train a CNN on digits and a transformer on text with several optimizers",
     "defaults": "train small networks at every constructor's defaults",
-    "report": "tables and plots of stored rows, and README's from them",
+    "report": "tables and plots of stored rows, and those of README.md and docs/",
 }
-MODULES = {"sass": "machine_code.sass"}  # those in a room
+
+
+def module(name: str) -> ModuleType:
+    """Where a subcommand is."""
+    return importlib.import_module("bench.machine_code.sass" if name == "sass" else f"bench.{name}")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,18 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="subcommand", title="subcommands")
     for name, summary in SUBCOMMANDS.items():
-        module = importlib.import_module(f"bench.{MODULES.get(name, name)}")
+        of = module(name)
         sub = subparsers.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=Formatter
+            name, help=summary, description=of.__doc__, formatter_class=Formatter
         )
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        of.add_arguments(sub)
+        sub.set_defaults(run=of.run)
     args = parser.parse_args(argv)
     if args.subcommand is None:
         parser.print_help()
         return 0
-    if "reference" in args:
+    if "reference" in args:  # it measures on a device
         require_kernels(pick_device(args.device), args.reference)
+        refuse_uncommitted(args.dirty)
     try:
         return args.run(args)
     except KeyboardInterrupt:

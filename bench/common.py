@@ -24,6 +24,8 @@ Tensors = dict[str, Tensor]
 Call = Callable[[], object]
 DRAWN = 2**26
 LEAD_CYCLES = 4_000_000  # 2 ms on an H100
+COPY = "copy"
+PROBE_BYTES = {COPY: 16, "in-place add": 24}  # what each moves a float32 parameter of two states
 
 
 def optional(module: str, extra: str = "bench") -> ModuleType:
@@ -44,6 +46,11 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference",
         action="store_true",
         help="measure the PyTorch reference where the kernels are missing, instead of stopping",
+    )
+    parser.add_argument(
+        "--dirty",
+        action="store_true",
+        help="measure uncommitted code, and say so in every row, instead of stopping",
     )
     add_quick_argument(parser)
 

@@ -7,7 +7,6 @@ the same weights and see the same batches.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice, repeat
 from statistics import fmean
@@ -20,8 +19,8 @@ from torch.optim import AdamW, Optimizer
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
 from .common import add_measurement_arguments, optional, pick_device, threads
-from .report.curves import mean_and_deviation
-from .rows import Row, Rows, markdown, provenance, select, unique
+from .report import training as tables
+from .rows import Rows
 from .workloads.digits import Digits
 from .workloads.text import CONTEXT, VOCABULARY, Text, Transformer
 from .workloads.training import Problem
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
                     unit = "of all" if metric == "accuracy" else "nat"
                     detail = {"seed": seed, "steps": steps, "settings": settings}
                     rows.add(name, provider, metric, value, unit, **detail)
-    rows.finish()
+    rows.finish(tables.defaults)
     return 0
 
 
@@ -181,28 +180,3 @@ def trained(
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, tuple))
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: held-out loss and accuracy, mean and standard deviation over the seeds."""
-    cases = unique(rows, "case")
-    lines = [
-        [provider, *(_cell(select(rows, case=case, provider=provider)) for case in cases)]
-        for provider in unique(rows, "provider")
-    ]
-    seeds = len({row["detail"]["seed"] for row in rows})
-    steps = {case: select(rows, case=case)[0]["detail"]["steps"] for case in cases}
-    header = ["optimizer", *(f"{case}: {count} steps" for case, count in steps.items())]
-    notes = (
-        "Every optimizer as its constructor builds it, at a constant lr. Held-out loss in nat, "
-        f"mean and standard deviation over {seeds} seeds, and the mean accuracy."
-    )
-    parts = ["# Training at the defaults", provenance(rows), markdown(header, lines), notes]
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(rows: list[Row]) -> str:
-    losses = [math.nan if r["value"] is None else r["value"] for r in select(rows, metric="loss")]
-    accuracies = [row["value"] for row in select(rows, metric="accuracy")]
-    shown = mean_and_deviation(losses, ".3f")
-    return f"{shown}, {fmean(accuracies):.1%}" if accuracies else shown

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .common import (
+    COPY,
+    PROBE_BYTES,
     Call,
     Shape,
     Tensors,
@@ -35,15 +37,14 @@ from .common import (
     time_host,
 )
 from .cuda import cuda_providers
-from .optimizers.diagonal import ALLOWED_ERROR, CHECK_STEPS, PROVIDERS, Provider
-from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
+from .optimizers.diagonal import CHECK_STEPS, PROVIDERS, Provider
+from .report import tables
+from .rows import Rows, wrong_of_ours
 from .workloads import networks
 
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
 CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
 CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
-COPY = "copy"
-PROBE_BYTES = {COPY: 16, "in-place add": 24}  # a parameter
 
 
 # Cases ----------------------------------------------------------------------------------------
@@ -206,55 +207,6 @@ def _host_times(
     return interleave({n: o.step for n, o in optimizers.items()}, time_host, seconds=seconds)
 
 
-# Table ----------------------------------------------------------------------------------------
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown, a table a case."""
-    header = (
-        "provider",
-        "ms a step (20 to 80 %)",
-        "bytes a parameter",
-        "GB/s",
-        "of copy",
-        "host ms",
-        "error / eager error",
-    )
-    notes = (
-        "GB/s counts what an update must move: parameter and state read and written, gradient "
-        "read. Copy and in-place add have the footprint of float32 parameter, gradient and two "
-        "states; a CPU copy also fetches the lines that it overwrites, which is not counted. "
-        "Host time: until step() returns, on the CPU with as many empty tensors. The error against "
-        f"float64 is in units of the plain loop's; above {ALLOWED_ERROR:g} it is WRONG."
-    )
-    parts = ["# Diagonal update: optimizer.step()", provenance(rows), notes]
-    for case in unique(rows, "case"):
-        of_case = select(rows, case=case)
-        lines = [_line(select(of_case, provider=p)) for p in unique(of_case, "provider")]
-        parts += [f"## {case}", markdown(header, lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(rows: list[Row]) -> list[str]:
-    name = rows[0]["provider"]
-    of = {row["metric"]: row for row in rows}
-    if "absent" in of:
-        return [name, f"absent: {of['absent']['detail']['why']}", "", "", "", "", ""]
-    error = "" if "error" not in of else number(of["error"]["value"], ".2f")
-    if "error" in of and not of["error"]["detail"]["right"]:
-        return [name, "**WRONG**", "", "", "", "", f"**{error}**"]
-    bandwidth = of["bandwidth"]
-    return [
-        name,
-        timed(of["time"]),
-        number(bandwidth["detail"]["bytes_per_parameter"], ".3g"),
-        number(bandwidth["value"], ".1f"),
-        number(of["bandwidth fraction"]["value"], ".0%"),
-        timed(of["host time"], ".3f", band=False) if "host time" in of else "",
-        error,
-    ]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench diag`."""
     add_measurement_arguments(parser)
@@ -271,15 +223,4 @@ def run(args: argparse.Namespace) -> int:
     chosen = cases(device, args.quick)
     for case in rows.remaining(chosen):
         measure(case, *chosen[case], rows, device, seconds)
-    rows.finish()
-    written = read_rows(rows.path)
-    report = args.out / "diag.md"
-    report.write_text(table(written))
-    print(report.read_text())
-    print(f"rows   {rows.path}\ntables {report}")
-    return int(any(is_ours_wrong(row) for row in written))
-
-
-def is_ours_wrong(row: Row) -> bool:
-    """A WRONG torch optimizer is worth showing, but no failure of this package."""
-    return row["provider"].startswith("RootFree") and row["detail"].get("right") is False
+    return int(bool(wrong_of_ours(rows.finish(tables.diag))))

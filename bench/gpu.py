@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
-from .rows import ROOT, Row, Rows, markdown, number, provenance, read_rows, select, timed
+from .report.targets import GPU_OURS, table
+from .rows import ROOT, Rows, wrong_of_ours
 
 # Seconds of each part on an H100 or H200, compilation included, the tests last: the most that it
 # may take, and how much of that is for timing.
@@ -37,56 +37,6 @@ LIMITS = {
 }
 # On demand, by --case.
 ALONE = (150, 30.0)
-SHOWN_TROUBLES = 20
-OURS = ("IFShampoo", "RootFree", "2,000 tensors", "300 tensors", "one tensor")
-
-
-class Target(NamedTuple):
-    """A row and the value that it has to reach."""
-
-    what: str
-    case: str
-    provider: str
-    metric: str
-    goal: float
-    at_most: bool = False
-    unit: str = ""
-
-
-def _targets() -> list[Target]:
-    large = [
-        Target(f"{name}, {dtype}, of a copy", f"one large tensor, {dtype}", name, *rest)
-        for name in ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW")
-        for dtype in ("float32", "bfloat16")
-        for rest in (("bandwidth fraction", 0.92),)
-    ]
-    goals = {"1 of 4096": 1.7, "16 of 2048": 1.5, "32 of 1024": 1.4, "64 of 512": 1.1}
-    ours = "IFShampoo, bfloat16"
-    return [
-        *large,
-        Target("114 of 1024: a step", "114 of 1024", ours, "time", 6.0, True, "ms"),
-        Target("the same, graph", "114 of 1024", f"{ours}, graph", "time", 6.0, True, "ms"),
-        Target("of the mm rate", "114 of 1024", ours, "rate fraction", 0.6),
-        Target("eigh Shampoo", "114 of 1024", "Shampoo by batched eigh", "slowdown", 50.0),
-        Target("sirfshampoo", "114 of 1024", "sirfshampoo, bfloat16", "slowdown", 5.0),
-        *(
-            Target(f"K K^T, {case}, x bmm", case, "products", "speed", goal)
-            for case, goal in goals.items()
-        ),
-        *(
-            Target(f"K m, {case}, x bmm", case, "factors", "speed", 0.95)
-            for case in ("16 of 2048", "32 of 1024")
-        ),
-        Target("2,000 tensors, x one", "many tensors", "2,000 tensors", "time ratio", 1.05, True),
-        Target("300 tensors, host", "many tensors", "300 tensors", "host time", 0.1, True, "ms"),
-        Target("2,000, host", "many tensors", "2,000 tensors", "host time", 0.5, True, "ms"),
-        Target(
-            "300, graph, host", "many tensors", "300 tensors, graph", "host time", 0.01, True, "ms"
-        ),
-    ]
-
-
-TARGETS = _targets()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,16 +73,11 @@ def run(args: argparse.Namespace) -> int:
             continue
         command = [sys.executable, "-m", "bench", "gpu", "--case", name, "--device", device.type]
         command += ["--out", str(args.out.resolve()), *(["--quick"] if args.quick else [])]
-        command += ["--reference"] * args.reference
+        command += ["--reference"] * args.reference + ["--dirty"] * args.dirty
         run_part(rows, name, command, seconds)
-    rows.finish()
-    written = read_rows(path)
-    report = path.with_suffix(".md")
-    report.write_text(table(written))
-    print(f"rows   {path}\ntable  {report}")
-    print(report.read_text())
+    written = rows.finish(table)
     failed = any(row["metric"] == "failed" and row["value"] != 0 for row in written)
-    return int(failed or bool(wrong_of_ours(written)))
+    return int(failed or bool(wrong_of_ours(written, GPU_OURS)))
 
 
 def log_of(rows: Rows, name: str) -> Path:
@@ -189,59 +134,3 @@ def run_tests(rows: Rows, device: torch.device, seconds: float) -> None:
         rows.add("tests", "pytest", outcome, int(found[1]) if found else 0, "tests")
     for line in re.findall(r"^FAILED (.*)", output, re.MULTILINE):
         rows.add("tests", "pytest", "failed test", None, "", test=line[:300])
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: whatever failed or was left out, then the targets with what was measured."""
-    limits = select(rows, case="limits")
-    tests = [row for row in select(rows, case="tests") if row["unit"] == "tests"]
-    parts = ["# GPU: measured against the targets", provenance(rows)]
-    if not on_gpu(rows):
-        parts.append("**A rehearsal on the CPU with small sizes: none of these is a result.**")
-    troubles = [
-        f"- {row['case']}, {row['metric']}: {row['detail'].get('why') or row['detail'].get('test')}"
-        for row in rows
-        if row["detail"].keys() & {"why", "test"}
-    ]
-    troubles += [
-        f"- {row['case']}, {row['provider']}: **WRONG**, error {number(row['value'], '.3g')} "
-        f"{row['unit']}"
-        for row in wrong(rows)
-    ]
-    if more := len(troubles) - SHOWN_TROUBLES:
-        troubles[SHOWN_TROUBLES:] = [f"- and {more} more: see the rows"] if more > 0 else []
-    if troubles:
-        parts.append("\n".join(troubles))
-    for name, found in (("Tests", tests), ("Limits", limits)):
-        numbers = [f"{row['metric']} {row['value']:.4g} {row['unit']}" for row in found]
-        parts.append(f"{name}: {', '.join(numbers) or 'none'}")
-    parts.append(markdown(("what", "measured", "target", ""), [_line(t, rows) for t in TARGETS]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(target: Target, rows: list[Row]) -> list[str]:
-    found = select(rows, case=target.case, provider=target.provider, metric=target.metric)
-    goal = f"{'<=' if target.at_most else '>='} {target.goal:g} {target.unit}".strip()
-    if wrong_of_ours(select(rows, case=target.case)):
-        return [target.what, "**WRONG**", goal, ""]
-    if not found or found[0]["value"] is None:
-        return [target.what, "not measured", goal, ""]
-    value = found[0]["value"]
-    shown = timed(found[0], band=False) if "p20" in found[0]["detail"] else f"{value:.3g}"
-    reached = value <= target.goal if target.at_most else value >= target.goal
-    verdict = "reached" if reached else "missed"
-    return [target.what, shown, goal, verdict if on_gpu(found) else "rehearsal"]
-
-
-def wrong(rows: list[Row]) -> list[Row]:
-    """Errors of steps that are not right, and got no time."""
-    return [row for row in rows if row["detail"].get("right") is False]
-
-
-def wrong_of_ours(rows: list[Row]) -> list[Row]:
-    """Those that are a failure of this package."""
-    return [row for row in wrong(rows) if row["provider"].startswith(OURS)]
-
-
-def on_gpu(rows: list[Row]) -> bool:
-    return "sm_" in rows[0]["device"]

@@ -17,7 +17,7 @@ from . import diag, step
 from . import products as bench_products
 from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .matrix import owned, step_flops
-from .optimizers.diagonal import PROVIDERS, RELEASED, RMSPROP, Provider
+from .optimizers.diagonal import ALLOWED_ERROR, PROVIDERS, RELEASED, RMSPROP, Provider
 from .optimizers.peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
 from .rows import Rows
 from .workloads import networks as models
@@ -76,7 +76,7 @@ def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:
         )
         optimizer = diag.built(CAPTURABLE, params, grads)
         error = diag.check(CAPTURABLE, optimizer, params, grads)
-        right = error <= diag.ALLOWED_ERROR
+        right = error <= ALLOWED_ERROR
         rows.add("many tensors", name, "error", error, "x eager error", right=right)
         if right:
             optimizers[name] = optimizer

@@ -22,17 +22,14 @@ from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.ops import dispatch, extensions
 
 from .common import add_measurement_arguments, interleave, optional, random_tensors, time_host
-from .rows import Row, Rows, markdown, provenance, read_rows, select, timed, unique
+from .report import tables
+from .report.tables import HOST_GOALS, KNOWN, LOOP, MOVED
+from .rows import Rows
 
-# Microseconds a step, by the number of tensors.
-GOALS = {300: 100.0, 2000: 500.0}
 OPTIMIZERS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
     "RootFreeRMSprop": functools.partial(RootFreeRMSprop, momentum=0.9, batch_size=1),
     "RootFreeAdamW": functools.partial(RootFreeAdamW, batch_size=1),
 }
-KNOWN, MOVED = "known tensors", "gradients moved"
-# The same as KNOWN, step after step: nothing else has used the caches in between.
-LOOP = "in a loop"
 
 
 @contextmanager
@@ -99,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     rows = Rows(args.out / "host.jsonl", "host", torch.device("cpu"), arguments=args)
     compared = "C++" if extensions.known_tensors() else "Python"
     with stubbed():
-        cases = {f"{count} tensors": count for count in GOALS}
+        cases = {f"{count} tensors": count for count in HOST_GOALS}
         for case in rows.remaining(cases):
             seconds = 0.1 if args.quick else 4.0
             runs = steps(cases[case])
@@ -109,36 +106,5 @@ def run(args: argparse.Namespace) -> int:
                 timings |= interleave(alone, time_host, seconds=seconds)
             for (name, metric), timing in timings.items():
                 rows.add_time(case, name, metric, timing, compared_by=compared)
-    rows.finish()
-    written = read_rows(rows.path)
-    report = rows.path.with_suffix(".md")
-    report.write_text(table(written))
-    print(report.read_text())
-    print(f"rows   {rows.path}\ntable  {report}")
+    rows.finish(tables.host)
     return 0
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown: microseconds a step, and the goal."""
-    lines = []
-    for case in unique(rows, "case"):
-        for name in unique(rows, "provider"):
-            found = [
-                select(rows, case=case, provider=name, metric=metric)
-                for metric in (LOOP, KNOWN, MOVED)
-            ]
-            cells = [timed(row, ".0f", scale=1e3) for (row,) in found]
-            goal = next(goal for count, goal in GOALS.items() if case == f"{count} tensors")
-            lines.append([case, name, *cells, f"{goal:.0f}"])
-    header = ("tensors", "optimizer", LOOP, f"in turn, {KNOWN}", f"in turn, {MOVED}", "goal")
-    notes = (
-        "Microseconds of host time of step() up to the call of the driver, which is stubbed out: "
-        "kernels compiled for sm_90, tensors on the CPU. Median (20 to 80 %). In a loop: nothing "
-        "but this optimizer's steps. In turn: the optimizers and cases one after the other, so "
-        "that caches are cold. Where gradients moved, one of them has another address than in the "
-        "step before, and the table of addresses is found again in a cache."
-    )
-    return (
-        "\n\n".join(["# Host time of a step", provenance(rows), notes, markdown(header, lines)])
-        + "\n"
-    )

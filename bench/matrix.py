@@ -23,8 +23,9 @@ from .common import (
     pick_device,
     random_tensors,
 )
-from .optimizers.peers import BASE, CHECK_STEPS, PEERS, ROUNDINGS, judge
-from .rows import Row, Rows, markdown, number, provenance, read_rows, select, timed, unique
+from .optimizers.peers import PEERS, judge
+from .report import tables
+from .rows import Rows, wrong_of_ours
 
 # The optimizers whose products are counted.
 COUNTED = ("IFShampoo", "sirfshampoo")
@@ -86,47 +87,6 @@ def measure(
             rows.add(case, name, "rate", rate, "GFLOP/s", flops=step_flops(shapes))
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown, a table a case."""
-    limits = ", ".join(
-        f"{limit:.2g} in {str(dtype).split('.')[1]}" for dtype, limit in ROUNDINGS.items()
-    )
-    notes = (
-        "Rates count 18 n^3 FLOPs for a square, symmetric products at half price, for IFShampoo "
-        "and sirfshampoo alike. SOAP, Shampoo and ScalableShampoo are those of pytorch-optimizer; "
-        "HeavyBall runs compiled on a GPU alone. The error of IFShampoo and sirfshampoo is that "
-        f"of {CHECK_STEPS} steps against float64, relative to the way that they went; above "
-        f"{limits} it is WRONG. Other methods are held to themselves in float64 in the same way, "
-        "and where rounding or chance decides (cos), to a descent."
-    )
-    parts = ["# IF-Shampoo: optimizer.step(), factors updated every step", provenance(rows), notes]
-    header = ("provider", "ms a step (20 to 80 %)", "GFLOP/s", "x sirfshampoo, bfloat16", "error")
-    for case in unique(rows, "case"):
-        of_case = select(rows, case=case)
-        base = select(of_case, provider=BASE, metric="time")
-        lines = [_line(select(of_case, provider=p), base) for p in unique(of_case, "provider")]
-        parts += [f"## {case}", markdown(header, lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(rows: list[Row], base: list[Row]) -> list[str]:
-    name, of = rows[0]["provider"], {row["metric"]: row for row in rows}
-    if "absent" in of:
-        return [name, "absent", "", "", ""]
-    error = error_cell(of["error"]) if "error" in of else ""
-    if "time" not in of:
-        return [name, "**WRONG**", "", "", f"**{error}**"]
-    faster = f"{base[0]['value'] / of['time']['value']:.3g}" if base else ""
-    rate = number(of["rate"]["value"], ".0f") if "rate" in of else ""
-    return [name, timed(of["time"]), rate, faster, error]
-
-
-def error_cell(row: Row) -> str:
-    """What a result was checked by, as text."""
-    shown = number(row["value"], ".2g")
-    return f"cos {shown}" if row["unit"].startswith("cosine") else shown
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench matrix`."""
     add_measurement_arguments(parser)
@@ -146,11 +106,4 @@ def run(args: argparse.Namespace) -> int:
     cases: dict[str, Any] = dict(list(CASES.items())[3:4]) if args.quick else CASES
     for case in rows.remaining(cases):
         measure(case, cases[case], rows, device, seconds)
-    rows.finish()
-    written = read_rows(rows.path)
-    report = args.out / "matrix.md"
-    report.write_text(table(written))
-    print(report.read_text())
-    print(f"rows   {rows.path}\ntables {report}")
-    wrong = [row for row in written if row["metric"] == "error" and not row["detail"]["right"]]
-    return int(any(row["provider"].startswith("IFShampoo") for row in wrong))
+    return int(bool(wrong_of_ours(rows.finish(tables.matrix))))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .common import (
+    COPY,
     Call,
     Tensors,
     Timing,
@@ -26,10 +27,10 @@ from .common import (
     pick_device,
     random_tensors,
 )
-from .diag import COPY
 from .optimizers.peers import ROUNDINGS
-from .report.products_table import EIGH, LIMITS, RATIO, table
-from .rows import Rows, read_rows, select
+from .report import tables
+from .report.tables import EIGH, LIMITS, RATIO
+from .rows import Rows, read_rows, select, wrong_of_ours
 from .workloads.formulas import KERNELS, error_of, moved, stacks
 from .workloads.operator import LAUNCHES, PARTS, Operator, kernel_times
 
@@ -256,11 +257,4 @@ def run(args: argparse.Namespace) -> int:
                 rows.add(LIMITS, COMPILED, "absent", None, "", why=why)
         else:
             measure(*stacks_[case], rows, device, seconds, measured_rates(rows), compiled)
-    rows.finish()
-    written = read_rows(rows.path)
-    report = args.out / "products.md"
-    report.write_text(table(written))
-    print(report.read_text())
-    print(f"rows   {rows.path}\ntables {report}")
-    wrong = [row["provider"] for row in written if row["detail"].get("right") is False]
-    return int(any(name.startswith(OURS) for name in wrong))
+    return int(bool(wrong_of_ours(rows.finish(tables.products))))

@@ -1,4 +1,4 @@
-"""Results: JSON rows, where they come from, and the tables made of them."""
+"""Results: JSON rows of a run, each with where it comes from, written and read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from .common import Timing, optional
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
+DIRTY = "-dirty"
+OURS = ("IFShampoo", "RootFree")  # how the names of our optimizers start
 ROW_KEYS = (
-    "kernel",
+    "benchmark",
     "case",
     "provider",
     "metric",
@@ -72,7 +74,16 @@ def commit() -> str:
         changed = _git("status", "--porcelain", "-uno", "--", ".", ":!bench/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return f"{hash_}-dirty" if changed else hash_
+    return hash_ + DIRTY * bool(changed)
+
+
+def refuse_uncommitted(asked: bool) -> None:
+    """Stop before rows would name a commit that is not what runs, unless that is asked for."""
+    if commit().endswith(DIRTY) and not asked:
+        raise SystemExit(
+            f"tracked files differ from the last commit, and rows would name {commit()}, which "
+            "nobody can check out. Commit first (or pass --dirty; the rows then say so)"
+        )
 
 
 def _git(*arguments: str) -> str:
@@ -91,7 +102,7 @@ class Rows:
     def __init__(
         self,
         path: Path,
-        kernel: str,
+        benchmark: str,
         device: torch.device,
         *,
         append: bool = False,
@@ -102,7 +113,7 @@ class Rows:
             "versions": versions(device),
             "commit": commit(),
         }
-        self._kernel = kernel
+        self._benchmark = benchmark
         self.path = path
         self._note = path.with_suffix(".unfinished.json")
         self._run = {**self._constants, "arguments": _plain(arguments)}
@@ -113,7 +124,7 @@ class Rows:
             return
         if arguments and path.exists() and self._note.exists():
             noted = json.loads(self._note.read_text())
-            named = not self._constants["commit"].endswith(("-dirty", "unknown"))
+            named = not self._constants["commit"].endswith((DIRTY, "unknown"))
             if named and noted["run"] == self._run:
                 self._whole = noted["whole"]
         if self._whole:
@@ -139,17 +150,26 @@ class Rows:
                 self._note.write_text(json.dumps({"run": self._run, "whole": self._whole}))
                 bar.update()
 
-    def finish(self) -> None:
-        """The run is whole: the next one measures everything again."""
+    def finish(self, table: Callable[[list[Row]], str] | None = None) -> list[Row]:
+        """The run is whole: the next one measures everything again. Write and print its table."""
         self._note.unlink(missing_ok=True)
+        written = read_rows(self.path)
+        print(f"rows   {self.path}")
+        if table:
+            page = self.path.with_suffix(".md")
+            page.write_text(table(written) + "\n")
+            print(f"table  {page}\n\n{page.read_text()}")
+        return written
 
     def add(
         self, case: str, provider: str, metric: str, value: float | None, unit: str, **detail: Any
     ) -> None:
         """One number; `value` is None where there is none to report, as after divergence."""
+        if self._constants["commit"].endswith(DIRTY):
+            detail["uncommitted"] = True
         finite = value is not None and math.isfinite(value)
         row = {
-            "kernel": self._kernel,
+            "benchmark": self._benchmark,
             "case": case,
             "provider": provider,
             "metric": metric,
@@ -192,71 +212,11 @@ def unique(rows: list[Row], key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-# Tables ---------------------------------------------------------------------------------------
+def wrong(rows: list[Row]) -> list[Row]:
+    """Errors of results that are not right, and got no time."""
+    return [row for row in rows if row["detail"].get("right") is False]
 
 
-# A time whose percentiles are further apart, (p80 - p20) / median, was taken on a busy machine; of
-# fewer samples nobody knows.
-NOISY_SPREAD = 0.2
-LEAST_SAMPLES = 3
-NOISY = "noisy"
-NOISE_NOTE = (
-    f"{NOISY}: the 20th and the 80th percentile are more than {NOISY_SPREAD:.0%} of the median "
-    f"apart, as on a machine that does something else too, or there are fewer than {LEAST_SAMPLES} "
-    "samples. Measure again before you compare."
-)
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right.
-
-    Where a number is marked as noisy, a line under the table says what that means.
-    """
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
-    return f"{table}\n\n{NOISE_NOTE}" if f" {NOISY}" in table else table
-
-
-def number(value: float | None, spec: str) -> str:
-    """A value of a row as text; a value that was not finite has no number."""
-    return "not finite" if value is None else format(value, spec)
-
-
-def noisy(row: Row) -> bool:
-    """Whether a time varied by more than NOISY_SPREAD, or too few samples say."""
-    value, detail = row["value"], row["detail"]
-    if value is None:
-        return False
-    few = detail["samples"] < LEAST_SAMPLES
-    return few or detail["p80"] - detail["p20"] > NOISY_SPREAD * value
-
-
-def timed(row: Row, spec: str = "", *, scale: float = 1.0, band: bool = True) -> str:
-    """A time as text, with its 20th and 80th percentile, and marked where it is noisy."""
-    if row["value"] is None:
-        return number(None, spec)
-    times = (row["value"], row["detail"]["p20"], row["detail"]["p80"])
-    value, p20, p80 = (f"{scale * t:{spec}}" if spec else _three_digits(t) for t in times)
-    shown = f"{value} ({p20} to {p80})" if band else value
-    return f"{shown} {NOISY}" if noisy(row) else shown
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
-
-
-def provenance(rows: list[Row]) -> str:
-    """One line that says where, with what and from which commit the rows come.
-
-    Raises:
-        ValueError: they come from several, so that they cannot stand in one table.
-    """
-    lines = list(dict.fromkeys(map(_provenance, rows)))
-    if len(lines) > 1:
-        raise ValueError(f"rows of one table come from different runs: {'; and '.join(lines)}")
-    return lines[0]
-
-
-def _provenance(row: Row) -> str:
-    names = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"{row['device']}; {names}; commit {row['commit']}"
+def wrong_of_ours(rows: list[Row], ours: tuple[str, ...] = OURS) -> list[Row]:
+    """Those that are a failure of this package; a WRONG optimizer of others is worth showing."""
+    return [row for row in wrong(rows) if row["provider"].startswith(ours)]

@@ -29,8 +29,8 @@ from .common import (
 from .matrix import owned
 from .optimizers.peers import PEERS, judge
 from .optimizers.tuned import METHODS, Method, Settings
-from .report.curves import plot, table
-from .rows import Row, Rows, read_rows, select
+from .report import training as tables
+from .rows import Row, Rows, read_rows, select, wrong
 from .workloads.digits import Digits
 from .workloads.text import Text
 from .workloads.training import Problem, Run, state_bytes, train
@@ -85,16 +85,14 @@ def run(args: argparse.Namespace) -> int:
             raise SystemExit(f"--method goes with --tune and one that is searched: {searched}")
     for module in ("tqdm", "matplotlib", *itertools.chain(*(NEEDED[name] for name in names))):
         optional(module)  # now, not after the training
-    done: list[Rows] = []
+    written: list[Row] = []
     for name in names:
         with threads(1 if args.tune else THREADS[name]):
-            done.append((tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args))
-    for rows in done:
-        rows.finish()
-    return int(any(wrong(read_rows(rows.path)) for rows in done))
+            written += (tune if args.tune else compare)(PROBLEMS[name], METHODS[name], args)
+    return int(bool(wrong(written)))
 
 
-def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> Rows:
+def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> list[Row]:
     """Train with the tuned settings and look at the test data."""
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
@@ -108,8 +106,8 @@ def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespa
             check(problem, methods, rows, device)
             continue
         seed = by_name[case]
-        for name in wrong(read_rows(rows.path)):
-            optimizers.pop(name, None)
+        for row in wrong(read_rows(rows.path)):
+            optimizers.pop(row["provider"], None)
         with optional("tqdm").tqdm(total=rounds, unit="round", leave=False) as bar:
             runs = train(
                 problem, optimizers, sets, device, seed=seed, rounds=rounds, progress=bar.update
@@ -118,13 +116,7 @@ def compare(problem: Problem, methods: dict[str, Method], args: argparse.Namespa
                 settings = {**methods[name].tuned, **methods[name].fixed}
                 add_rows(rows, problem, name, finished, seed=seed, settings=settings)
 
-    written = read_rows(rows.path)
-    report, figure = rows.path.with_suffix(".md"), rows.path.with_suffix(".png")
-    report.write_text(table(written))
-    plot(written, figure)
-    print(report.read_text())
-    print(f"rows   {rows.path}\ntable  {report}\nplot   {figure}")
-    return rows
+    return rows.finish(tables.train)
 
 
 def check(problem: Problem, methods: dict[str, Method], rows: Rows, device: torch.device) -> None:
@@ -150,12 +142,6 @@ def check(problem: Problem, methods: dict[str, Method], rows: Rows, device: torc
             optimizer.step()
         found = judge(peer, before, gradients, after, interval=1)
         rows.add(problem.name, name, "error", found.value, found.unit, right=found.right)
-
-
-def wrong(rows: list[Row]) -> list[str]:
-    """Optimizers whose steps are not right; they are not trained."""
-    errors = select(rows, metric="error")
-    return [row["provider"] for row in errors if not row["detail"]["right"]]
 
 
 def add_rows(
@@ -193,7 +179,7 @@ def rounded(values: list[float]) -> list[float | None]:
 # Tuning ---------------------------------------------------------------------------------------
 
 
-def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> Rows:
+def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace) -> list[Row]:
     """Train every setting of every search on the validation split, and print the best."""
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
@@ -219,13 +205,12 @@ def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace)
                 **{measure: rounded(values) for measure, values in last.items()},
             )
 
-    written = read_rows(rows.path)
+    written = rows.finish()
     for name, method in methods.items():
         found = best(select(written, provider=name))
         inside = "inside" if interior(found, method.search) else "on the edge of"
         print(f"{name}: {found}, {inside} the search; in use {method.tuned}")
-    print(f"rows   {rows.path}")
-    return rows
+    return written
 
 
 def search(

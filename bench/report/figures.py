@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common import optional
-from ..rows import Row, provenance
+from ..rows import Row
+from .cells import provenance
 
 # By the name before the comma: a colour of its own, a dash and a marker; ours have full lines, and
 # what stands beside them most often is distinct to the colour-blind.
@@ -82,7 +83,7 @@ def save(figure: Any, rows: list[Row], path: Path, title: str) -> None:
     """Write a plot of `rows`, of one run, with that run's name below and their digest inside."""
     figure.suptitle(title)
     figure.supxlabel(provenance(rows), fontsize=7, color=GREY)
-    figure.savefig(path, dpi=120, metadata={"rows": digest(rows)})
+    figure.savefig(path, dpi=120, metadata={"Software": None, "rows": digest(rows)})
     optional("matplotlib.pyplot").close(figure)
 
 

@@ -1,32 +1,32 @@
-"""The tables of README.md, each between `<!-- bench:NAME -->` and `<!-- /bench -->`, from rows."""
+"""The tables of README.md and docs/benchmarks.md, each between `<!-- bench:NAME -->` and
+`<!-- /bench -->`, from stored rows; and the comparison of one machine that `make bench` ends with.
+"""
 
 from __future__ import annotations
 
 import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
-from ..diag import PROBE_BYTES
-from ..rows import NOISY, Row, markdown, noisy, provenance, select, timed, unique
-from .curves import loss, reached, step_time
-from .step_table import FORWARD
+from ..common import PROBE_BYTES
+from ..rows import ROOT, Row, select, unique
+from .cells import NOISY, markdown, noisy, page, provenance, timed
+from .tables import FORWARD
+from .training import loss, reached, step_time
 
-Files = dict[str, list[Row]]
+Files = dict[str, list[Row]]  # by machine and benchmark: "h200/gpu"
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+PICTURES = re.compile(r"bench/results/([\w/.-]+\.png)")
 OURS = "IFShampoo, bfloat16"
+RMSPROP, ADAMW = "RootFreeRMSprop, momentum 0.9", "RootFreeAdamW"
 NOT_MEASURED = "not measured"
-# Of the cases of `bench diag`, those in README: large, mixed and many.
-DIAG_CASES = (
-    "30M in one tensor, float32",
-    "30M in one tensor, bfloat16",
-    "ResNet-50, float32",
-    "1,000 tensors of 1,000, float32",
-    "1,000 tensors of 100, float32",
-)
+SHARE = "bandwidth fraction"
 
 
-def rewritten(page: str, files: Files) -> str:
+def rewritten(text: str, files: Files) -> str:
     """The page with every marked table made anew.
 
     Raises:
@@ -36,88 +36,105 @@ def rewritten(page: str, files: Files) -> str:
     def table(found: re.Match[str]) -> str:
         start, name, end = found.groups()
         if name not in TABLES:
-            raise SystemExit(f"README has a mark bench:{name}; there are only {', '.join(TABLES)}")
+            raise SystemExit(f"a page has a mark bench:{name}; there are only {', '.join(TABLES)}")
         try:
             return f"{start}{TABLES[name](files)}\n{end}"
         except KeyError as missing:
             raise SystemExit(f"the table bench:{name} needs the rows {missing}.jsonl") from missing
 
-    return MARKS.sub(table, page)
+    return MARKS.sub(table, text)
+
+
+def pictures() -> set[str]:
+    """The stored plots that a page shows, as paths in bench/results."""
+    return {name for path in PAGES for name in PICTURES.findall(path.read_text())}
 
 
 def _measured(*runs: list[Row]) -> str:
-    """Where the numbers of a table come from, in small print; a machine's runs on one line."""
+    """Where the numbers of a table come from, in small print; a machine's commits on one line."""
     commits: dict[str, list[str]] = {}
     for rows in runs:
         machine, _, commit = provenance(rows).partition("; commit ")
-        commits.setdefault(machine, []).append(commit)
+        found = commits.setdefault(machine, [])
+        found += [] if commit in found else [commit]
     lines = (f"{machine}; commit {', '.join(of)}" for machine, of in commits.items())
     return f"<sub>{'<br>'.join(lines)}</sub>"
 
 
-def _times(rows: list[Row], provider: str) -> dict[str, Row]:
-    """The row of a provider's time, by case."""
-    times = select(rows, provider=provider, metric="time")
-    chosen = (row for row in times if row["kernel"] != "diag" or row["case"] in DIAG_CASES)
-    return {row["case"]: row for row in chosen}
-
-
-def _speed_ups(rows: list[Row], ours: str, other: str) -> str:
-    """How many times as long the other takes: mean, least and most over the cases with both."""
-    mine, others = _times(rows, ours), _times(rows, other)
-    pairs = [(others[case], row) for case, row in mine.items() if case in others]
-    if not pairs:
-        return NOT_MEASURED
-    ratios = [theirs["value"] / own["value"] for theirs, own in pairs]
-    span = f"{min(ratios):.2g} to {max(ratios):.2g}"
-    mark = f" {NOISY}" if any(noisy(row) for pair in pairs for row in pair) else ""
-    return f"**{statistics.geometric_mean(ratios):.1f}** ({span}){mark}"
+def _one(rows: list[Row], **wanted: str) -> Row:
+    (found,) = select(rows, **wanted)
+    return found
 
 
 # Tables ---------------------------------------------------------------------------------------
 
-
-MATRIX_PEERS = {
-    "sirfshampoo, bfloat16": "sirfshampoo: the same mathematics",
-    "SOAP, float32": "SOAP of pytorch-optimizer",
-    "Shampoo, float32": "Shampoo of pytorch-optimizer",
-    "Shampoo by batched eigh": "Shampoo by batched `torch.linalg.eigh`",
+MATRICES = "114 of 1024"
+LARGE = ("one large tensor, float32", "one large tensor, bfloat16")
+NETWORK = "GPT-2 medium, width 1/4, 6 of 24 layers, 1024 words, 8 x 256 tokens"
+RESNET = "ResNet-50, float32"
+SIRFSHAMPOO, SOAP, EIGH = "sirfshampoo, bfloat16", "SOAP, float32", "Shampoo by batched eigh"
+TITLES = {
+    MATRICES: "114 matrices of 1024 x 1024, H200",
+    LARGE[0]: "one tensor of 10^9, H200",
+    NETWORK: "GPT-2 medium, width 1/4, 6 of 24 layers, 2 cores",
+    RESNET: "the parameters of ResNet-50, 2 cores",
+    SIRFSHAMPOO: "sirfshampoo (the same mathematics)",
+    EIGH: "Shampoo by batched `torch.linalg.eigh`",
+    "torch Muon": "torch's Muon (keeps no factors)",
+    "torch AdamW, fused": "torch's fused AdamW",
+    SOAP: "SOAP of pytorch-optimizer",
+    OURS: "`IFShampoo`",
+    ADAMW: "`RootFreeAdamW`",
+    RMSPROP: "`RootFreeRMSprop`",
+    "torch RMSprop, momentum 0.9": "torch's RMSprop",
 }
-COMPARED = [
-    *(("matrix", OURS, other, MATRIX_PEERS[other]) for other in MATRIX_PEERS),
-    ("diag", "RootFreeRMSprop, momentum 0.9", "torch RMSprop, momentum 0.9", "torch RMSprop"),
-    ("diag", "RootFreeAdamW", "torch AdamW, fused", "torch's fused AdamW"),
-]
+# Of every file: case, metric of a time, ours, theirs.
+HEADLINE = {
+    "h200/gpu": [
+        *((MATRICES, "time", OURS, other) for other in (EIGH, SIRFSHAMPOO, "torch Muon")),
+        (LARGE[0], "time", ADAMW, "torch AdamW, fused"),
+    ],
+    "xeon-amx/step": [(NETWORK, "update step", OURS, other) for other in (SOAP, EIGH, SIRFSHAMPOO)],
+    "xeon-amx/diag": [(RESNET, "time", ADAMW, "torch AdamW, fused")],
+}
 
 
 def headline(files: Files) -> str:
-    """Ratios of times on each machine: geometric mean, least and most over the cases of a run."""
-    machines = {"": files["matrix"], "_amx": files["matrix_amx"]}
-    lines: list[list[str]] = []
-    for stem, ours, other, title in COMPARED:
-        of_machines = [
-            _speed_ups(files.get(stem + machine, []), ours, other) for machine in machines
-        ]
-        if any(cell != NOT_MEASURED for cell in of_machines):
-            lines.append([f"{ours}, against {title}", *of_machines])
-    header = ("times as fast (least to most)", *map(_machine, machines.values()))
-    runs = [files[stem] for stem in ("diag", "matrix", "matrix_amx")]
-    if "diag_amx" in files:
-        runs.append(files["diag_amx"])
-    return f"{markdown(header, lines)}\n\n{_measured(*runs)}"
+    """Milliseconds of a step, ours and another's from the same run, and how many times as fast."""
+    lines = []
+    for file, compared in HEADLINE.items():
+        for case, metric, ours, other in compared:
+            own = select(files[file], case=case)
+            times = [_one(own, provider=name, metric=metric) for name in (ours, other)]
+            shown = [timed(time, band=False) for time in times]
+            if file.endswith("gpu") and select(own, provider=ours, metric=SHARE):
+                shares = [_one(own, provider=name, metric=SHARE)["value"] for name in (ours, other)]
+                shown = [
+                    f"{ms}, {of:.0%} of a copy's bandwidth"
+                    for ms, of in zip(shown, shares, strict=True)
+                ]
+            ratio = f"**{times[1]['value'] / times[0]['value']:.3g}**"
+            lines.append([TITLES[case], TITLES[ours], TITLES[other], *shown, ratio])
+    header = ("a step of", "ours", "beside", "ms, ours", "ms, beside", "times as fast")
+    return page(markdown(header, lines), _measured(*(files[file] for file in HEADLINE)))
 
 
-def _machine(rows: list[Row]) -> str:
-    amx = ", AMX" if "(amx)" in rows[0]["versions"]["rootfree_fused"] else ""
-    return rows[0]["device"].replace("(R)", "") + amx
+# Of the cases of `bench diag`, those in the pages: large, mixed and many.
+DIAG_CASES = (
+    "30M in one tensor, float32",
+    "30M in one tensor, bfloat16",
+    RESNET,
+    "1,000 tensors of 1,000, float32",
+    "1,000 tensors of 100, float32",
+)
 
 
 def diag(files: Files) -> str:
     """Milliseconds of a step in the chosen cases."""
-    rows = files["diag"]
+    rows = files["epyc/diag"]
     names = [name for name in unique(rows, "provider") if name not in PROBE_BYTES]
     lines = [[name, *(_cell(rows, name, case) for case in DIAG_CASES)] for name in names]
-    return f"{markdown(('ms a step', *DIAG_CASES), lines)}\n\n{_measured(rows)}"
+    return page(markdown(("ms a step", *DIAG_CASES), lines), _measured(rows))
 
 
 def _cell(rows: list[Row], provider: str, case: str) -> str:
@@ -129,23 +146,16 @@ def _cell(rows: list[Row], provider: str, case: str) -> str:
 
 def text(files: Files) -> str:
     """The transformer's losses, and when each optimizer is where torch's AdamW ends."""
-    rows = files["train_text"]
+    rows = files["xeon-amx/train_text"]
     adamw = select(rows, provider="torch AdamW")
     lines = []
     for name in unique(select(rows, metric="test loss"), "provider"):
         own = select(rows, provider=name)
         when = reached(own, adamw)
+        to_it = ("never", "never") if when is None else (f"{when[0]:.0f}", f"{when[1]:.1f}")
+        times = (step_time(own, metric) for metric in ("optimizer step", "training step"))
         state = f"{select(own, metric='state')[0]['value']:.3g}"
-        lines.append(
-            [
-                name,
-                loss(own),
-                *(("never", "never") if when is None else (f"{when[0]:.0f}", f"{when[1]:.1f}")),
-                step_time(own, "optimizer step"),
-                step_time(own, "training step"),
-                state,
-            ]
-        )
+        lines.append([name, loss(own), *to_it, *times, state])
     header = (
         "optimizer",
         "test loss, nat",
@@ -155,42 +165,31 @@ def text(files: Files) -> str:
         "training step, ms",
         "state, bytes a parameter",
     )
-    return f"{markdown(header, lines)}\n\n{_measured(rows)}"
+    return page(markdown(header, lines), _measured(rows))
 
 
-# Of the optimizers of `bench step`, those in README.
-NETWORK_PEERS = (
-    OURS,
-    "sirfshampoo, bfloat16",
-    "SOAP, float32",
-    "Shampoo by batched eigh",
-    "torch Muon",
-    "torch AdamW, fused",
-)
+# Of the optimizers of `bench step`, those in the pages.
+NETWORK_PEERS = (OURS, SIRFSHAMPOO, SOAP, EIGH, "torch Muon", "torch AdamW, fused")
 
 
 def networks(files: Files) -> str:
     """Milliseconds of a step that renews the preconditioner, by network."""
-    rows = files["step"]
+    rows = files["xeon-amx/step"]
     lines = []
     for case in unique(select(rows, provider=FORWARD), "case"):
         found = [
             select(rows, case=case, provider=name, metric="update step") for name in NETWORK_PEERS
         ]
-        (share,) = select(rows, case=case, provider=OURS, metric="share at interval 10")
+        share = _one(rows, case=case, provider=OURS, metric="share at interval 10")
         cells = [timed(row[0], band=False) if row else NOT_MEASURED for row in found]
         lines.append([case, *cells, f"{share['value']:.0%}"])
     last = f"{OURS}, every 10th step: of a forward-backward"
-    return f"{markdown(('ms a step', *NETWORK_PEERS, last), lines)}\n\n{_measured(rows)}"
-
-
-MATRICES = "114 of 1024"
-LARGE = ("one large tensor, float32", "one large tensor, bfloat16")
+    return page(markdown(("ms a step", *NETWORK_PEERS, last), lines), _measured(rows))
 
 
 def gpu(files: Files) -> str:
     """Steps of the matrices of an eighth of a 953M model, and of one large tensor."""
-    rows = files["gpu"]
+    rows = files["h200/gpu"]
     matrices = [
         [row["provider"], timed(row, band=False), f"{_value(rows, row, 'slowdown'):.3g}"]
         for row in select(rows, case=MATRICES, metric="time")
@@ -201,18 +200,17 @@ def gpu(files: Files) -> str:
     for case in LARGE:
         names = unique(select(rows, case=case), "provider")
         for name in (name for name in names if name not in PROBE_BYTES):
-            cell = _cell(rows, name, case)
             (time,) = select(rows, case=case, provider=name, metric="time") or (None,)
-            share = f"{_value(rows, time, 'bandwidth fraction'):.1%}" if time else ""
-            large.append([f"{name}, {case.rpartition(' ')[2]}", cell, share])
+            share = f"{_value(rows, time, SHARE):.1%}" if time else ""
+            title = f"{name}, {case.rpartition(' ')[2]}"
+            large.append([title, _cell(rows, name, case), share])
     other = ("one tensor of 10^9", "ms a step", "of the bandwidth of a copy")
-    return f"{markdown(header, matrices)}\n\n{markdown(other, large)}\n\n{_measured(rows)}"
+    return page(markdown(header, matrices), markdown(other, large), _measured(rows))
 
 
 def _value(rows: list[Row], of: Row, metric: str) -> float:
     """Another metric of a row's case and provider."""
-    (found,) = select(rows, case=of["case"], provider=of["provider"], metric=metric)
-    value: float = found["value"]
+    value: float = _one(rows, case=of["case"], provider=of["provider"], metric=metric)["value"]
     return value
 
 
@@ -223,3 +221,43 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "networks": networks,
     "text": text,
 }
+
+
+# One machine ----------------------------------------------------------------------------------
+
+COMPARED = [
+    *(("matrix", OURS, other) for other in (SIRFSHAMPOO, SOAP, EIGH, "torch Muon")),
+    ("diag", RMSPROP, "torch RMSprop, momentum 0.9"),
+    ("diag", ADAMW, "torch AdamW, fused"),
+]
+
+
+def summary(files: Files) -> str:
+    """Ratios of times on one machine: geometric mean, least and most over the cases of a run."""
+    lines, runs = [], []
+    for file, ours, other in COMPARED:
+        times = select(files.get(file, []), metric="time")
+        mine, others = (_by_case(times, name) for name in (ours, other))
+        pairs = [(others[case], row) for case, row in mine.items() if case in others]
+        if pairs:
+            ratios = [theirs["value"] / own["value"] for theirs, own in pairs]
+            mark = NOISY * any(noisy(row) for pair in pairs for row in pair)
+            mean = f"**{statistics.geometric_mean(ratios):.1f}**{mark}"
+            span = f"{min(ratios):.2g} to {max(ratios):.2g}"
+            lines.append([f"{TITLES[ours]} against {TITLES[other]}", mean, span, f"{len(pairs)}"])
+            runs.append(files[file])
+    header = ("times as fast", "mean", "least to most", "cases")
+    return page(markdown(header, lines), _measured(*runs)) if lines else ""
+
+
+def _by_case(rows: list[Row], provider: str) -> dict[str, Row]:
+    return {row["case"]: row for row in select(rows, provider=provider)}
+
+
+def write(path: Path, files: Files) -> None:
+    """Rewrite the tables of a page where they have changed."""
+    before = path.read_text()
+    after = rewritten(before, files)
+    if after != before:
+        path.write_text(after)
+        print(f"tables {path}")

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..diag import COPY, PROBE_BYTES
+from ..common import COPY, PROBE_BYTES
 from ..rows import Row, select, unique
-from . import curves
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
+from .training import TITLES, curves
 
 # FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
 DIAGONAL_FLOPS = {
@@ -47,7 +47,6 @@ class Plot(NamedTuple):
     about: str
     rows: Callable[[list[Row]], list[Row]]
     draw: Callable[[list[Row], Path], None]
-    made_by: str
 
 
 # Roofline -------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def cost(rows: list[Row], path: Path) -> None:
 
 def peers_rows(rows: list[Row]) -> list[Row]:
     """Times of the methods for matrices, where ours is among them."""
-    times = [row for row in select(rows, kernel="matrix", metric="time") if row["value"]]
+    times = [row for row in select(rows, benchmark="matrix", metric="time") if row["value"]]
     times = [row for row in times if row["provider"] not in DIAGONAL_FLOPS]
     return times if select(times, provider=OURS) else []
 
@@ -247,10 +246,48 @@ def peers(rows: list[Row], path: Path) -> None:
 
 # Curves ---------------------------------------------------------------------------------------
 
+# The two panels of a plot: metric, what it is drawn against, and the label of either axis.
+PANELS = {
+    "digits": (
+        ("training loss", "steps", "step", "training loss, nat"),
+        ("test accuracy", "steps", "step", "test error, %"),
+    ),
+    "text": (
+        ("test loss", "steps", "step", "test loss, nat a character"),
+        ("test loss", "seconds", "seconds of training", "test loss, nat a character"),
+    ),
+}
+LEAST_ERROR = 0.1  # %, because a logarithmic axis has no 0; one of the digits' test images is 0.19
 
-def curve_rows(rows: list[Row]) -> list[Row]:
+
+def loss_rows(rows: list[Row]) -> list[Row]:
     """All of a comparison's; the rows of a search have no curves."""
     return rows if any("curve" in row["detail"] for row in rows) else []
+
+
+def loss(rows: list[Row], path: Path) -> None:
+    """Two panels: mean over the seeds, band from lowest to highest."""
+    case = rows[0]["case"]
+    figure, axes = subplots(2, height=4.2)
+    for axis, (metric, along, *labels) in zip(axes, PANELS[case], strict=True):
+        for name, look in styles(unique(select(rows, metric=metric), "provider")).items():
+            own = select(rows, provider=name, metric=metric)
+            y = curves(own, "curve")
+            if metric == "test accuracy":
+                y = (100 * (1 - y)).clamp_min(LEAST_ERROR)
+            x = curves(own, along).median(0).values
+            axis.plot(x, y.mean(0), **look | {"marker": None}, lw=1.8)
+            axis.fill_between(x, y.amin(0), y.amax(0), color=look["color"], alpha=0.15, lw=0)
+        axis.set(xlabel=labels[0], ylabel=labels[1])
+        if case == "digits":
+            axis.set_yscale("log")
+    if case == "digits":
+        ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
+        axes[1].set_yticks(ticks, labels=map(str, ticks), minor=False)
+        axes[1].set_yticks([], minor=True)
+    axes[0].legend(frameon=False)
+    seeds = len({row["detail"]["seed"] for row in select(rows, metric="test loss")})
+    save(figure, rows, path, f"{TITLES[case]}: mean and range of {seeds} seeds")
 
 
 PLOTS = {
@@ -262,34 +299,29 @@ PLOTS = {
         "it overwrites, which is not counted, so that an in-place add passes it.",
         roofline_rows,
         roofline,
-        "`bench diag`",
     ),
     "speedup": Plot(
         "Speed-up against n",
         "Kernels of IFShampoo in times as fast as the same formula by torch.bmm, line 1.",
         speed_rows,
         speed_up,
-        "`bench products`",
     ),
     "cost": Plot(
         "Step cost against model size",
         "Steps that renew the preconditioner, on the layers of networks.",
         cost_rows,
         cost,
-        "`bench step`",
     ),
     "steps": Plot(
         "A step of IFShampoo beside its peers",
         "Every optimizer updates its factors in the step, from the same matrices.",
         peers_rows,
         peers,
-        "`bench matrix`",
     ),
     "loss": Plot(
         "Loss against steps and time",
         "Networks that start from the same weights and see the same batches.",
-        curve_rows,
-        curves.plot,
-        "`bench train`",
+        loss_rows,
+        loss,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import replace
@@ -12,8 +13,9 @@ import torch
 from helpers.bench import CPU, ROOT, needs_extras, row
 
 from bench import common, diag, host, matrix, rows
-from bench.__main__ import SUBCOMMANDS, main
+from bench.__main__ import SUBCOMMANDS, main, module
 from bench.optimizers import diagonal, peers
+from bench.report import tables
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.ops import dispatch
 
@@ -103,7 +105,7 @@ def test_error_ratio_takes_the_worst_over_all_chunks_and_floors_the_eager_error(
 def test_an_unwritten_element_is_never_right():
     truth = entry(1.0, dtype=torch.float64)
     ratio = common.error_ratio([(entry(float("nan")), entry(1.0), truth)])
-    assert not ratio <= diag.ALLOWED_ERROR
+    assert not ratio <= diagonal.ALLOWED_ERROR
 
 
 @pytest.mark.parametrize("name", diagonal.PROVIDERS)
@@ -116,7 +118,7 @@ def test_providers_are_right_in_float32(name):
     )
     provider = diagonal.PROVIDERS[name]
     optimizer = diag.built(provider, params, grads)
-    assert diag.check(provider, optimizer, params, grads) <= diag.ALLOWED_ERROR
+    assert diag.check(provider, optimizer, params, grads) <= diagonal.ALLOWED_ERROR
 
 
 # Rows -----------------------------------------------------------------------------------------
@@ -143,7 +145,29 @@ def test_a_row_with_other_keys_is_refused(tmp_path):
         rows.read_rows(path)
 
 
+def test_rows_of_uncommitted_code_are_refused_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_COMMIT", "abc-dirty")
+    monkeypatch.setattr(diag, "cases", lambda *_: TINY)
+    command = ["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"Commit first \(or pass --dirty"):
+        main(command)
+    assert not list(tmp_path.iterdir())
+    assert main([*command, "--dirty"]) == 0
+    written = rows.read_rows(tmp_path / "diag.jsonl")
+    assert {(r["commit"], r["detail"]["uncommitted"]) for r in written} == {("abc-dirty", True)}
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_subcommand_that_measures_can_refuse(name):
+    """Those without a device compile or read; `host` and all others time what is installed."""
+    parser = argparse.ArgumentParser()
+    module(name).add_arguments(parser)
+    asks = {"--reference", "--dirty", "--device"} & {*parser._option_string_actions}
+    assert len(asks) == (0 if name in ("sass", "report") else 3)
+
+
 def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
+    monkeypatch.delenv("BENCH_COMMIT")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(rows, "ROOT", tmp_path)
     assert rows.commit() == "unknown"
@@ -153,7 +177,7 @@ def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):
 
 
 def test_diag_table_shows_time_band_bandwidth_and_error():
-    text = diag.table(
+    text = tables.diag(
         [
             row("A", "error", 0.5, right=True),
             row("A", "time", 2.0, p20=1.9, p80=2.25),
@@ -228,11 +252,11 @@ def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diag, "cases", lambda *_: TINY)
     assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "diag.jsonl")
-    assert set(rows.unique(written, "provider")) == {*diag.PROBE_BYTES, *diagonal.PROVIDERS}
+    assert set(rows.unique(written, "provider")) == {*common.PROBE_BYTES, *diagonal.PROVIDERS}
     timed = rows.select(written, metric="time")
-    assert len(timed) == len(diagonal.PROVIDERS) + len(diag.PROBE_BYTES)
-    assert (tmp_path / "diag.md").read_text() == diag.table(written)
-    assert capsys.readouterr().out.endswith(f"tables {tmp_path / 'diag.md'}\n")
+    assert len(timed) == len(diagonal.PROVIDERS) + len(common.PROBE_BYTES)
+    assert (tmp_path / "diag.md").read_text() == tables.diag(written) + "\n"
+    assert f"table  {tmp_path / 'diag.md'}\n" in capsys.readouterr().out
 
 
 @needs_extras
@@ -291,7 +315,7 @@ def test_matrix_end_to_end(tmp_path, monkeypatch):
     assert main(["matrix", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
     written = rows.read_rows(tmp_path / "matrix.jsonl")
     report = (tmp_path / "matrix.md").read_text()
-    assert report == matrix.table(written)
+    assert report == tables.matrix(written) + "\n"
     assert "| IFShampoo, off | **WRONG** |" in report
     timed = rows.unique(rows.select(written, metric="time"), "provider")
     assert timed == ["IFShampoo, float32", peers.EIGH]
@@ -303,14 +327,15 @@ def test_matrix_end_to_end(tmp_path, monkeypatch):
 
 def test_host_end_to_end(tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(host, "GOALS", {3: 100.0, 40: 1.0})
+    for named in (host, tables):
+        monkeypatch.setattr(named, "HOST_GOALS", {3: 100.0, 40: 1.0})
     before = triton.runtime.driver._active, dispatch._served
     assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
     assert (triton.runtime.driver._active, dispatch._served) == before
     written = rows.read_rows(tmp_path / "host.jsonl")
     assert len(written) == 2 * len(host.OPTIMIZERS) * 3
     assert all(r["unit"] == "ms" and r["value"] > 0 for r in written)
-    assert (tmp_path / "host.md").read_text() == host.table(written)
+    assert (tmp_path / "host.md").read_text() == tables.host(written) + "\n"
 
 
 def test_a_stubbed_step_launches_once_and_moves_nothing(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import defaults
+from bench.report import training as tables
 from bench.rows import read_rows
 
 
@@ -35,7 +36,7 @@ def test_the_command_writes_rows_of_every_problem(tmp_path, monkeypatch):
     rows = read_rows(tmp_path / "defaults.jsonl")
     assert len(rows) == len(defaults.PROVIDERS) * (3 + 2)
     assert {row["detail"]["steps"] for row in rows} == {2}
-    shown = defaults.table(rows)
+    shown = tables.defaults(rows)
     assert "| optimizer | digits, MLP: 2 steps | GPT, 2,048 tokens: 2 steps |" in shown
     for row in rows:
         text = f"{row['value']:.3f}" if row["unit"] == "nat" else f"{row['value']:.1%}"

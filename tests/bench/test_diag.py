@@ -8,7 +8,8 @@ from helpers.bench import CPU, needs_extras, row
 
 from bench import common, cuda, diag, rows
 from bench.__main__ import main
-from bench.optimizers.diagonal import PROVIDERS
+from bench.optimizers.diagonal import ALLOWED_ERROR, PROVIDERS
+from bench.report import tables
 
 
 def test_sizes_go_up_by_tens_and_many_tensors_are_mixed():
@@ -65,7 +66,7 @@ def test_replayed_steps_are_right():
     params = [torch.randn(n, device="cuda") / 10 for n in (300, 2, 1024)]
     for provider in cuda.cuda_providers().values():
         optimizer = diag.built(provider, params, params)
-        assert diag.check(provider, optimizer, params, params) <= diag.ALLOWED_ERROR
+        assert diag.check(provider, optimizer, params, params) <= ALLOWED_ERROR
 
 
 @needs_extras
@@ -81,5 +82,5 @@ def test_providers_without_room_are_absent(tmp_path, monkeypatch):
 
 
 def test_an_absent_provider_has_a_line_without_numbers():
-    shown = diag.table([row("A", "absent", None, why="no memory")])
+    shown = tables.diag([row("A", "absent", None, why="no memory")])
     assert "| A | absent: no memory |  |  |  |  |  |" in shown

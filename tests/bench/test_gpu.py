@@ -14,6 +14,7 @@ from helpers.bench import CPU, needs_extras
 from bench import gpu, gpu_cases, rows
 from bench.__main__ import main
 from bench.optimizers import eigh
+from bench.report import targets
 
 # What the CPU cannot rehearse.
 GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph")
@@ -23,7 +24,7 @@ GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph")
 def test_the_rehearsal_gives_every_target_a_row(tmp_path, capsys):
     assert main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "gpu.jsonl")
-    for target in gpu.TARGETS:
+    for target in targets.TARGETS:
         keys = {"case": target.case, "provider": target.provider, "metric": target.metric}
         found = rows.select(written, **keys)
         assert len(found) == (0 if target.what.startswith(GPU_ALONE) else 1), target
@@ -53,7 +54,7 @@ def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
     (row,) = rows.read_rows(found.path)
     assert (row["case"], row["metric"], row["value"]) == ("whole steps", "failed", 1)
     assert why in row["detail"]["why"]
-    assert why in gpu.table([row])
+    assert why in targets.table([row])
 
 
 def test_a_part_that_hangs_takes_its_children_with_it(tmp_path):
@@ -74,11 +75,11 @@ def test_targets_come_last_whatever_fails_before(tmp_path):
     found = collected(tmp_path)
     for i in range(500):
         found.add("tests", "pytest", "failed test", None, "", test=f"tests/test_a.py::test_{i}")
-    shown = gpu.table(rows.read_rows(found.path))
+    shown = targets.table(rows.read_rows(found.path))
     assert "test_19" in shown
     assert "test_20" not in shown
     assert "and 480 more" in shown
-    assert all(target.what in shown[-4000:] for target in gpu.TARGETS)
+    assert all(target.what in shown[-4000:] for target in targets.TARGETS)
 
 
 def test_the_limits_leave_time_to_start(capsys):
@@ -105,7 +106,7 @@ def test_a_failing_test_is_counted_and_named(tmp_path, monkeypatch):
     written = rows.read_rows(found.path)
     counts = {row["metric"]: row["value"] for row in written if row["unit"] == "tests"}
     assert counts == {"passed": 31, "failed": 2, "skipped": 4, "error": 0}
-    assert "test_b[cuda]" in gpu.table(written)
+    assert "test_b[cuda]" in targets.table(written)
 
 
 def off(optimizer, factor=1.1):
@@ -132,7 +133,7 @@ def test_a_wrong_step_is_red_and_gets_no_time(tmp_path, monkeypatch):
         (row,) = rows.select(written, case=case, provider=provider)
         assert (row["metric"], row["detail"]["right"]) == ("error", False)
     assert rows.select(written, case="114 of 1024", provider=gpu_cases.EIGH, metric="time")
-    shown = gpu.table(written)
+    shown = targets.table(written)
     assert "| 114 of 1024: a step | **WRONG** | <= 6 ms |  |" in shown
     assert "- many tensors, 300 tensors: **WRONG**, error" in shown
 
@@ -151,11 +152,11 @@ def test_a_target_is_reached_from_its_own_side(tmp_path):
     found = collected(tmp_path)
     found.add("a", "p", "time", 5.0, "ms")
     written = [{**row, "device": "NVIDIA H100, sm_90"} for row in rows.read_rows(found.path)]
-    at_most, at_least = (gpu.Target("t", "a", "p", "time", 6.0, side) for side in (True, False))
-    assert gpu._line(at_most, written)[-1] == "reached"
-    assert gpu._line(at_least, written)[-1] == "missed"
-    absent = gpu.Target("t", "b", "p", "time", 6.0)
-    assert gpu._line(absent, written)[1] == "not measured"
+    at_most, at_least = (targets.Target("t", "a", "p", "time", 6.0, side) for side in (True, False))
+    assert targets._line(at_most, written)[-1] == "reached"
+    assert targets._line(at_least, written)[-1] == "missed"
+    absent = targets.Target("t", "b", "p", "time", 6.0)
+    assert targets._line(absent, written)[1] == "not measured"
 
 
 def test_the_eigendecomposition_shampoo_is_shampoo():

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import products, rows
 from bench.__main__ import main
 from bench.optimizers import peers
-from bench.report import products_table
+from bench.report import tables
 from bench.workloads import formulas, operator
 from rootfree_fused import reference
 
@@ -113,7 +113,7 @@ def test_products_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(products, "MANY", {"cpu": {16: 3}})
     assert main(["products", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "products.jsonl")
-    assert (tmp_path / "products.md").read_text() == products_table.table(written)
+    assert (tmp_path / "products.md").read_text() == tables.products(written) + "\n"
     rates = {
         r["provider"]: r["value"] for r in rows.select(written, case=products.LIMITS, metric="rate")
     }
@@ -134,7 +134,7 @@ def test_products_end_to_end(tmp_path, monkeypatch):
             written, case=case, provider="torch.bmm, bfloat16", metric="apply time"
         )
         assert value["apply speed"] == pytest.approx(plain["value"] / value["apply time"], rel=1e-3)
-        (eigh,) = rows.select(written, case=case, metric=products_table.RATIO)
+        (eigh,) = rows.select(written, case=case, metric=tables.RATIO)
         assert eigh["value"] > 0
 
 
@@ -178,8 +178,8 @@ def test_gram_is_half_of_what_both_take_more_than_apply(tmp_path):
 
 
 def test_the_table_shows_time_share_error_and_the_ratio():
-    eigh = products_table.EIGH
-    shown = products_table.table(
+    eigh = tables.EIGH
+    shown = tables.products(
         [
             row("mm, float32", "rate", 0.25, case=products.LIMITS),
             row("torch.compile", "absent", None, case=products.LIMITS, why="no compiler"),
@@ -189,7 +189,7 @@ def test_the_table_shows_time_share_error_and_the_ratio():
             row("A", "apply error", None, right=False),
             row(eigh, "eigh error", 1e-6, right=True),
             row(eigh, "eigh time", 32.0, p20=32.0, p80=32.0),
-            row(eigh, products_table.RATIO, 24.0),
+            row(eigh, tables.RATIO, 24.0),
         ]
     )
     assert "torch.compile is absent (one large product): no compiler" in shown

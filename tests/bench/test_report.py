@@ -7,15 +7,15 @@ import json
 
 import pytest
 import torch
-from helpers.bench import RESULTS, ROOT, needs_extras, row
+from helpers.bench import RESULTS, needs_extras, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import report
 from bench.__main__ import main
 from bench.optimizers import diagonal
-from bench.report import figures, pages, plots
+from bench.report import cells, figures, pages, plots
 
-README = (ROOT / "README.md").read_text()
+TEXTS = {path.name: path.read_text() for path in pages.PAGES}
 
 
 @pytest.fixture(scope="module")
@@ -26,47 +26,71 @@ def files():
 # What is stored -------------------------------------------------------------------------------
 
 
-def test_the_tables_of_readme_are_those_of_the_stored_rows(files):
-    assert pages.rewritten(README, files) == README
-    assert {found[1] for found in pages.MARKS.findall(README)} == set(pages.TABLES)
+def test_the_tables_of_the_pages_are_those_of_the_stored_rows(files):
+    for name, text in TEXTS.items():
+        assert pages.rewritten(text, files) == text, name
+    marks = [found[1] for text in TEXTS.values() for found in pages.MARKS.findall(text)]
+    assert set(marks) == set(pages.TABLES)
+    assert pages.MARKS.findall(TEXTS["README.md"])
 
 
 @pytest.mark.parametrize("name", pages.TABLES)
-def test_a_row_that_changes_changes_its_table_in_readme(name, files):
+def test_a_row_that_changes_changes_its_table(name, files):
     changed = copy.deepcopy(files)
     for other in (other for of in changed.values() for other in of if other["value"]):
         other["value"] *= 1.1 if other["provider"].startswith("IFShampoo") else 1.2
     assert pages.TABLES[name](changed) != pages.TABLES[name](files)
 
 
-def test_the_stored_report_is_that_of_the_stored_rows(files):
-    assert (RESULTS / report.REPORT).read_text() == report.report(files)
+def test_the_headline_divides_the_times_of_the_rows(files):
+    """By hand, from the bytes of the rows: a step of 114 matrices beside eigendecompositions."""
+    rows = map(json.loads, (RESULTS / "h200" / "gpu.jsonl").read_text().splitlines())
+    ms = {
+        row["provider"]: row["value"]
+        for row in rows
+        if (row["case"], row["metric"]) == (pages.MATRICES, "time")
+    }
+    ratio = ms["Shampoo by batched eigh"] / ms["IFShampoo, bfloat16"]
+    first = pages.headline(files).splitlines()[2]
+    assert first.endswith(f"| 5 | 2354 | **{ratio:.3g}** |")
 
 
-def test_the_stored_plots_are_those_of_the_stored_rows(files):
-    drawn = report.plotted(files)
-    assert {path.name for path in RESULTS.glob("*.png")} == set(drawn)
+def test_marks_and_commits_stand_once(files):
+    for table in pages.TABLES.values():
+        text = table(files)
+        assert text.count(cells.NOISE_NOTE) == (cells.NOISY in text.replace(cells.NOISE_NOTE, ""))
+    assert pages._measured(files["xeon-amx/diag"], files["xeon-amx/step"]).count("0dafea6") == 1
+
+
+def test_the_stored_report_and_plots_are_those_of_the_stored_rows(files):
+    drawn = {name: of for name, of in report.plotted(files).items() if name in pages.pictures()}
+    assert (RESULTS / report.REPORT).read_text() == report.report(files, drawn)
+    found = {path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.png")}
+    assert found == set(drawn) == pages.pictures()
     for name, (_, shown) in drawn.items():
         assert figures.shows(RESULTS / name, shown), name
 
 
-def test_readme_shows_two_of_the_plots(files):
-    shown = [name for name in report.plotted(files) if f"(bench/results/{name})" in README]
-    assert len(shown) == 2
+def test_rows_of_uncommitted_code_say_so(files):
+    for name, rows in files.items():
+        for stored in rows:
+            assert stored["detail"].get("uncommitted", False) == ("dirty" in stored["commit"])
+        if any("dirty" in stored["commit"] for stored in rows):
+            assert "of uncommitted code, which no commit repeats" in report.searched(name, rows)
 
 
 def test_a_mark_without_rows_or_of_an_unknown_name_is_refused(files):
     page = "<!-- bench:diag -->\n<!-- /bench -->"
-    with pytest.raises(SystemExit, match=r"bench:diag needs the rows 'diag'.jsonl"):
+    with pytest.raises(SystemExit, match=r"bench:diag needs the rows 'epyc/diag'.jsonl"):
         pages.rewritten(page, {})
-    with pytest.raises(SystemExit, match=r"README has a mark bench:dig;.*headline, .*diag"):
+    with pytest.raises(SystemExit, match=r"a page has a mark bench:dig;.*headline, .*diag"):
         pages.rewritten(page.replace("diag", "dig"), files)
 
 
-def test_a_wrong_and_an_unmeasured_step_have_no_time_in_readme():
+def test_a_wrong_and_an_unmeasured_step_have_no_time_in_a_page():
     case = pages.DIAG_CASES[0]
     found = [row("A", "error", 9.0, case=case, right=False), row("B", "absent", None, case=case)]
-    shown = pages.diag({"diag": found})
+    shown = pages.diag({"epyc/diag": found})
     others = " not measured |" * 4
     assert f"| A | WRONG |{others}" in shown
     assert f"| B | not measured |{others}" in shown
@@ -170,33 +194,52 @@ def made_up():
     """Rows that every plot but the curves has something of."""
     sizes = {"parameters": 64, "flops": 64, "bytes": 8, "p20": 1, "p80": 1}
     kinds = {"gram speed": "x", "time": "ms", "update step": "ms", "gram rate": "GFLOP/s"}
-    return [
+    found = [
         {**row("copy", "bandwidth", 40.0), "unit": "GB/s"},
         {**row("mm, bfloat16", "rate", 100.0), "unit": "GFLOP/s"},
         *(
-            {**row(name, metric, 3.0, case=case, **sizes), "unit": unit, "kernel": "matrix"}
+            {**row(name, metric, 3.0, case=case, **sizes), "unit": unit}
             for name in (plots.OURS, "sirfshampoo, bfloat16", "some new peer")
             for metric, unit in kinds.items()
             for case in ("1 of 8", "4 of 8")
         ),
     ]
+    return [{**each, "benchmark": "matrix"} for each in found]
 
 
 @needs_extras
-def test_the_report_draws_what_has_rows_and_names_what_has_none(tmp_path):
-    (tmp_path / "new.jsonl").write_text("\n".join(map(json.dumps, made_up())))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.diag.table", lambda _: "# Made up\n\ntable\n")
-        assert main(["report", "--rows", str(tmp_path)]) == 0
+def test_the_report_of_a_folder_draws_what_has_rows(tmp_path, monkeypatch):
+    (tmp_path / "matrix.jsonl").write_text("\n".join(map(json.dumps, made_up())))
+    monkeypatch.setitem(report.TABLES, "matrix", lambda _: "# Made up\n\n## Case\n\ntable")
+    assert main(["report", "--rows", str(tmp_path)]) == 0
     page = (tmp_path / "report.md").read_text()
     kinds = ["roofline", "speedup", "cost", "steps"]
     for kind in kinds:
-        assert figures.shows(tmp_path / f"new_{kind}.png", plots.PLOTS[kind].rows(made_up()))
-        assert f"a CPU; torch 2; commit abc](new_{kind}.png)" in page
+        plot = tmp_path / f"matrix_{kind}.png"
+        assert figures.shows(plot, plots.PLOTS[kind].rows(made_up()))
+        assert f"a CPU; torch 2; commit abc](matrix_{kind}.png)" in page
     assert set(plots.PLOTS) - set(kinds) == {"loss"}
-    assert page.count("**Not drawn: no such rows are stored.** They come from `bench train`") == 1
-    assert page.count("Not drawn") == 1
-    assert "## Made up\n\ntable" in page
+    assert "## Made up\n\n### Case\n\ntable" in page
+
+
+@needs_extras
+def test_a_plot_is_drawn_again_only_where_its_rows_changed(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "matrix.jsonl"
+    monkeypatch.setitem(report.TABLES, "matrix", lambda _: "# Made up")
+    drawn = []
+    steps = plots.PLOTS["steps"]
+    counted = steps._replace(draw=lambda *args: drawn.append(steps.draw(*args)))
+    monkeypatch.setattr(report, "PLOTS", {"steps": counted})
+    for value, count in ((3.0, 1), (3.0, 1), (4.0, 2)):
+        rows = [{**of, "value": value} for of in made_up()]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        assert main(["report", "--rows", str(tmp_path)]) == 0
+        assert len(drawn) == count
+    shown = capsys.readouterr().out
+    assert (
+        "| `IFShampoo` against sirfshampoo (the same mathematics) | **1.0** | 1 to 1 | 2 |" in shown
+    )
+    assert f"plot   {tmp_path / 'matrix_steps.png'}\n" in shown
 
 
 @needs_extras

@@ -10,7 +10,9 @@ from helpers.bench import needs_extras, row
 
 from bench import common, diag, rows
 from bench.__main__ import main
+from bench.report import cells, tables
 
+DIRTY = {"options": ("--quick", "--dirty")}
 CASES = {name: ([(7,)], torch.float32) for name in ("first", "second", "third")}
 
 
@@ -67,7 +69,7 @@ def test_an_interrupted_run_goes_on_after_its_last_whole_case(tmp_path, run, cap
     ("first", "then"),
     [
         ({}, {"commit": "def"}),
-        ({"commit": "abc-dirty"}, {"commit": "abc-dirty"}),
+        ({"commit": "abc-dirty"} | DIRTY, {"commit": "abc-dirty"} | DIRTY),
         ({"commit": "unknown"}, {"commit": "unknown"}),
         ({}, {"options": ("--quick", "--seconds", "9")}),
     ],
@@ -82,7 +84,7 @@ def test_rows_of_other_code_or_arguments_are_measured_again(tmp_path, run, first
 
 def test_a_time_with_a_wide_band_is_marked_and_explained_under_its_table():
     def table(p80, samples=3):
-        return diag.table(
+        return tables.diag(
             [
                 row("A", "error", 0.5, right=True),
                 row("A", "time", 10.0, p20=9.0, p80=p80, samples=samples),
@@ -92,14 +94,14 @@ def test_a_time_with_a_wide_band_is_marked_and_explained_under_its_table():
         )
 
     assert "| A | 10 (9 to 11) |" in table(11.0)
-    assert "noisy" not in table(11.0)
-    assert "| A | 10 (9 to 11) noisy |" in table(11.0, samples=2)
-    assert "| A | 10 (9 to 11.1) noisy |" in table(11.1)
-    assert table(11.1).rstrip().endswith(rows.NOISE_NOTE)
-    assert "more than 20% of the median" in rows.NOISE_NOTE
+    assert cells.NOISY not in table(11.0)
+    assert "| A | 10 (9 to 11)ⁿ |" in table(11.0, samples=2)
+    assert "| A | 10 (9 to 11.1)ⁿ |" in table(11.1)
+    assert table(11.1).rstrip().endswith(cells.NOISE_NOTE)
+    assert "more than 20% of the median" in cells.NOISE_NOTE
 
 
 def test_rows_of_different_runs_do_not_stand_in_one_table():
     other = {**row("B", "time", 1.0), "commit": "def"}
     with pytest.raises(ValueError, match=r"different runs: a CPU.*commit abc; and .*commit def"):
-        rows.provenance([row("A", "time", 1.0), other])
+        cells.provenance([row("A", "time", 1.0), other])

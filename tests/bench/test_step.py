@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import common, rows, step
 from bench.__main__ import main
 from bench.optimizers import peers
-from bench.report import step_table
+from bench.report import tables
 from bench.workloads import networks
 from rootfree_fused import RootFreeAdamW
 
@@ -178,13 +178,13 @@ def test_step_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(step, "QUICK", {"tiny": lambda: TINY})
     assert main(["step", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "step.jsonl")
-    assert (tmp_path / "step.md").read_text() == step_table.table(written)
+    assert (tmp_path / "step.md").read_text() == tables.step(written) + "\n"
     for name in CHOSEN:
         own = {r["metric"]: r["value"] for r in rows.select(written, case="tiny", provider=name)}
         update = own[step.UPDATE]
         between = own.get(step.BETWEEN, update)
         assert own["mean at interval 10"] == pytest.approx((update + 9 * between) / 10, rel=1e-3)
-        (whole,) = rows.select(written, provider=step_table.FORWARD)
+        (whole,) = rows.select(written, provider=tables.FORWARD)
         share = own["mean at interval 2"] / whole["value"]
         assert own["share at interval 2"] == pytest.approx(share, rel=1e-3)
     assert len(rows.select(written, metric="growth", provider="RootFreeAdamW")) == 3
@@ -204,8 +204,8 @@ def test_a_wrong_step_of_ours_ends_in_red(tmp_path, monkeypatch):
 def test_the_table_shows_absence_growth_and_the_worse_error():
     errors = {"error, update step": 0.5, "error, step between": 0.25}
     times = {"update step": 8.0, "step between": 2.0}
-    shares = {f"share at interval {k}": 0.125 * k for k in step_table.INTERVALS}
-    shown = step_table.table(
+    shares = {f"share at interval {k}": 0.125 * k for k in tables.INTERVALS}
+    shown = tables.step(
         [
             *(row("A", name, value, case="net", right=True) for name, value in errors.items()),
             *(row("A", name, ms, case="net", p20=ms, p80=ms + 0.5) for name, ms in times.items()),
@@ -216,6 +216,6 @@ def test_the_table_shows_absence_growth_and_the_worse_error():
             row("A", "growth", 1.5, case="against depth"),
         ]
     )
-    assert "| A | 8 (8 to 8.5) | 2 noisy | 0.125 | 0.25 | 1.25 | 16 | 0.5 |" in shown
+    assert "| A | 8 (8 to 8.5) | 2ⁿ | 0.125 | 0.25 | 1.25 | 16 | 0.5 |" in shown
     assert "| B | absent: no such module |" in shown
     assert "| A | 3 | 1.50 |" in shown

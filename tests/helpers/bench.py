@@ -22,7 +22,7 @@ def row(provider, metric, value, *, case="c", **detail):
     if "p20" in detail:
         detail = {"samples": 9, **detail}
     return {
-        "kernel": "diag",
+        "benchmark": "diag",
         "case": case,
         "provider": provider,
         "metric": metric,
