@@ -13,8 +13,8 @@ import importlib
 import sys
 from types import ModuleType
 
-from .common import pick_device, require_kernels
-from .rows import refuse_uncommitted
+from .measuring.common import pick_device, require_kernels
+from .measuring.rows import refuse_uncommitted
 
 SUBCOMMANDS = {
     "diag": "time the diagonal update against torch, with its error beside every time",

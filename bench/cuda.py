@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .common import tensor_state
+from .measuring.common import tensor_state
 from .optimizers.diagonal import PROVIDERS, Provider
 
 Build = Callable[[list[Tensor]], Optimizer]

@@ -18,9 +18,9 @@ from torch.optim import AdamW, Optimizer
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
-from .common import add_measurement_arguments, optional, pick_device, threads
+from .measuring.common import add_measurement_arguments, optional, pick_device, threads
+from .measuring.rows import Rows
 from .report import training as tables
-from .rows import Rows
 from .workloads.digits import Digits
 from .workloads.text import CONTEXT, VOCABULARY, Text, Transformer
 from .workloads.training import Problem

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .common import (
+from .cuda import cuda_providers
+from .measuring.common import (
     COPY,
     PROBE_BYTES,
     Call,
@@ -36,10 +37,9 @@ from .common import (
     threads,
     time_host,
 )
-from .cuda import cuda_providers
+from .measuring.rows import Rows, wrong_of_ours
 from .optimizers.diagonal import CHECK_STEPS, PROVIDERS, Provider
 from .report import tables
-from .rows import Rows, wrong_of_ours
 from .workloads import networks
 
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.

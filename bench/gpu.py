@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from .common import add_measurement_arguments, pick_device
 from .gpu_cases import CASES, small
+from .measuring.common import add_measurement_arguments, pick_device
+from .measuring.rows import ROOT, Rows, wrong_of_ours
 from .report.targets import GPU_OURS, table
-from .rows import ROOT, Rows, wrong_of_ours
 
 # Seconds of each part on an H100 or H200, compilation included, the tests last: the most that it
 # may take, and how much of that is for timing.

@@ -15,11 +15,11 @@ from rootfree_fused import RootFreeRMSprop
 
 from . import diag, step
 from . import products as bench_products
-from .common import device_timer, interleave, mixed_shapes, random_tensors, time_host
 from .matrix import owned, step_flops
+from .measuring.common import device_timer, interleave, mixed_shapes, random_tensors, time_host
+from .measuring.rows import Rows
 from .optimizers.diagonal import ALLOWED_ERROR, PROVIDERS, RELEASED, RMSPROP, Provider
 from .optimizers.peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
-from .rows import Rows
 from .workloads import networks as models
 from .workloads.operator import kernel_times
 

@@ -21,10 +21,16 @@ from torch.optim import Optimizer
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.ops import dispatch, extensions
 
-from .common import add_measurement_arguments, interleave, optional, random_tensors, time_host
+from .measuring.common import (
+    add_measurement_arguments,
+    interleave,
+    optional,
+    random_tensors,
+    time_host,
+)
+from .measuring.rows import Rows
 from .report import tables
 from .report.tables import HOST_GOALS, KNOWN, LOOP, MOVED
-from .rows import Rows
 
 OPTIMIZERS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
     "RootFreeRMSprop": functools.partial(RootFreeRMSprop, momentum=0.9, batch_size=1),

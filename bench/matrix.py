@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .common import (
+from .measuring.common import (
     Shape,
     add_measurement_arguments,
     device_timer,
@@ -23,9 +23,9 @@ from .common import (
     pick_device,
     random_tensors,
 )
+from .measuring.rows import Rows, wrong_of_ours
 from .optimizers.peers import PEERS, judge
 from .report import tables
-from .rows import Rows, wrong_of_ours
 
 # The optimizers whose products are counted.
 COUNTED = ("IFShampoo", "sirfshampoo")

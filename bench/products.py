@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .common import (
+from .measuring.common import (
     COPY,
     Call,
     Tensors,
@@ -27,10 +27,10 @@ from .common import (
     pick_device,
     random_tensors,
 )
+from .measuring.rows import Rows, read_rows, select, wrong_of_ours
 from .optimizers.peers import ROUNDINGS
 from .report import tables
 from .report.tables import EIGH, LIMITS, RATIO
-from .rows import Rows, read_rows, select, wrong_of_ours
 from .workloads.formulas import KERNELS, error_of, moved, stacks
 from .workloads.operator import LAUNCHES, PARTS, Operator, kernel_times
 

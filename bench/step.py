@@ -21,7 +21,8 @@ from torch.optim import AdamW, Optimizer
 
 from rootfree_fused.optimizer.layouts import default_dtype
 
-from .common import (
+from .matrix import transformer
+from .measuring.common import (
     Call,
     Shape,
     add_measurement_arguments,
@@ -32,11 +33,10 @@ from .common import (
     pick_device,
     random_tensors,
 )
-from .matrix import transformer
+from .measuring.rows import Rows, wrong_of_ours
 from .optimizers.peers import EIGH, LR, MATRIX_PEERS, NEVER, PEERS, Peer, judge
 from .report import tables
 from .report.tables import FORWARD, INTERVALS
-from .rows import Rows, wrong_of_ours
 from .workloads.networks import FULL, QUICK, SCALED, Model, forward_backward, split
 
 LONGEST = 10_000

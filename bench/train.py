@@ -18,7 +18,8 @@ import torch
 
 from rootfree_fused.optimizer.layouts import default_dtype
 
-from .common import (
+from .matrix import owned
+from .measuring.common import (
     add_measurement_arguments,
     optional,
     pick_device,
@@ -26,11 +27,10 @@ from .common import (
     summarize,
     threads,
 )
-from .matrix import owned
+from .measuring.rows import Row, Rows, read_rows, select, wrong
 from .optimizers.peers import PEERS, judge
 from .optimizers.tuned import METHODS, Method, Settings
 from .report import training as tables
-from .rows import Row, Rows, read_rows, select, wrong
 from .workloads.digits import Digits
 from .workloads.text import Text
 from .workloads.training import Problem, Run, state_bytes, train

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..common import add_quick_argument, optional
-from ..rows import Row, commit
+from ..measuring.common import add_quick_argument, optional
+from ..measuring.rows import Row, commit
 from .instructions import CONVERSION, WIDE_ADDRESS, count, tensor_cores
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.reference import diag as reference
 
-from ..common import Tensors, tensor_state
+from ..measuring.common import Tensors, tensor_state
 
 CHECK_STEPS = 2
 LR = 0.1  # two steps then move a bfloat16 parameter of size 0.1 by many roundings

@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 
-from ..common import optional
+from ..measuring.common import optional
 from ..workloads.digits import Digits
 from ..workloads.text import Text
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..common import optional
-from ..rows import ROOT, Row, read_rows, unique
+from ..measuring.common import optional
+from ..measuring.rows import ROOT, Row, read_rows, unique
 from . import tables, targets, training
 from .cells import provenance
 from .figures import shows

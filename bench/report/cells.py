@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ..rows import Row, select, unique
+from ..measuring.rows import Row, select, unique
 
 # A time whose percentiles are further apart, (p80 - p20) / median, was taken on a busy machine; of
 # fewer samples nobody knows.

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..common import optional
-from ..rows import Row
+from ..measuring.common import optional
+from ..measuring.rows import Row
 from .cells import provenance
 
 # By the name before the comma: a colour of its own, a dash and a marker; ours have full lines, and

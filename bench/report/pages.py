@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from ..common import PROBE_BYTES
-from ..rows import ROOT, Row, select, unique
+from ..measuring.common import PROBE_BYTES
+from ..measuring.rows import ROOT, Row, select, unique
 from .cells import NOISY, markdown, noisy, page, provenance, timed
 from .tables import FORWARD
 from .training import loss, reached, step_time

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..common import COPY, PROBE_BYTES
-from ..rows import Row, select, unique
+from ..measuring.common import COPY, PROBE_BYTES
+from ..measuring.rows import Row, select, unique
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
 from .training import TITLES, curves
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from ..measuring.rows import Row, select, unique
 from ..optimizers.diagonal import ALLOWED_ERROR
 from ..optimizers.peers import BASE, CHECK_STEPS, ROUNDINGS
-from ..rows import Row, select, unique
 from ..workloads.formulas import KERNELS
 from .cells import by_metric, lines_of, markdown, number, page, provenance, timed
 

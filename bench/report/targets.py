@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..rows import OURS, Row, select, wrong, wrong_of_ours
+from ..measuring.rows import OURS, Row, select, wrong, wrong_of_ours
 from .cells import markdown, number, page, provenance, timed
 
 SHOWN_TROUBLES = 20

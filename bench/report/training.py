@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Row, select, unique
+from ..measuring.rows import Row, select, unique
 from .cells import NOISY, lines_of, markdown, noisy, number, page, provenance
 
 TITLES = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..common import optional
+from ..measuring.common import optional
 
 Set = tuple[Tensor, Tensor]  # images (n, 1, 8, 8) in [0, 1], labels (n,)
 

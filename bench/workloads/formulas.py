@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..common import Tensors, random_tensors
+from ..measuring.common import Tensors, random_tensors
 
 LR, MOMENTUM, DAMPING, BATCH, FACTOR_LR, DECAY = 0.1, 0.9, 1e-3, 8, 0.1, 0.5
 

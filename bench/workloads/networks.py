@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common import Call, Shape
+from ..measuring.common import Call, Shape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from rootfree_fused import reference
 
-from ..common import Call, Tensors
+from ..measuring.common import Call, Tensors
 from .formulas import BATCH, DAMPING, DECAY, FACTOR_LR, LR, MOMENTUM
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from helpers.bench import CPU, ROOT, needs_extras, row
 
-from bench import common, diag, host, matrix, rows
+from bench import diag, host, matrix
 from bench.__main__ import SUBCOMMANDS, main, module
+from bench.measuring import common, rows
 from bench.optimizers import diagonal, peers
 from bench.report import tables
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop

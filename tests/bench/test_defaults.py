@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench import defaults
+from bench.measuring.rows import read_rows
 from bench.report import training as tables
-from bench.rows import read_rows
 
 
 @pytest.mark.parametrize("name", ["RootFreeRMSprop", "RootFreeAdamW", "IFShampoo"])

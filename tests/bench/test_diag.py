@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers.bench import CPU, needs_extras, row
 
-from bench import common, cuda, diag, rows
+from bench import cuda, diag
 from bench.__main__ import main
+from bench.measuring import common, rows
 from bench.optimizers.diagonal import ALLOWED_ERROR, PROVIDERS
 from bench.report import tables
 

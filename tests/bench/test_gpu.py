@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.bench import CPU, needs_extras
 
-from bench import gpu, gpu_cases, rows
+from bench import gpu, gpu_cases
 from bench.__main__ import main
+from bench.measuring import rows
 from bench.optimizers import eigh
 from bench.report import targets
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.bench import CPU
 
-from bench import common
 from bench.matrix import owned
+from bench.measuring import common
 from bench.optimizers import peers
 
 SHAPES = [(24, 16), (16, 16), (16, 40)]

@@ -9,8 +9,9 @@ import torch
 from helpers.bench import CPU, needs_extras, row
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import products, rows
+from bench import products
 from bench.__main__ import main
+from bench.measuring import rows
 from bench.optimizers import peers
 from bench.report import tables
 from bench.workloads import formulas, operator

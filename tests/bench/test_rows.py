@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.bench import needs_extras, row
 
-from bench import common, diag, rows
+from bench import diag
 from bench.__main__ import main
+from bench.measuring import common, rows
 from bench.report import cells, tables
 
 DIRTY = {"options": ("--quick", "--dirty")}

@@ -11,8 +11,9 @@ from helpers.bench import CPU, needs_extras, row
 from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import common, rows, step
+from bench import step
 from bench.__main__ import main
+from bench.measuring import common, rows
 from bench.optimizers import peers
 from bench.report import tables
 from bench.workloads import networks

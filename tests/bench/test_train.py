@@ -13,8 +13,9 @@ import torch
 from helpers.bench import CPU, RESULTS, needs_extras, row
 from torch.optim import SGD
 
-from bench import rows, train
+from bench import train
 from bench.__main__ import main
+from bench.measuring import rows
 from bench.optimizers import tuned
 from bench.report import training as tables
 from bench.workloads import text, training

@@ -21,7 +21,7 @@ from .common import Timing, optional
 
 Row = dict[str, Any]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DIRTY = "-dirty"
 OURS = ("IFShampoo", "RootFree")  # how the names of our optimizers start
 ROW_KEYS = (

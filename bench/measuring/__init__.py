@@ -1,0 +1,1 @@
+"""What every benchmark measures with, and the rows that it writes."""
