@@ -9,11 +9,10 @@ takes seconds.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from types import ModuleType
 
-from .measuring.common import pick_device, require_kernels
+from .measuring.common import optional, pick_device, require_kernels
 from .measuring.rows import refuse_uncommitted
 
 SUBCOMMANDS = {
@@ -32,7 +31,8 @@ SUBCOMMANDS = {
 
 def module(name: str) -> ModuleType:
     """Where a subcommand is."""
-    return importlib.import_module("bench.machine_code.sass" if name == "sass" else f"bench.{name}")
+    room = "bench.machine_code" if name == "sass" else "bench"
+    return optional(f"{room}.{name}", extra="triton" if name == "sass" else "bench")
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -46,15 +46,18 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; 0 if every result was right."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="subcommand", title="subcommands")
     for name, summary in SUBCOMMANDS.items():
-        of = module(name)
+        of = module(name) if name in argv else None
+        about = of.__doc__ if of else summary
         sub = subparsers.add_parser(
-            name, help=summary, description=of.__doc__, formatter_class=Formatter
+            name, help=summary, description=about, formatter_class=Formatter
         )
-        of.add_arguments(sub)
-        sub.set_defaults(run=of.run)
+        if of:
+            of.add_arguments(sub)
+            sub.set_defaults(run=of.run)
     args = parser.parse_args(argv)
     if args.subcommand is None:
         parser.print_help()

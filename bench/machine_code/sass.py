@@ -10,21 +10,16 @@ its length and the instructions that make 64-bit addresses. These are counts, ne
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import torch
-
-from ..measuring.common import add_quick_argument, optional
-from ..measuring.rows import Row, commit
+from ..measuring.common import add_quick_argument, dtype_name, optional
+from ..measuring.rows import commit
+from . import launches
 from .instructions import CONVERSION, WIDE_ADDRESS, count, tensor_cores
+from .offline import Program
 
-if TYPE_CHECKING:
-    from .offline import Program
+Row = dict[str, Any]
 
 # Keys of a row and titles of the table's columns.
 COLUMNS = {
@@ -54,34 +49,24 @@ FLOPS = {
 }
 
 
-class Entry:
+class Entry(NamedTuple):
     """A kernel in one launch configuration, on one architecture."""
 
-    def __init__(
-        self,
-        kernel: str,
-        configuration: str,
-        architecture: int,
-        modelled: str,
-        build: Callable[[], Program],
-    ) -> None:
-        self.build = build
-        self.constants = {
-            "kernel": kernel,
-            "configuration": configuration,
-            "arch": f"sm_{architecture}",
-            "modelled": modelled,
-        }
+    kernel: str
+    configuration: str
+    architecture: int
+    modelled: str
+    build: Callable[[], Program]
 
     def row(self) -> Row:
-        """Without what a kernel that does not compile lacks, and with its `error` instead."""
-        measured: dict[str, Any] = {}
+        """Its columns; of a kernel that does not compile the `error` and what is known anyway."""
+        known = {"arch": f"sm_{self.architecture}", **self._asdict()}
         try:
-            measured = measure(self.build())
+            found = known | measure(self.build())
         except Exception as error:  # whatever the compiler or a launcher says
-            measured["error"] = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        row = {**self.constants, **measured}
-        return {key: row[key] for key in (*COLUMNS, "error") if key in row}
+            said = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            found = known | {"error": said}
+        return {key: found[key] for key in (*COLUMNS, "error") if key in found}
 
 
 def measure(program: Program) -> Row:
@@ -105,39 +90,29 @@ def measure(program: Program) -> Row:
 # Entries --------------------------------------------------------------------------------------
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def diag_entry(case: str, dtypes: tuple[torch.dtype, torch.dtype], architecture: int) -> Entry:
+def diag_entry(case: str, dtypes: launches.Dtypes, architecture: int) -> Entry:
     """Bytes: p and its states read and written, g read."""
-    from . import launches
-
     param, grad = dtypes
     states = 1 if case == "rmsprop" else 2
     moved = 2 * param.itemsize + grad.itemsize + 8 * states
-    configuration = f"{case}, {_name(param)}"
+    configuration = f"{case}, {dtype_name(param)}"
     if grad != param:
-        configuration += f", {_name(grad)} gradients"
-    return Entry(
-        "diag",
-        configuration,
-        architecture,
-        f"{moved} bytes a parameter",
-        lambda: launches.diag_program(case, dtypes, architecture),
-    )
+        configuration += f", {dtype_name(grad)} gradients"
+
+    def build() -> Program:
+        return launches.diag_program(case, dtypes, architecture)
+
+    return Entry("diag", configuration, architecture, f"{moved} bytes a parameter", build)
 
 
 def matrix_entry(
     name: str,
     tiling: str,
     architecture: int,
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    dtypes: launches.Dtypes = (launches.F32, launches.F32),
     momentum: bool = True,
 ) -> Entry:
     """FLOPs of an n x n weight; the gather has none, and moves G and both factors."""
-    from . import launches
-
     param, grad = dtypes
     stored = 4 if tiling == "float32" else 2
     modelled = f"{grad.itemsize + 5 * stored} bytes an element"
@@ -146,22 +121,18 @@ def matrix_entry(
     configuration = tiling
     if name == "gather":  # one tiling for all
         factor = "float32" if tiling == "float32" else "bfloat16"
-        configuration = f"{factor} factors, {_name(grad)} gradients"
+        configuration = f"{factor} factors, {dtype_name(grad)} gradients"
     if name == "params":
-        configuration += f", {_name(param)}" + ("" if momentum else ", no momentum")
-    return Entry(
-        name,
-        configuration,
-        architecture,
-        modelled,
-        lambda: launches.matrix_program(name, tiling, architecture, dtypes, momentum),
-    )
+        configuration += f", {dtype_name(param)}" + ("" if momentum else ", no momentum")
+
+    def build() -> Program:
+        return launches.matrix_program(name, tiling, architecture, dtypes, momentum)
+
+    return Entry(name, configuration, architecture, modelled, build)
 
 
 def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
     """Every configuration that something may launch on this architecture, each once."""
-    from . import launches
-
     float32 = launches.MATRIX_DTYPES[0]
     large = launches.large_tiling(architecture)
     for case in launches.DIAG_CASES[: 1 if quick else None]:
@@ -172,7 +143,7 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
             if name != "gather" or tiling != "small":
                 yield matrix_entry(name, tiling, architecture)
     for dtypes in () if quick else launches.MATRIX_DTYPES:
-        if dtypes[1] != torch.float32:
+        if dtypes[1] != launches.F32:
             yield matrix_entry("gather", large, architecture, dtypes)
         if dtypes != float32:
             yield matrix_entry("params", large, architecture, dtypes)
@@ -189,47 +160,24 @@ def line(row: Row) -> str:
         shown += [""] * (len(COLUMNS) - len(shown))
     else:
         shown = [f"{row[key]:.0%}" if key == "wide_share" else str(row[key]) for key in COLUMNS]
-    return "| " + " | ".join(re.sub(r"\|", "/", cell) for cell in shown) + " |"
+    return "| " + " | ".join(cell.replace("|", "/") for cell in shown) + " |"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench sass`."""
     add_quick_argument(parser)
-    parser.add_argument(
-        "--json", dest="out", type=Path, metavar="FILE", help="write the rows there, one a line"
-    )
-    parser.add_argument(
-        "--arch", type=int, action="append", choices=(80, 90, 100), help="only this; repeatable"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a row a kernel, configuration and architecture; 1 if one did not compile."""
     triton = optional("triton", extra="triton")
-    architectures = args.arch or ([90] if args.quick else [80, 90, 100])
-    constants = {
-        "device": "compiled, not run",
-        "versions": {
-            "triton": triton.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": commit(),
-    }
-    versions = ", ".join(f"{name} {version}" for name, version in constants["versions"].items())
-    print(f"{constants['device']}; {versions}; commit {constants['commit']}\n")
+    print(f"compiled, not run; triton {triton.__version__}; commit {commit()}\n")
     print("| " + " | ".join(COLUMNS.values()) + " |")
     print("|" + " --- |" * 3 + " ---: |" * (len(COLUMNS) - 3), flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("")
     failed = False
-    for architecture in architectures:
+    for architecture in [90] if args.quick else launches.ARCHITECTURES:
         for entry in entries(architecture, args.quick):
             row = entry.row()
             failed |= "error" in row
             print(line(row), flush=True)
-            if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps({**row, **constants}, allow_nan=False) + "\n")
     return int(failed)

@@ -62,6 +62,10 @@ def add_quick_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
