@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .cuda import cuda_providers
 from .measuring.common import (
     COPY,
     PROBE_BYTES,
@@ -38,7 +37,7 @@ from .measuring.common import (
     time_host,
 )
 from .measuring.rows import Rows, wrong_of_ours
-from .optimizers.diagonal import CHECK_STEPS, PROVIDERS, Provider
+from .optimizers.diagonal import CHECK_STEPS, PROVIDERS, Provider, replayed
 from .report import tables
 from .workloads import networks
 
@@ -85,7 +84,7 @@ def cases_of_sizes(largest: int) -> dict[str, tuple[list[Shape], torch.dtype]]:
 
 def providers(device: torch.device) -> dict[str, Provider]:
     """What is timed on the device."""
-    return {**PROVIDERS, **(cuda_providers() if device.type == "cuda" else {})}
+    return {**PROVIDERS, **(replayed() if device.type == "cuda" else {})}
 
 
 def built(provider: Provider, params: list[Tensor], grads: list[Tensor]) -> Optimizer:

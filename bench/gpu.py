@@ -35,8 +35,6 @@ LIMITS = {
     "many tensors": (50, 8.0),
     "tests": (240, 0.0),
 }
-# On demand, by --case.
-ALONE = (150, 30.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.out / "gpu.jsonl"
     if args.case:
         rows = Rows(path, "gpu", device, append=True)
-        seconds = LIMITS.get(args.case, ALONE)[1]
+        seconds = LIMITS[args.case][1]
         CASES[args.case](rows, device, 1.0 if args.quick or small(device) else seconds)
         return 0
 

@@ -7,20 +7,22 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from rootfree_fused import RootFreeRMSprop
-
-from . import diag, step
-from . import products as bench_products
-from .matrix import owned, step_flops
-from .measuring.common import device_timer, interleave, mixed_shapes, random_tensors, time_host
+from . import diag
+from .matrix import checked_step, step_flops
+from .measuring.common import (
+    device_timer,
+    dtype_name,
+    interleave,
+    mixed_shapes,
+    random_tensors,
+    time_host,
+)
 from .measuring.rows import Rows
-from .optimizers.diagonal import ALLOWED_ERROR, PROVIDERS, RELEASED, RMSPROP, Provider
-from .optimizers.peers import DIAGONAL_PEERS, EIGH, PEERS, Peer, ifshampoo, judge, specified
-from .workloads import networks as models
+from .optimizers.diagonal import ALLOWED_ERROR, PROVIDERS, capturable, captured
+from .optimizers.peers import EIGH, PEERS, Peer, ifshampoo, specified
 from .workloads.operator import kernel_times
 
 Case = Callable[[Rows, torch.device, float], None]
@@ -28,10 +30,7 @@ BF16 = torch.bfloat16
 OURS = "IFShampoo, bfloat16"
 GRAPH = f"{OURS}, graph"
 WHOLE_STEPS = (OURS, "IFShampoo, float32", "sirfshampoo, bfloat16", "torch Muon", EIGH)
-CAPTURABLE = Provider(
-    functools.partial(RootFreeRMSprop, momentum=0.9, capturable=True, **RMSPROP, **RELEASED),
-    PROVIDERS["RootFreeRMSprop, momentum 0.9"].eager,
-)
+CAPTURABLE = capturable("RootFreeRMSprop, momentum 0.9")
 
 
 def small(device: torch.device) -> bool:
@@ -56,7 +55,7 @@ def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
     chosen = {name: PROVIDERS[name] for name in names}
     elements = 100_000 if small(device) else 10**9
     for dtype in (torch.float32, BF16):
-        case = f"one large tensor, {str(dtype).split('.')[1]}"
+        case = f"one large tensor, {dtype_name(dtype)}"
         diag.measure(case, [(elements,)], dtype, rows, device, seconds / 2, chosen)
 
 
@@ -91,14 +90,6 @@ def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:
         runs |= {f"{name}, graph": captured(runs[name]) for name in list(runs)}
     for name, timing in interleave(runs, time_host, seconds=seconds / 2).items():
         rows.add_time("many tensors", name, "host time", timing)
-
-
-def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """A graph of a step, to replay."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 PRODUCTS = {"1 of 4096": (1, 4096), "16 of 2048": (16, 2048), "32 of 1024": (32, 1024)}
@@ -148,17 +139,14 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
     runs = {}
     for name in WHOLE_STEPS:
-        if why := PEERS[name].why_absent():
-            rows.add("114 of 1024", name, "absent", None, "", why=why)
-            continue
         # Of the others two: eigendecompositions in float64 take seconds.
         judged = count if name == OURS else 2
         step = checked_step(rows, "114 of 1024", name, PEERS[name], values, grads, judged)
         if step:
             runs[name] = step
     if not small(device):
-        capturable = functools.partial(ifshampoo, dtype=BF16, capturable=True)
-        peer = dataclasses.replace(PEERS[OURS], build=capturable)
+        build = functools.partial(ifshampoo, dtype=BF16, capturable=True)
+        peer = dataclasses.replace(PEERS[OURS], build=build)
         step = checked_step(rows, "114 of 1024", GRAPH, peer, values, grads, 2)
         runs |= {GRAPH: captured(step)} if step else {}
     side = 256 if small(device) else 8192
@@ -179,58 +167,10 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     rows.add("114 of 1024", OURS, "rate fraction", rate / limit, "x mm")
 
 
-def checked_step(
-    rows: Rows,
-    case: str,
-    name: str,
-    peer: Peer,
-    values: list[Tensor],
-    grads: list[Tensor],
-    judged: int | None = None,
-) -> Callable[[], object] | None:
-    """The step of a fresh optimizer, or None where the result on the first `judged` is wrong."""
-    params = owned(values, grads)
-    optimizer = peer.build(params, 1)
-    for _ in range(peer.steps):
-        optimizer.step()
-    verdict = judge(peer, values[:judged], grads[:judged], params[:judged], interval=1)
-    rows.add(case, name, "error", verdict.value, verdict.unit, right=verdict.right)
-    return optimizer.step if verdict.right else None
-
-
-def kernels(rows: Rows, device: torch.device, seconds: float) -> None:
-    """The products of the targets by torch.bmm and torch.compile too, and eigh beside them."""
-    bench_products.limits(rows, device, seconds / 8, 128 if small(device) else 8192)
-    rates = bench_products.measured_rates(rows)
-    compiled, why = bench_products.compiled_formulas(quick=small(device))
-    if why:
-        rows.add(bench_products.LIMITS, bench_products.COMPILED, "absent", None, "", why=why)
-    stacks = [(2, 32)] if small(device) else PRODUCTS.values()
-    for count, n in stacks:
-        bench_products.measure(count, n, rows, device, seconds / 5, rates, compiled)
-
-
-NETWORKS = ("GPT-2 small, 16 x 1024 tokens", "ResNet-50, 128 images")
-NETWORKS += ("Llama 1B, 8 x 2048 tokens",)
-NETWORK_PEERS = ("IFShampoo, bfloat16", "sirfshampoo, bfloat16", "SOAP, float32", EIGH)
-NETWORK_PEERS += ("torch Muon", *DIAGONAL_PEERS)
-
-
-def networks(rows: Rows, device: torch.device, seconds: float) -> None:
-    """Whole steps on networks, with what they cost of a forward and backward."""
-    names = (*DIAGONAL_PEERS, NETWORK_PEERS[0]) if small(device) else NETWORK_PEERS
-    chosen = {name: PEERS[name] for name in names}
-    found = models.QUICK if small(device) else {n: models.FULL[n] for n in NETWORKS}
-    for case, build in found.items():
-        step.measure(case, build(), rows, device, seconds / len(found), 2.0, chosen)
-
-
 CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
     "whole steps": whole_steps,
     "products": products,
     "many tensors": many_tensors,
-    "kernels": kernels,
-    "networks": networks,
 }

@@ -9,13 +9,13 @@ says which of them is absent.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .measuring.common import (
+    Call,
     Shape,
     add_measurement_arguments,
     device_timer,
@@ -24,7 +24,7 @@ from .measuring.common import (
     random_tensors,
 )
 from .measuring.rows import Rows, wrong_of_ours
-from .optimizers.peers import PEERS, judge
+from .optimizers.peers import PEERS, Peer, judge
 from .report import tables
 
 # The optimizers whose products are counted.
@@ -61,26 +61,37 @@ def owned(values: list[Tensor], grads: list[Tensor]) -> list[Parameter]:
     return params
 
 
+def checked_step(
+    rows: Rows,
+    case: str,
+    name: str,
+    peer: Peer,
+    values: list[Tensor],
+    grads: list[Tensor],
+    judged: int | None = None,
+) -> Call | None:
+    """The step of a fresh optimizer, or None where it is absent or wrong on the first `judged`."""
+    if why := peer.why_absent():
+        rows.add(case, name, "absent", None, "", why=why)
+        return None
+    params = owned(values, grads)
+    optimizer = peer.build(params, 1)
+    for _ in range(peer.steps):
+        optimizer.step()
+    verdict = judge(peer, values[:judged], grads[:judged], params[:judged], interval=1)
+    rows.add(case, name, "error", verdict.value, verdict.unit, right=verdict.right)
+    return optimizer.step if verdict.right else None
+
+
 def measure(
     case: str, shapes: list[Shape], rows: Rows, device: torch.device, seconds: float
 ) -> None:
     """Check and time every optimizer on one case."""
     values = random_tensors(shapes, scale=0.05, dtype=torch.float32, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
-    steps = {}
-    for name, peer in PEERS.items():
-        if why := peer.why_absent():
-            rows.add(case, name, "absent", None, "", why=why)
-            continue
-        params = owned(values, grads)
-        optimizer = peer.build(params, 1)
-        for _ in range(peer.steps):
-            optimizer.step()
-        verdict = judge(peer, values, grads, params, interval=1)
-        rows.add(case, name, "error", verdict.value, verdict.unit, right=verdict.right)
-        if verdict.right:
-            steps[name] = optimizer.step
-    for name, timing in interleave(steps, device_timer(device), seconds=seconds).items():
+    steps = {n: checked_step(rows, case, n, peer, values, grads) for n, peer in PEERS.items()}
+    runs = {name: step for name, step in steps.items() if step}
+    for name, timing in interleave(runs, device_timer(device), seconds=seconds).items():
         rows.add_time(case, name, "time", timing)
         if name.startswith(COUNTED):
             rate = step_flops(shapes) / timing.median / 1e9
@@ -103,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     rows = Rows(args.out / "matrix.jsonl", "matrix", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    cases: dict[str, Any] = dict(list(CASES.items())[3:4]) if args.quick else CASES
+    cases = dict(list(CASES.items())[3:4]) if args.quick else CASES
     for case in rows.remaining(cases):
         measure(case, cases[case], rows, device, seconds)
     return int(bool(wrong_of_ours(rows.finish(tables.matrix))))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .measuring.common import (
     add_measurement_arguments,
     available_memory,
     device_timer,
+    dtype_name,
     interleave,
     pick_device,
     random_tensors,
@@ -56,7 +58,7 @@ def limits(rows: Rows, device: torch.device, seconds: float, n: int) -> None:
     runs: dict[str, Call] = {COPY: functools.partial(target.copy_, source)}
     for dtype in ROUNDINGS:
         a, b = random_tensors([(n, n)] * 2, scale=1.0, dtype=dtype, device=device, seed=0)
-        runs[_name(dtype)] = functools.partial(torch.mm, a, b)
+        runs[dtype_name(dtype)] = functools.partial(torch.mm, a, b)
     times = interleave(runs, device_timer(device), seconds=seconds)
     bandwidth = 2 * source.nbytes / times.pop(COPY).median
     rows.add(LIMITS, COPY, "bandwidth", bandwidth / 1e9, "GB/s", bytes=source.nbytes)
@@ -88,61 +90,47 @@ def measure(
     rows: Rows,
     device: torch.device,
     seconds: float,
-    rates: dict[str, float],
     compiled: dict[str, Callable[..., Tensors]],
 ) -> None:
     """Check and time every kernel on one stack, in both dtypes, and eigh."""
-    case = f"{count} of {n}"
+    stack = Stack(count, n, rows, measured_rates(rows))
     need = BYTES * count * n * n
     if need > 0.8 * available_memory(device):
-        rows.add(case, OURS, "absent", None, "", why=f"takes {need / 1e9:.0f} GB")
+        rows.add(stack.case, OURS, "absent", None, "", why=f"takes {need / 1e9:.0f} GB")
         return
     runs: Runs = {}
+
+    def keep(provider: str, kernel: str, before: Tensors, after: Tensors, run: Call) -> None:
+        """Keep what is right to be timed."""
+        dtype = before["c"].dtype
+        error, name = error_of(kernel, before, after), f"{provider}, {dtype_name(dtype)}"
+        right = error <= ROUNDINGS[dtype]
+        rows.add(stack.case, name, f"{kernel} error", error, "of float64", right=right)
+        if right:
+            runs[name, kernel] = run
+
+    plain = {name: kernel.formula for name, kernel in KERNELS.items()}
     for dtype in ROUNDINGS:
         tensors = stacks(count, n, dtype, device)
-        for provider, formulas in {BMM: _formulas(), COMPILED: compiled}.items():
+        for provider, formulas in {BMM: plain, COMPILED: compiled}.items():
             for name, formula in formulas.items():
                 run = functools.partial(formula, *(tensors[key] for key in KERNELS[name].takes))
-                after = run()
-                _keep(case, provider, name, dtype, tensors, after, run, rows, runs)
+                keep(provider, name, tensors, run(), run)
         for name, flags in PARTS.items():
             operator = Operator(tensors)
             run = functools.partial(operator, **flags)
             run()
-            _keep(case, OURS, name, dtype, tensors, operator.results(), run, rows, runs)
+            keep(OURS, name, tensors, operator.results(), run)
     symmetric = stacks(count, n, torch.float32, device)["pc"]
-    if _eigh_is_right(case, symmetric, rows):
+    if eigh_is_right(stack.case, symmetric, rows):
         runs[EIGH, "eigh"] = functools.partial(torch.linalg.eigh, symmetric)
-    times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=3)
-    _report(case, count, n, times, rates, rows)
+    stack.times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=3)
+    stack.add_times()
     if device.type == "cuda":
-        _report_launches(case, count, n, times, rates, runs, rows)
+        stack.add_launches(runs)
 
 
-def _formulas() -> dict[str, Callable[..., Tensors]]:
-    return {name: kernel.formula for name, kernel in KERNELS.items()}
-
-
-def _keep(
-    case: str,
-    provider: str,
-    kernel: str,
-    dtype: torch.dtype,
-    before: Tensors,
-    after: Tensors,
-    run: Call,
-    rows: Rows,
-    runs: Runs,
-) -> None:
-    """Keep what is right to be timed."""
-    error = error_of(kernel, before, after)
-    right, name = error <= ROUNDINGS[dtype], f"{provider}, {_name(dtype)}"
-    rows.add(case, name, f"{kernel} error", error, "of float64", right=right)
-    if right:
-        runs[name, kernel] = run
-
-
-def _eigh_is_right(case: str, symmetric: Tensor, rows: Rows) -> bool:
+def eigh_is_right(case: str, symmetric: Tensor, rows: Rows) -> bool:
     values, vectors = (part.double() for part in torch.linalg.eigh(symmetric[-1:]))
     truth = symmetric[-1:].double()
     error = ((vectors * values.unsqueeze(1) @ vectors.mT - truth).norm() / truth.norm()).item()
@@ -150,77 +138,64 @@ def _eigh_is_right(case: str, symmetric: Tensor, rows: Rows) -> bool:
     return error <= EIGH_ERROR
 
 
-def _report(
-    case: str,
-    count: int,
-    n: int,
-    times: dict[tuple[str, str], Timing],
-    rates: dict[str, float],
-    rows: Rows,
-) -> None:
-    """Rows of times, rates and speeds."""
-    for (provider, kernel), timing in times.items():
-        if provider.startswith(OURS) and kernel == "gram":
-            apply = times.get((provider, "apply"))
-            rest = (timing.median - apply.median) / 2 if apply else 0.0
-            if rest > 0:
-                how = "half of gram and apply, less apply"
-                rows.add(case, provider, "gram time", 1e3 * rest, "ms", how=how)
-                _add_rates(case, provider, kernel, count, n, rest, times, rates, rows)
-            continue
-        rows.add_time(case, provider, f"{kernel} time", timing)
-        if kernel in KERNELS:
-            _add_rates(case, provider, kernel, count, n, timing.median, times, rates, rows)
-    product = times.get((f"{BMM}, bfloat16", "gram"))
-    if (EIGH, "eigh") in times and product:
-        ratio = times[EIGH, "eigh"].median / product.median
-        rows.add(case, EIGH, RATIO, ratio, "bfloat16 products")
+@dataclass
+class Stack:
+    """Rows of what was timed on `count` matrices of n x n, beside the rate of a large product."""
 
+    count: int
+    n: int
+    rows: Rows
+    rates: dict[str, float]  # FLOP/s by dtype
+    times: dict[tuple[str, str], Timing] = field(default_factory=dict)  # by provider and kernel
 
-def _add_rates(
-    case: str,
-    provider: str,
-    kernel: str,
-    count: int,
-    n: int,
-    seconds: float,
-    times: dict[tuple[str, str], Timing],
-    rates: dict[str, float],
-    rows: Rows,
-) -> None:
-    dtype = provider.split(", ")[1]
-    flops = KERNELS[kernel].needed * count * n**3
-    bytes_ = moved(kernel, getattr(torch, dtype)) * count * n * n
-    rate = flops / seconds
-    rows.add(case, provider, f"{kernel} rate", rate / 1e12, "TFLOP/s", flops=flops, bytes=bytes_)
-    rows.add(case, provider, f"{kernel} rate fraction", rate / rates[dtype], "x mm")
-    if plain := times.get((f"{BMM}, {dtype}", kernel)):
-        rows.add(case, provider, f"{kernel} speed", plain.median / seconds, f"x {BMM}")
+    @property
+    def case(self) -> str:
+        return f"{self.count} of {self.n}"
 
+    def add_times(self) -> None:
+        """Times, rates and speeds."""
+        for (provider, kernel), timing in self.times.items():
+            if provider.startswith(OURS) and kernel == "gram":
+                self._add_gram(provider, timing)
+                continue
+            self.rows.add_time(self.case, provider, f"{kernel} time", timing)
+            if kernel in KERNELS:
+                self._add_rates(provider, kernel, timing.median)
+        product = self.times.get((f"{BMM}, bfloat16", "gram"))
+        if (EIGH, "eigh") in self.times and product:
+            ratio = self.times[EIGH, "eigh"].median / product.median
+            self.rows.add(self.case, EIGH, RATIO, ratio, "bfloat16 products")
 
-def _report_launches(
-    case: str,
-    count: int,
-    n: int,
-    times: dict[tuple[str, str], Timing],
-    rates: dict[str, float],
-    runs: Runs,
-    rows: Rows,
-) -> None:
-    """On a GPU, the kernels inside a step, by the profiler."""
-    for dtype in map(_name, ROUNDINGS):
-        provider = f"{OURS}, {dtype}"
-        found = kernel_times(runs[provider, "step"]) if (provider, "step") in runs else {}
-        for kernel, launch in LAUNCHES.items():
-            if launch in found:
-                seconds = found[launch] / 2
-                inside = f"{provider}, in a step"
-                rows.add(case, inside, f"{kernel} time", 1e3 * seconds, "ms", how="profiler")
-                _add_rates(case, inside, kernel, count, n, seconds, times, rates, rows)
+    def _add_gram(self, provider: str, both: Timing) -> None:
+        apply = self.times.get((provider, "apply"))
+        rest = (both.median - apply.median) / 2 if apply else 0.0
+        if rest > 0:
+            self._add(provider, "gram", rest, "half of gram and apply, less apply")
 
+    def add_launches(self, runs: Runs) -> None:
+        """On a GPU, the kernels inside a step, by the profiler."""
+        for provider in (f"{OURS}, {dtype_name(dtype)}" for dtype in ROUNDINGS):
+            found = kernel_times(runs[provider, "step"]) if (provider, "step") in runs else {}
+            for kernel, launch in LAUNCHES.items():
+                if launch in found:
+                    self._add(f"{provider}, in a step", kernel, found[launch] / 2, "profiler")
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).split(".")[1]
+    def _add(self, provider: str, kernel: str, seconds: float, how: str) -> None:
+        self.rows.add(self.case, provider, f"{kernel} time", 1e3 * seconds, "ms", how=how)
+        self._add_rates(provider, kernel, seconds)
+
+    def _add_rates(self, provider: str, kernel: str, seconds: float) -> None:
+        dtype = provider.split(", ")[1]
+        flops = KERNELS[kernel].needed * self.count * self.n**3
+        bytes_ = moved(kernel, getattr(torch, dtype)) * self.count * self.n**2
+        rate = flops / seconds
+        sizes = {"flops": flops, "bytes": bytes_}
+        self.rows.add(self.case, provider, f"{kernel} rate", rate / 1e12, "TFLOP/s", **sizes)
+        share = rate / self.rates[dtype]
+        self.rows.add(self.case, provider, f"{kernel} rate fraction", share, "x mm")
+        if plain := self.times.get((f"{BMM}, {dtype}", kernel)):
+            speed = plain.median / seconds
+            self.rows.add(self.case, provider, f"{kernel} speed", speed, f"x {BMM}")
 
 
 # Subcommand -----------------------------------------------------------------------------------
@@ -256,5 +231,5 @@ def run(args: argparse.Namespace) -> int:
             if why:
                 rows.add(LIMITS, COMPILED, "absent", None, "", why=why)
         else:
-            measure(*stacks_[case], rows, device, seconds, measured_rates(rows), compiled)
+            measure(*stacks_[case], rows, device, seconds, compiled)
     return int(bool(wrong_of_ours(rows.finish(tables.products))))

@@ -18,9 +18,10 @@ import torch
 
 from rootfree_fused.optimizer.layouts import default_dtype
 
-from .matrix import owned
+from .matrix import checked_step
 from .measuring.common import (
     add_measurement_arguments,
+    dtype_name,
     optional,
     pick_device,
     random_tensors,
@@ -28,7 +29,7 @@ from .measuring.common import (
     threads,
 )
 from .measuring.rows import Row, Rows, read_rows, select, wrong
-from .optimizers.peers import PEERS, judge
+from .optimizers.peers import PEERS
 from .optimizers.tuned import METHODS, Method, Settings
 from .report import training as tables
 from .workloads.digits import Digits
@@ -128,7 +129,7 @@ def check(problem: Problem, methods: dict[str, Method], rows: Rows, device: torc
     shapes = [p.shape for p in problem.build_model().parameters()]
     float32 = {"dtype": torch.float32, "device": device}
     values, grads = (random_tensors(shapes, scale=0.1, seed=seed, **float32) for seed in (0, 1))
-    factor_dtype = str(default_dtype(values[0])).removeprefix("torch.")
+    factor_dtype = dtype_name(default_dtype(values[0]))
     names = PEER_OF | {"IFShampoo": f"IFShampoo, {factor_dtype}"}
     for name in methods:
         if name not in names:
@@ -136,12 +137,7 @@ def check(problem: Problem, methods: dict[str, Method], rows: Rows, device: torc
         peer = PEERS[names[name]]
         taken = [i for i, shape in enumerate(shapes) if name != "IFShampoo" or len(shape) > 1]
         before, gradients = ([tensors[i] for i in taken] for tensors in (values, grads))
-        after = owned(before, gradients)
-        optimizer = peer.build(after, 1)
-        for _ in range(peer.steps):
-            optimizer.step()
-        found = judge(peer, before, gradients, after, interval=1)
-        rows.add(problem.name, name, "error", found.value, found.unit, right=found.right)
+        checked_step(rows, problem.name, name, peer, before, gradients)
 
 
 def add_rows(

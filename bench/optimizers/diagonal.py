@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Provider:
     Its error may be `allowed` times that of the update.
     """
 
-    build: Callable[[list[Tensor]], Optimizer]
+    build: Callable[..., Optimizer]  # of a list of tensors
     eager: Callable[[Tensor, Tensor], Tensors]
     allowed: float = ALLOWED_ERROR
 
@@ -106,3 +106,37 @@ PROVIDERS = {
         functools.partial(SGD, lr=LR, momentum=0.9), fused=True
     ),
 }
+
+
+# On a GPU -------------------------------------------------------------------------------------
+
+
+def replayed() -> dict[str, Provider]:
+    """The twins of some whose step is a CUDA graph."""
+    names = ("RootFreeRMSprop, momentum 0.9", "RootFreeAdamW")
+    return {f"{name}, graph": capturable(name, replay=True) for name in names}
+
+
+def capturable(name: str, replay: bool = False) -> Provider:
+    """A provider whose step can be captured; with `replay` it is captured at once."""
+    provider = PROVIDERS[name]
+
+    def build(params: list[Tensor]) -> Optimizer:
+        optimizer = provider.build(params, capturable=True)
+        if replay:
+            tensors = [t for p in params for t in (p, *tensor_state(optimizer.state[p]).values())]
+            before = [t.detach().clone() for t in tensors]
+            optimizer.step()  # compiles, and sends tables that the capture then finds
+            torch._foreach_copy_(tensors, before)
+            optimizer.step = captured(optimizer.step)
+        return optimizer
+
+    return replace(provider, build=build)
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of a step, to replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -23,6 +23,7 @@ from rootfree_fused import IFShampoo, reference
 from rootfree_fused.optimizer.layouts import layout_of
 from rootfree_fused.reference.structures import structure_of
 
+from ..measuring.common import dtype_name
 from .diagonal import CHECK_STEPS as DIAGONAL_STEPS
 from .diagonal import PROVIDERS
 from .eigh import EighShampoo
@@ -180,11 +181,6 @@ def _soap(params: list[Parameter], interval: int) -> Optimizer:
     return build(params, lr=LR, precondition_frequency=interval)
 
 
-def _distributed_shampoo(params: list[Parameter], interval: int) -> Optimizer:
-    build = importlib.import_module("distributed_shampoo").DistributedShampoo
-    return build(params, lr=LR, max_preconditioner_dim=2048, precondition_frequency=interval)
-
-
 def _heavyball(name: str, params: list[Parameter], **settings: object) -> Optimizer:
     """On a GPU compiled, as is its default; a compiler for the CPU takes 20 s a shape."""
     heavyball = importlib.import_module("heavyball")
@@ -236,7 +232,7 @@ def _preconditioned(
 BASE = "sirfshampoo, bfloat16"
 EIGH = "Shampoo by batched eigh"
 MATRIX_PEERS = {
-    f"{name}, {str(dtype).split('.')[1]}": _preconditioned(build, dtype, package, limit)
+    f"{name}, {dtype_name(dtype)}": _preconditioned(build, dtype, package, limit)
     for name, build, package, limit in (
         ("IFShampoo", ifshampoo, "rootfree_fused", 2048),
         ("sirfshampoo", sirfshampoo, "sirfshampoo", NEVER),
@@ -247,7 +243,6 @@ MATRIX_PEERS = {
     "Shampoo, float32": _held_to_itself(_shampoo, "pytorch_optimizer", ROOTS),
     "ScalableShampoo, float32": _held_to_itself(_scalable_shampoo, "pytorch_optimizer", ROOTS),
     EIGH: _held_to_itself(_eigh_shampoo, "torch", ROOTS),
-    "Distributed Shampoo": Peer(_distributed_shampoo, "distributed_shampoo", dense=2048),
     "HeavyBall SOAP": Peer(_heavyball_soap, "heavyball", dense=2048),
     "HeavyBall PSGD": Peer(_heavyball_psgd, "heavyball", dense=2048),
     "torch Muon": _held_to_itself(_muon, "torch", ROUNDINGS[torch.bfloat16], renews=False),

@@ -29,7 +29,6 @@ STYLES = {
     "Shampoo": ("#8c1a11", "-.", "v"),
     "ScalableShampoo": ("#a6a600", "-.", "^"),
     "Shampoo by batched eigh": ("#f781bf", "--", "D"),
-    "Distributed Shampoo": ("#1b4d3e", "--", "*"),
     "torch.bmm": ("#e6550d", "--", "^"),
     "torch.compile": ("#31a354", "-.", "D"),
 }

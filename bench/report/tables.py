@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..measuring.common import dtype_name
 from ..measuring.rows import Row, select, unique
 from ..optimizers.diagonal import ALLOWED_ERROR
 from ..optimizers.peers import BASE, CHECK_STEPS, ROUNDINGS
@@ -69,9 +70,7 @@ def _diag_line(rows: list[Row]) -> list[str]:
 
 def matrix(rows: list[Row]) -> str:
     """A table a case."""
-    limits = ", ".join(
-        f"{limit:.2g} in {str(dtype).split('.')[1]}" for dtype, limit in ROUNDINGS.items()
-    )
+    limits = ", ".join(f"{limit:.2g} in {dtype_name(dtype)}" for dtype, limit in ROUNDINGS.items())
     notes = (
         "Rates count 18 n^3 FLOPs for a square, symmetric products at half price, for IFShampoo "
         "and sirfshampoo alike. SOAP, Shampoo and ScalableShampoo are those of pytorch-optimizer; "

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers.bench import CPU, needs_extras, row
 
-from bench import cuda, diag
+from bench import diag
 from bench.__main__ import main
 from bench.measuring import common, rows
-from bench.optimizers.diagonal import ALLOWED_ERROR, PROVIDERS
+from bench.optimizers.diagonal import ALLOWED_ERROR, PROVIDERS, replayed
 from bench.report import tables
 
 
@@ -65,7 +65,7 @@ def test_as_many_providers_are_timed_as_memory_has_room_for(dtype, bytes_of_all,
 @pytest.mark.gpu
 def test_replayed_steps_are_right():
     params = [torch.randn(n, device="cuda") / 10 for n in (300, 2, 1024)]
-    for provider in cuda.cuda_providers().values():
+    for provider in replayed().values():
         optimizer = diag.built(provider, params, params)
         assert diag.check(provider, optimizer, params, params) <= ALLOWED_ERROR
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.bench import CPU, needs_extras
 
-from bench import gpu, gpu_cases
+from bench import gpu, gpu_cases, matrix
 from bench.__main__ import main
 from bench.measuring import rows
 from bench.optimizers import eigh
@@ -144,9 +144,9 @@ def test_a_step_is_judged_by_the_factors_that_it_should_have(tmp_path):
     values, grads = ([torch.full((6, 6), v, dtype=torch.bfloat16)] * 2 for v in (0.0, 0.1))
     for limit in (6, 5):
         peer = gpu_cases.dense_up_to(limit)
-        assert gpu_cases.checked_step(found, "c", "p", peer, values, grads)
+        assert matrix.checked_step(found, "c", "p", peer, values, grads)
     diagonal = dataclasses.replace(gpu_cases.dense_up_to(6), build=gpu_cases.dense_up_to(5).build)
-    assert gpu_cases.checked_step(found, "c", "p", diagonal, values, grads) is None
+    assert matrix.checked_step(found, "c", "p", diagonal, values, grads) is None
 
 
 def test_a_target_is_reached_from_its_own_side(tmp_path):

@@ -171,7 +171,7 @@ def test_gram_is_half_of_what_both_take_more_than_apply(tmp_path):
         ("IFShampoo, float32", name): products.Timing(seconds, seconds, seconds, 3)
         for name, seconds in timing.items()
     }
-    products._report("c", 10, 1, times, {"float32": 2.5}, written)
+    products.Stack(10, 1, written, {"float32": 2.5}, times).add_times()
     (gram,) = rows.select(rows.read_rows(written.path), metric="gram time")
     assert gram["value"] == 2000.0
     (share,) = rows.select(rows.read_rows(written.path), metric="gram rate fraction")
