@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .diag import RootFreeAdamW
+from .diag import RootFreeAdamW, RootFreeRMSprop
 from .matrix import IFShampoo
 from .optimizer.base import RootFreeOptimizer
 from .optimizer.checkpoint import saved_group
@@ -152,8 +152,13 @@ def from_released_code(
         return _from_released_shampoo(
             _checked(source, "params_list", "precond_B_blocks"), optimizer
         )
-    saved = _state_dict(source)
     adamw = isinstance(optimizer, RootFreeAdamW)
+    if not adamw and not isinstance(optimizer, RootFreeRMSprop):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, which the released code has not; pass a "
+            "RootFreeRMSprop, a RootFreeAdamW or an IFShampoo"
+        )
+    saved = _state_dict(source)
     names, moment = (_ADAMW, "exp_avg_sq") if adamw else (_RMSPROP, "square_avg")
     own: Group = {"maximize": False}
     if not adamw:
