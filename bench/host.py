@@ -43,7 +43,7 @@ def stubbed() -> Iterator[None]:
     """CPU tensors go the way of CUDA tensors, compiled for sm_90, and the driver does nothing."""
     target = optional("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     driver = optional("triton").runtime.driver
-    kept, served = driver._active, dispatch._served
+    kept, served = driver._active, dispatch.triton_serves
     nothing = SimpleNamespace(
         load_binary=lambda *args: (0, 0, 32, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
@@ -57,11 +57,11 @@ def stubbed() -> Iterator[None]:
             utils=nothing,
         )
     )
-    dispatch._served = lambda param: True
+    dispatch.triton_serves = lambda param: True
     try:
         yield
     finally:
-        driver._active, dispatch._served = kept, served
+        driver._active, dispatch.triton_serves = kept, served
 
 
 def steps(count: int) -> dict[tuple[str, str], Callable[[], Any]]:

@@ -72,7 +72,7 @@ def backends() -> dict[str, str]:
 
 def diagonal_kernels(params: list[Tensor]) -> DiagonalKernels | None:
     """The Triton kernels, or None unless they serve all these parameters."""
-    if not all(map(_served, params)):
+    if not all(map(triton_serves, params)):
         return None
     kernels = extensions.triton("diag")
     return None if isinstance(kernels, ImportError) else cast(DiagonalKernels, kernels)
@@ -96,7 +96,7 @@ def captured_tables() -> AbstractContextManager[list[Tensor]]:
     return nullcontext([]) if missing else cast(Any, kernels).captured_tables()
 
 
-def _served(param: Tensor) -> bool:
+def triton_serves(param: Tensor) -> bool:
     return param.is_cuda and param.dtype is not torch.float64
 
 
@@ -134,7 +134,7 @@ def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[...,
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
         kernels = extensions.triton("diag")
         body = slow if isinstance(kernels, ImportError) else getattr(kernels, method.name)
-        served = list(map(_served, params))
+        served = list(map(triton_serves, params))
         if all(served):
             body(params, *tensors, **scalars)
             return

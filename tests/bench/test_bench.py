@@ -330,9 +330,9 @@ def test_host_end_to_end(tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
     for named in (host, tables):
         monkeypatch.setattr(named, "HOST_GOALS", {3: 100.0, 40: 1.0})
-    before = triton.runtime.driver._active, dispatch._served
+    before = triton.runtime.driver._active, dispatch.triton_serves
     assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
-    assert (triton.runtime.driver._active, dispatch._served) == before
+    assert (triton.runtime.driver._active, dispatch.triton_serves) == before
     written = rows.read_rows(tmp_path / "host.jsonl")
     assert len(written) == 2 * len(host.OPTIMIZERS) * 3
     assert all(r["unit"] == "ms" and r["value"] > 0 for r in written)
