@@ -18,7 +18,7 @@ rounded once, at the write; grads as the parameter or float32, never written; st
 parameter in float32: 28 (p, s and buf or m read and written, g read), 20 without momentum buffers;
 in bfloat16 22 and 14.
 
-A program updates one chunk of one tensor, found through the device tables of common.py. Scalars
+A program updates one chunk of one tensor, found through the device tables of tables.py. Scalars
 come from a device vector, so a scheduled lr recompiles nothing; lr itself may live on the device.
 """
 
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Plan, at_gradients, at_scaling, find_plan, readable, scalar_table, skips
+from .tables import Plan, at_gradients, at_scaling, find_plan, readable, scalar_table, skips
 
 # One row serves every dtype and device; not yet measured on a GPU. The SASS for sm_80, sm_90 and
 # sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so

@@ -1,7 +1,7 @@
 """The gather of IF-Shampoo, in Triton: copies that GEMMs read, limited gradients, sums over them.
 
 Shapes and dtypes are those of kernels/matrix.py. A program works on one tile of one matrix, found
-through a job table (kernels/jobs.py); a job has in its columns
+through a job table (kernels/matrix_jobs.py); a job has in its columns
 
     source, target, rows, columns, partial sums of squares | of G, counts of elements other than 0,
     kind, aligned

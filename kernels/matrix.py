@@ -6,9 +6,9 @@ For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the spe
     left             T = C^T G
     right            M = T K                                   (the sums of squares of its rows or
                                                                columns where a factor is diagonal)
-    factor momenta   kernels/gram.py
+    factor momenta   kernels/factors.py
     factors          K <- K - factor_lr / max(1, ||m||_F) K m
-    products         C C^T and K K^T, kernels/gram.py
+    products         C C^T and K K^T, kernels/factors.py
     precondition     V = (C C^T) G
     parameters       P = V (K K^T), its entries within +-bound; u = P + coupled p;
                      p <- p - lr decoupled p; buf <- momentum buf + u (buf = u where there are no
@@ -53,14 +53,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .common import DTYPES, DeviceTable, at_scaling, readable, scalar_table
+from .factors import _factor_momenta_kernel, _products_kernel
 from .gather import _gather_kernel
-from .gemm import _factors_kernel, _params_kernel, _product_kernel
-from .gram import _factor_momenta_kernel, _products_kernel
-from .jobs import build_plan
-from .launches import Launches
-from .plan import Bucket, Plan, Tiling
+from .matrix_jobs import build_plan
+from .matrix_launches import Launches
+from .matrix_plan import Bucket, Plan, Tiling
+from .products import _factors_kernel, _params_kernel, _product_kernel
 from .stacked import _stacked_factors_kernel, _stacked_products_kernel
+from .tables import DTYPES, DeviceTable, at_scaling, readable, scalar_table
 
 # 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with
 # the limit below; 6.62 with 4 stages, 5.89 on 4 warps, 8.39 in tiles of 64 x 64.

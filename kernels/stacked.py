@@ -1,6 +1,6 @@
 """The factor update and the products K K^T of stacks of aligned matrices, in Triton, for Hopper.
 
-Equations, jobs and epilogues are those of the kernels in gemm.py and gram.py, and so are the
+Equations, jobs and epilogues are those of the kernels in products.py and factors.py, and so are the
 results, to the bit; what differs is how operands are read and tiles dealt out. The factors and
 momenta of a bucket are stacks, so one tensor descriptor a stack, made on the host, serves all
 members: the tensor memory accelerator reads whole tiles, and zeros beyond the edge of each matrix.
@@ -16,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import skips
-from .gemm import factor_step, update_factor_tile
-from .gram import store_symmetric_tile
+from .factors import store_symmetric_tile
+from .products import factor_step, update_factor_tile
+from .tables import skips
 from .tiles import MATRIX, pointer_at, size_at, stacked_product_tile, tile_at
 
 

@@ -1,7 +1,7 @@
 """Tiles of many matrices in one launch: where a program's tile lies, and products of tiles.
 
-Jobs are rows of a device table (kernels/jobs.py), each a matrix that a launch computes; tiles are
-rows (job, tile row, tile column, place among the tiles of its job), one a program.
+Jobs are rows of a device table (kernels/matrix_jobs.py), each a matrix that a launch computes;
+tiles are rows (job, tile row, tile column, place among the tiles of its job), one a program.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from rootfree_fused.kernels import diag, matrix
-from rootfree_fused.kernels.plan import Tiling
+from rootfree_fused.kernels.matrix_plan import Tiling
 
 from .offline import Call, Program, Recorder, compile_call
 

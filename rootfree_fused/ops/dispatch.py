@@ -91,7 +91,7 @@ def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Callable[...
 
 def captured_tables() -> AbstractContextManager[list[Tensor]]:
     """A list, within, of what kernels read that are captured: the graph's owner keeps it."""
-    kernels = extensions.triton("common")
+    kernels = extensions.triton("tables")
     missing = isinstance(kernels, ImportError)
     return nullcontext([]) if missing else cast(Any, kernels).captured_tables()
 

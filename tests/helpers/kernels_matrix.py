@@ -10,7 +10,7 @@ from helpers.comparison import assert_no_worse_than
 from helpers.kernels_diag import assert_guards_untouched, place
 from helpers.offline import on_its_device
 
-from rootfree_fused.kernels import common, gather, gemm, gram, matrix, stacked, tiles
+from rootfree_fused.kernels import matrix
 from rootfree_fused.reference import join, split
 from rootfree_fused.reference import matrix as reference
 
@@ -53,7 +53,7 @@ FEW = [((7, 9), DENSE, 1), ((24, 16), DENSE, 2), ((9, 16), LEFT, 1), ((8, 7), NE
 
 @pytest.fixture(autouse=True)
 def _interpreter(request):
-    with on_its_device(request, common, tiles, gather, gram, gemm, stacked, matrix):
+    with on_its_device(request):
         yield
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from contextlib import contextmanager
-from types import ModuleType
 
 import pytest
 import torch
@@ -12,12 +13,18 @@ import triton.experimental.gluon  # the interpreter imports it: it must not see 
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
+from rootfree_fused import kernels
+
+MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(kernels.__path__)
+]
 needs_cuda = pytest.mark.gpu  # skipped by conftest.py where there is none
 
 
 @contextmanager
-def interpreted(*modules: ModuleType):
-    """Run the kernels of these modules in Triton's interpreter, on CPU tensors.
+def interpreted():
+    """Run the package's kernels in Triton's interpreter, on CPU tensors.
 
     TRITON_INTERPRET=1 does the same for a whole process, which then cannot compile anything. Here
     bfloat16 is also rounded to nearest and multiplied as numbers, as a GPU does; the interpreter
@@ -25,7 +32,7 @@ def interpreted(*modules: ModuleType):
     """
     changed = [
         (module, name, value, interpreter.InterpretedFunction(value.fn))
-        for module in [triton.language, triton.language.standard, *modules]
+        for module in [triton.language, triton.language.standard, *MODULES]
         for name, value in vars(module).items()
         if isinstance(value, JITFunction)
     ]
@@ -47,15 +54,15 @@ def interpreted(*modules: ModuleType):
 
 
 @contextmanager
-def on_its_device(request, *modules: ModuleType):
+def on_its_device(request):
     """For a test that takes `device`: on a GPU as it is, on the CPU interpreted."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     if torch.device(parameters.get("device", "cuda")).type == "cpu":
-        with interpreted(*modules):
+        with interpreted():
             yield
         return
     if any(
-        isinstance(v, interpreter.InterpretedFunction) for m in modules for v in vars(m).values()
+        isinstance(v, interpreter.InterpretedFunction) for m in MODULES for v in vars(m).values()
     ):
         pytest.skip("TRITON_INTERPRET keeps kernels off the GPU")
     yield

@@ -9,7 +9,7 @@ from helpers.optimizers import parameters
 
 from bench.machine_code.launches import matrix_tensors
 from bench.machine_code.offline import Recorder
-from rootfree_fused.kernels import common, diag, matrix
+from rootfree_fused.kernels import diag, matrix, tables
 
 CUDA = torch.device("cuda")
 
@@ -19,7 +19,7 @@ class StandIn:
 
     def __init__(self, monkeypatch):
         self.capturing, self.pinned, self.copies = False, [], []
-        self.to, table = torch.Tensor.to, common.DeviceTable.__init__
+        self.to, table = torch.Tensor.to, tables.DeviceTable.__init__
         stream = type("Stream", (), {"cuda_stream": 1})
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
@@ -28,7 +28,7 @@ class StandIn:
             torch.Tensor, "to", lambda *args, **options: self.send(*args, **options)
         )
         monkeypatch.setattr(
-            common.DeviceTable, "__init__", lambda own, host, _: table(own, host, CUDA)
+            tables.DeviceTable, "__init__", lambda own, host, _: table(own, host, CUDA)
         )
 
     def pin(self, tensor):
@@ -50,8 +50,8 @@ def stand_in(monkeypatch):
     for module, name in recorders:
         if name.endswith("_kernel"):
             monkeypatch.setattr(module, name, Recorder())
-    caches = common.scalar_table, common._chunk_table, matrix._members
-    for module in (common, matrix):
+    caches = tables.scalar_table, tables._chunk_table, matrix._members
+    for module in (tables, matrix):
         monkeypatch.setattr(module, "_plans", {})
     for cache in caches:
         cache.cache_clear()
@@ -81,7 +81,7 @@ def test_tables_of_gradients_made_under_capture_come_from_pinned_memory(case, st
     run(grads)
     sent = len(stand_in.copies)
     stand_in.capturing = True
-    with common.captured_tables() as kept:
+    with tables.captured_tables() as kept:
         run(others)
     assert len(stand_in.copies) > sent
     assert all(any(copy is tensor for tensor in kept) for copy in stand_in.copies[sent:])

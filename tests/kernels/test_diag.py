@@ -12,7 +12,7 @@ from helpers.kernels_diag import CASES, Lists, place
 from helpers.offline import needs_cuda, on_its_device
 from helpers.operators import ADAMW, RMSPROP
 
-from rootfree_fused.kernels import common, diag
+from rootfree_fused.kernels import diag, tables
 
 BLOCK = diag.BLOCK
 SHAPES = [(n,) for n in (0, 1, 31, 33, 1023, 1025, BLOCK, BLOCK + 1, 3 * BLOCK + 7)]
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 @pytest.fixture(autouse=True)
 def _interpreter(request):
-    with on_its_device(request, common, diag):
+    with on_its_device(request):
         yield
 
 
@@ -83,7 +83,7 @@ def test_layouts_that_go_straight_through(case, device):
         lists = Lists(case, [shape], device, (F32, F32), [layout] * 4)
         grads = [place(grad, layout)[0] for grad in lists.fresh_grads()]
         params, square_avgs, others = lists.actual
-        plan = common.find_plan(
+        plan = tables.find_plan(
             [params, grads, square_avgs, others], block=BLOCK, vector=diag.VECTOR
         )
         assert plan.copied == []
@@ -104,7 +104,7 @@ def test_hundreds_of_tensors_are_one_launch(device):
     lists.step()
     lists.check()
     args = [*lists.actual[:1], lists.fresh_grads(), *lists.actual[1:]]
-    assert len(common.find_plan(args, block=BLOCK, vector=diag.VECTOR).launches) == 1
+    assert len(tables.find_plan(args, block=BLOCK, vector=diag.VECTOR).launches) == 1
 
 
 def test_dtypes_may_mix(device):
@@ -242,7 +242,7 @@ def test_only_aligned_full_chunks_promise_alignment(which, dtypes, device):
             for i, dtype in enumerate((*dtypes, F32, F32))
         ]
         row = [[tensor[: 3 * BLOCK + 7]] for tensor in row]
-        (launch,) = common.find_plan(row, block=BLOCK, vector=diag.VECTOR).launches
+        (launch,) = tables.find_plan(row, block=BLOCK, vector=diag.VECTOR).launches
         assert launch.programs == 4
         assert launch.rows.host[0, 6] == expected
 
@@ -267,10 +267,10 @@ def test_a_plan_for_gradients_that_moved_is_the_plan_for_those_gradients(dtypes,
 def test_few_plans_are_kept(device):
     lr = torch.tensor(0.3)
     kept = []
-    for _ in range(common._MAX_PLANS + 3):
+    for _ in range(tables._MAX_PLANS + 3):
         kept.append([torch.ones(3, device=device)])
         diag.rmsprop_(kept[-1], kept[0], kept[-1], [], lr, **RMSPROP)
-    assert len(common._plans) == common._MAX_PLANS
+    assert len(tables._plans) == tables._MAX_PLANS
 
 
 def test_what_the_kernels_do_not_take(device):
@@ -331,7 +331,7 @@ def test_graph_replays_read_lr_steps_and_gradients(case, layout):
         lists.launch([source * 1.0 for source in sources], lr)
         if lists.steps is not None:
             lists.steps += 1
-    common._plans.clear()
+    tables._plans.clear()
     for n in range(3):
         lr.fill_(0.3 / (n + 1))
         grads = lists.fresh_grads()
@@ -349,7 +349,7 @@ def test_streams_do_not_share_unfinished_tables():
     lists = Lists("rmsprop momentum", [(100_000,)] * 50, device, (F32, F32))
     grads = lists.fresh_grads()
     lr = torch.tensor(0.3)
-    common._plans.clear()
+    tables._plans.clear()
     for stream in (torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -27,10 +27,12 @@ from bench.machine_code.launches import (
 )
 from bench.machine_code.occupancy import CHIPS
 from bench.machine_code.offline import compile_call
-from rootfree_fused.kernels import gemm, jobs, launches, matrix, tiles
+from rootfree_fused.kernels import matrix, matrix_launches, products, tiles
+from rootfree_fused.kernels.matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(gemm._product_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
+    not isinstance(products._product_kernel, JITFunction),
+    reason="TRITON_INTERPRET compiles nothing",
 )
 
 TENSOR_CORES = {
@@ -136,7 +138,7 @@ def test_operands_are_copied_asynchronously_16_bytes_at_a_time(programs, name, t
 def test_the_main_path_moves_vectors(programs, rows, name, tiling):
     """Nothing else, and at least every element of an aligned tile once."""
     assert rows[name]["wide_share"] == 1
-    tile = jobs.GATHER_ROWS * jobs.GATHER_COLUMNS // (32 * launches.GATHER_WARPS)
+    tile = GATHER_ROWS * GATHER_COLUMNS // (32 * matrix_launches.GATHER_WARPS)
     if name != "gather":
         tile = TILINGS[tiling].block ** 2 // threads(tiling)
     factor_bytes = 4 if tiling == "float32" else 2
@@ -182,7 +184,7 @@ def test_stacks_are_read_by_the_tensor_memory_accelerator(name):
     assert_nothing_spills(program, row)
     assert row["tensor_core"] == "HGMMA"
     assert set(widths(program.instructions, "STG")) == {16}
-    assert row["ctas_per_sm"] == launches.STACKED_PROGRAMS
+    assert row["ctas_per_sm"] == matrix_launches.STACKED_PROGRAMS
     assert not copies(program)
     assert first_index(program.instructions, r"\bUTMALDG\.3D") < len(program.instructions)
     assert first_index(program.flow.main_loop, r"\bUTMALDG\.3D") < len(program.flow.main_loop)

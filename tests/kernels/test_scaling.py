@@ -13,7 +13,7 @@ from helpers.kernels_diag import Lists
 from helpers.kernels_matrix import BF16, F16, F32, FEW, Model
 from helpers.offline import on_its_device
 
-from rootfree_fused.kernels import common, diag, gather, gemm, gram, matrix, tiles
+from rootfree_fused.kernels import diag
 
 LR = torch.tensor(0.3)
 DIAGONAL = ["rmsprop", "rmsprop momentum", "adamw", "adamw bias correction"]
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 @pytest.fixture(autouse=True)
 def _interpreter(request):
-    with on_its_device(request, common, diag, tiles, gather, gram, gemm, matrix):
+    with on_its_device(request):
         yield
 
 

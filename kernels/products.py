@@ -1,7 +1,7 @@
 """The products of IF-Shampoo that are not symmetric, in Triton.
 
 Equations, shapes and dtypes are those of kernels/matrix.py. A program works on one tile of one
-matrix, found through a job table (kernels/jobs.py); a job has, by launch, in its columns
+matrix, found through a job table (kernels/matrix_jobs.py); a job has, by launch, in its columns
 
     product, params  A, its columns, B, its columns, output, -, m, n, k, row scales, column scales,
                      row sums of squares | where tiles are parked, column sums of squares
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import skips
+from .tables import skips
 from .tiles import (
     PARKED_ROWS,
     find_tile,

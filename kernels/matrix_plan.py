@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import DeviceTable
+from .tables import DeviceTable
 
 
 class Tiling(NamedTuple):

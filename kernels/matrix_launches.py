@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bmm import bmm
-from .common import DTYPES
-from .jobs import GATHER_COLUMNS, GATHER_ROWS
-from .plan import Bucket, Launch, Plan, Stack, Tiling
+from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
+from .matrix_plan import Bucket, Launch, Plan, Stack, Tiling
+from .tables import DTYPES
 
 GATHER_WARPS = 8
 STACKED_PROGRAMS = 2  # of a stacked kernel, a multiprocessor

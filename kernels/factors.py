@@ -13,7 +13,7 @@ accumulated in float32 and rounded once, at the write; a diagonal factor float32
 2 d^2 (d + e) and of 2 d^3.
 
 A program computes one tile on or below the diagonal and stores it twice, the second time
-transposed. Norms leave as one partial sum a tile, for `common.sum_of`.
+transposed. Norms leave as one partial sum a tile, for `tiles.sum_of`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import skips
+from .tables import skips
 from .tiles import (
     PARKED_ROWS,
     find_tile,

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import DeviceTable
-from .plan import Bucket, Launch, Operands, Plan, Product, Stack, Tiling
+from .matrix_plan import Bucket, Launch, Operands, Plan, Product, Stack, Tiling
+from .tables import DeviceTable
 from .tiles import JOB_COLUMNS
 
 # Tiles of the gather launch: rows are contiguous, so a warp reads 256 or 512 bytes of one.
