@@ -33,7 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import Plan, at_gradients, at_scaling, find_plan, readable, scalar_table, skips
+from .arithmetic import skips
+from .tables import Plan, at_gradients, at_scaling, find_plan, readable, scalar_table
 
 # One row serves every dtype and device; not yet measured on a GPU. The SASS for sm_80, sm_90 and
 # sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so

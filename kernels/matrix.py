@@ -19,7 +19,7 @@ row or column scale of its neighbour's GEMM, which is then the only one.
 
 Each line is one launch for all matrices, one a dtype for gather and parameters. On Hopper, stacks
 of enough aligned matrices (`_is_stacked`) have launches of their own: cuBLAS for left, right and
-precondition, kernels/stacked.py for factors and products, one an axis. Roundings are the same; the
+precondition, stacked kernels for factors and products, one an axis. Roundings are the same; the
 milliseconds of 114 of 1024 x 1024 and of 16 of 2048 x 2048 on an H200 (torch 2.11, Triton 3.6):
 
                                  one launch for all    one a stack
@@ -53,13 +53,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .factors import _factor_momenta_kernel, _products_kernel
-from .gather import _gather_kernel
+from .factors import _factor_momenta_kernel, _factors_kernel, _stacked_factors_kernel
 from .matrix_jobs import build_plan
 from .matrix_launches import Launches
 from .matrix_plan import Bucket, Plan, Tiling
-from .products import _factors_kernel, _params_kernel, _product_kernel
-from .stacked import _stacked_factors_kernel, _stacked_products_kernel
+from .params import _params_kernel
+from .products import (
+    _gather_kernel,
+    _product_kernel,
+    _products_kernel,
+    _stacked_products_kernel,
+)
 from .tables import DTYPES, DeviceTable, at_scaling, readable, scalar_table
 
 # 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with

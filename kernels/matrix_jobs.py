@@ -43,7 +43,7 @@ def build_plan(
 ) -> Plan:
     """The launches of one step: with new factors (update), or with new products alone (refresh).
 
-    stacked: of each bucket, whether its factors and products are the stacked kernels' (stacked.py)
+    stacked: of each bucket, whether its factors and products are the stacked kernels'
     and its other products of two dense operands the vendor's; it must be aligned, with both
     factors dense.
     """

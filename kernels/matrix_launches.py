@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -10,13 +12,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .bmm import bmm
 from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import Bucket, Launch, Plan, Stack, Tiling
 from .tables import DTYPES
 
 GATHER_WARPS = 8
 STACKED_PROGRAMS = 2  # of a stacked kernel, a multiprocessor
+
+_lock = threading.Lock()  # two threads would each restore what the other has set
 
 
 class Launches:
@@ -87,3 +90,24 @@ def _programs(device: torch.device) -> int:
     if device.type != "cuda":
         return STACKED_PROGRAMS
     return STACKED_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b for stacks of bfloat16 matrices; partial sums are never rounded to bfloat16."""
+    with _wide_reductions():
+        torch.bmm(a, b, out=out)
+
+
+@contextmanager
+def _wide_reductions() -> Iterator[None]:
+    # PyTorch lets cuBLAS add up parts of a sum in bfloat16, unless a global setting forbids it.
+    settings = torch.backends.cuda.matmul
+    name = "allow_bf16_reduced_precision_reduction"
+    with _lock:
+        allowed = getattr(settings, name)
+        split = getattr(settings, name + "_split_k", None)  # torch < 2.10 has one setting
+        setattr(settings, name, False)
+        try:
+            yield
+        finally:
+            setattr(settings, name, allowed if split is None else (allowed, split))

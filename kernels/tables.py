@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -242,12 +241,3 @@ def at_scaling(
         None if grad_scale is None else readable(grad_scale, device),
         None if found_inf is None else readable(found_inf, device),
     )
-
-
-@triton.jit
-def skips(found_inf_ptr):
-    """Whether a gradient scaler found infs; always false without one."""
-    skip = False
-    if found_inf_ptr is not None:
-        skip = tl.load(found_inf_ptr) != 0
-    return skip

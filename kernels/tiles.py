@@ -173,3 +173,42 @@ def sum_of(ptr, count, square, BLOCK: tl.constexpr):
         x = tl.load(ptr + done + offs, mask=offs < count - done, other=0.0)
         total += tl.where(square, x * x, x)
     return tl.sum(total, 0)
+
+
+@triton.jit
+def store_symmetric(ptr, d, stride, value, part, is_diagonal):
+    """Store a part of a tile and its mirror image; a diagonal tile is its own."""
+    ROWS: tl.constexpr = value.shape[0]
+    COLUMNS: tl.constexpr = value.shape[1]
+    value = value.to(ptr.dtype.element_ty)
+    ptrs, mask = tile_of(ptr, stride, (d, stride), part, ROWS, COLUMNS)
+    tl.store(ptrs, value, mask=mask)
+    if not is_diagonal:
+        mirrored, within = tile_of(ptr, stride, (d, stride), (part[1], part[0]), COLUMNS, ROWS)
+        tl.store(mirrored, tl.trans(value), mask=within)
+
+
+@triton.jit
+def store_symmetric_tile(ptr, d, value, tile):
+    """Where rows are aligned."""
+    parts = quarters(value)
+    for i in tl.static_range(4):
+        part = (tile[0], 4 * tile[1] + i)
+        store_symmetric(ptr, d, padded(d), parts[i], part, tile[0] == tile[1])
+
+
+@triton.jit
+def scales(ptr, size, pid, BLOCK: tl.constexpr):
+    """A block of a diagonal factor; ones for a dense one, whose pointer is null."""
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    size = tl.where(ptr.to(tl.int64) != 0, size, 0)
+    return tl.load(ptr + offs, mask=offs < size, other=1.0)
+
+
+@triton.jit
+def product_of(job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION):
+    a_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
+    b_ptr = pointer_at(job_ptr + 2, scratch_ptr, FACTOR)
+    a, b = (a_ptr, size_at(job_ptr + 1)), (b_ptr, size_at(job_ptr + 3))
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    return product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION)
