@@ -12,20 +12,14 @@ needs the row sums of squares of M alone. Dtypes: GEMM operands and m bfloat16 o
 accumulated in float32 and rounded once, at the write; a diagonal factor float32. FLOPs: half of
 2 d^2 (d + e) for m, of which a program computes one tile on or below the diagonal and stores it
 twice, the second time transposed; 2 d^3 for K. Norms leave as one partial sum a tile, for
-`tiles.sum_of`.
-
-A job has, by launch, in its columns
-
-    factors    K, m, d, factor, residual, copy, partial ||m||^2, their count, kind, parking,
-               partial counts of G's elements other than 0, their count
+`tiles.sum_of`. A program works on one tile of one job: a row of `slots.Momenta` or `slots.Factors`.
 
 `_stacked_factors_kernel` is for stacks of aligned matrices, on Hopper: the same jobs, the same
 epilogue and the same bits; what differs is how operands are read and tiles dealt out. The factors
 and momenta of a bucket are stacks, so one tensor descriptor a stack, made on the host, serves all
 members: the tensor memory accelerator reads whole tiles, and zeros beyond the edge of each matrix.
 As many programs as a GPU holds share the tiles of a launch, so that the products of one hide the
-epilogue of another. A job's last column is the matrix's place in its stacks; `old` has copies of
-the factors, which the launch overwrites.
+epilogue of another. `old` has copies of the factors, which the launch overwrites.
 """
 
 from __future__ import annotations
@@ -34,17 +28,16 @@ import triton
 import triton.language as tl
 
 from .arithmetic import decayed, skips
+from .slots import FACTORS, IFSHAMPOO, LAYOUT, MOMENTA, SIDE, STRUCTURE
 from .tiles import (
-    MATRIX,
-    PARKED_ROWS,
     find_tile,
     padded,
-    park,
-    parked,
     pointer_at,
     product_tile,
     quarters,
     size_at,
+    spill,
+    spilled,
     stacked_product_tile,
     store_symmetric,
     sum_of,
@@ -73,7 +66,8 @@ def _sum_rows(ptr, d, count, pid, BLOCK: tl.constexpr):
 def _momentum_update(m, gram, c1, identity, scalars_ptr):
     """`gram` is M M^T + (c2 / c1) K^T K."""
     h = 0.5 * (c1 * gram - identity)
-    m = decayed(m, h, tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4))
+    decay = tl.load(scalars_ptr + IFSHAMPOO.factor_momentum)
+    m = decayed(m, h, decay, tl.load(scalars_ptr + IFSHAMPOO.one_minus_factor_momentum))
     return tl.clamp(m, -_LARGEST, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -100,10 +94,10 @@ def _update_momentum_part(ptr, d, stride, copy_ptr, gram, c1, scalars_ptr, part,
 def _update_diagonal_momentum(job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, pid, BLOCK):
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     mask = offs < d
-    squares_ptr = pointer_at(job_ptr + 1, scratch_ptr, tl.float32)
-    gram = _sum_rows(squares_ptr, d, size_at(job_ptr + 4), pid, BLOCK)
-    k_ptrs = pointer_at(job_ptr, scratch_ptr, tl.float32) + offs
-    m_ptrs = pointer_at(job_ptr + 6, scratch_ptr, tl.float32) + offs
+    squares_ptr = pointer_at(job_ptr + MOMENTA.transformed, scratch_ptr, tl.float32)
+    gram = _sum_rows(squares_ptr, d, size_at(job_ptr + MOMENTA.columns), pid, BLOCK)
+    k_ptrs = pointer_at(job_ptr + MOMENTA.factor, scratch_ptr, tl.float32) + offs
+    m_ptrs = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, tl.float32) + offs
     k = tl.load(k_ptrs, mask=mask, other=0.0)
     m = tl.load(m_ptrs, mask=mask, other=0.0)
     m = _momentum_update(m, gram + ratio * k * k, c1, 1.0, scalars_ptr)
@@ -125,39 +119,41 @@ def _factor_momenta_kernel(
 ):
     if skips(found_inf_ptr):
         return
-    job_ptr, tile, place = find_tile(tiles_ptr, jobs_ptr)
-    d = size_at(job_ptr + 2)
-    e = size_at(job_ptr + 3)
-    trace_ptr = pointer_at(job_ptr + 8, scratch_ptr, tl.float32)
-    trace = sum_of(trace_ptr, size_at(job_ptr + 9), tl.load(job_ptr + 10) != 0, BLOCK) / e
-    c1 = tl.load(scalars_ptr + 1) / e
-    ratio = tl.load(scalars_ptr + 2) * trace / c1
-    norm_ptr = pointer_at(job_ptr + 11, scratch_ptr, tl.float32) + place
+    job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
+    d = size_at(job_ptr + MOMENTA.size)
+    e = size_at(job_ptr + MOMENTA.others)
+    trace_ptr = pointer_at(job_ptr + MOMENTA.trace, scratch_ptr, tl.float32)
+    trace_count = size_at(job_ptr + MOMENTA.trace_count)
+    trace = sum_of(trace_ptr, trace_count, tl.load(job_ptr + MOMENTA.trace_squares) != 0, BLOCK) / e
+    c1 = tl.load(scalars_ptr + IFSHAMPOO.batch_size) / e
+    ratio = tl.load(scalars_ptr + IFSHAMPOO.damping) * trace / c1
+    norm_ptr = pointer_at(job_ptr + MOMENTA.norms, scratch_ptr, tl.float32) + index
     # A gradient that is exactly zero leaves m alone, and its factor takes a step of 0.
-    told_ptr = pointer_at(job_ptr + 13, scratch_ptr, tl.float32)
-    if sum_of(told_ptr, size_at(job_ptr + 14), False, BLOCK) == 0:
+    nonzeros_ptr = pointer_at(job_ptr + MOMENTA.nonzeros, scratch_ptr, tl.float32)
+    if sum_of(nonzeros_ptr, size_at(job_ptr + MOMENTA.nonzeros_count), False, BLOCK) == 0:
         return
-    side = tl.load(job_ptr + 5)
+    side = tl.load(job_ptr + MOMENTA.side)
 
-    if side == 2:  # a diagonal factor
+    if side == SIDE.diagonal:
         norm = _update_diagonal_momentum(
             job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, tile[0], BLOCK
         )
         tl.store(norm_ptr, norm)
     else:
-        factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
-        m = (pointer_at(job_ptr + 1, scratch_ptr, FACTOR), size_at(job_ptr + 4))
+        factor = (pointer_at(job_ptr + MOMENTA.factor, scratch_ptr, FACTOR), d)
+        m_ptr = pointer_at(job_ptr + MOMENTA.transformed, scratch_ptr, FACTOR)
+        m = (m_ptr, size_at(job_ptr + MOMENTA.columns))
         size = (d, d, e)
         gram = tl.zeros([BLOCK, BLOCK], tl.float32)
         gram = product_tile(factor, factor, gram, (d, d, d), tile, True, False, BLOCK_K, PRECISION)
         gram *= ratio
-        if side == 0:
+        if side == SIDE.rows:
             gram = product_tile(m, m, gram, size, tile, False, True, BLOCK_K, PRECISION)
         else:
             gram = product_tile(m, m, gram, size, tile, True, False, BLOCK_K, PRECISION)
-        momentum_ptr = pointer_at(job_ptr + 6, scratch_ptr, FACTOR)
+        momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
         is_diagonal = tile[0] == tile[1]
-        if tl.load(job_ptr + 12) == 0:  # rows are aligned
+        if tl.load(job_ptr + MOMENTA.spill) == 0:  # rows are aligned
             parts = quarters(gram)
             squares = tl.zeros([BLOCK], tl.float32)
             for i in tl.static_range(4):
@@ -167,13 +163,13 @@ def _factor_momenta_kernel(
                 )
             norm = tl.sum(squares, 0)
         else:
-            park_ptr = pointer_at(job_ptr + 12, scratch_ptr, tl.float32)
-            copy_ptr = pointer_at(job_ptr + 7, scratch_ptr, FACTOR)
-            park(gram, park_ptr, (d, d), tile)
-            rows = tl.zeros([PARKED_ROWS], tl.float32)
-            for i in range(BLOCK // PARKED_ROWS):
-                part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
-                gram_part = parked(park_ptr, (d, d), part, PARKED_ROWS, BLOCK)
+            spill_ptr = pointer_at(job_ptr + MOMENTA.spill, scratch_ptr, tl.float32)
+            copy_ptr = pointer_at(job_ptr + MOMENTA.copy, scratch_ptr, FACTOR)
+            spill(gram, spill_ptr, (d, d), tile)
+            rows = tl.zeros([LAYOUT.spilled_rows], tl.float32)
+            for i in range(BLOCK // LAYOUT.spilled_rows):
+                part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+                gram_part = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
                 rows += _update_momentum_part(
                     momentum_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
                 )
@@ -238,11 +234,13 @@ def _update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, til
 @triton.jit
 def _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK: tl.constexpr):
     """factor_lr / max(1, ||m||_F), or 0 where the gradient was exactly zero."""
-    norm_ptr = pointer_at(job_ptr + 6, scratch_ptr, tl.float32)
-    norm = tl.sqrt(sum_of(norm_ptr, size_at(job_ptr + 7), False, BLOCK))
-    step = tl.load(scalars_ptr + 5) / tl.maximum(norm, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    told_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
-    return tl.where(sum_of(told_ptr, size_at(job_ptr + 11), False, BLOCK) > 0, step, 0.0)
+    norms_ptr = pointer_at(job_ptr + FACTORS.norms, scratch_ptr, tl.float32)
+    norm = tl.sqrt(sum_of(norms_ptr, size_at(job_ptr + FACTORS.norms_count), False, BLOCK))
+    factor_lr = tl.load(scalars_ptr + IFSHAMPOO.factor_lr)
+    step = factor_lr / tl.maximum(norm, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    nonzeros_ptr = pointer_at(job_ptr + FACTORS.nonzeros, scratch_ptr, tl.float32)
+    nonzeros = sum_of(nonzeros_ptr, size_at(job_ptr + FACTORS.nonzeros_count), False, BLOCK)
+    return tl.where(nonzeros > 0, step, 0.0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
@@ -260,32 +258,33 @@ def _factors_kernel(
     if skips(found_inf_ptr):
         return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
-    d = size_at(job_ptr + 2)
+    d = size_at(job_ptr + FACTORS.size)
     step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
-    kind = tl.load(job_ptr + 8)
+    structure = tl.load(job_ptr + FACTORS.structure)
 
-    if kind == 2:  # a diagonal factor
+    if structure == STRUCTURE.diagonal:
         offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
-        ptrs = pointer_at(job_ptr + 3, scratch_ptr, tl.float32) + offs
+        ptrs = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
         diagonal = tl.load(ptrs, mask=offs < d)
-        m = tl.load(pointer_at(job_ptr + 1, scratch_ptr, tl.float32) + offs, mask=offs < d)
+        m_ptr = pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
+        m = tl.load(m_ptr + offs, mask=offs < d)
         tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
     else:
-        factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
-        momentum = (pointer_at(job_ptr + 1, scratch_ptr, FACTOR), d)
+        factor = (pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR), d)
+        momentum = (pointer_at(job_ptr + FACTORS.operand, scratch_ptr, FACTOR), d)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION)
-        factor_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
-        residual_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.int16)
-        if kind == 1:  # rows are aligned
+        factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+        residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
+        if structure == STRUCTURE.aligned:
             _update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
         else:
-            park_ptr = pointer_at(job_ptr + 9, scratch_ptr, tl.float32)
-            copy_ptr = pointer_at(job_ptr + 5, scratch_ptr, FACTOR)
-            park(acc, park_ptr, (d, d), tile)
-            for i in range(BLOCK // PARKED_ROWS):
-                part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
-                product = parked(park_ptr, (d, d), part, PARKED_ROWS, BLOCK)
+            spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
+            copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
+            spill(acc, spill_ptr, (d, d), tile)
+            for i in range(BLOCK // LAYOUT.spilled_rows):
+                part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+                product = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
                 _update_factor_part(
                     factor_ptr, factor_ptr, residual_ptr, d, d, copy_ptr, product, step, part
                 )
@@ -309,12 +308,12 @@ def _stacked_factors_kernel(
         return
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         job_ptr, tile, _ = tile_at(tiles_ptr, jobs_ptr, index)
-        matrix = size_at(job_ptr + MATRIX)
-        d = size_at(job_ptr + 2)
+        matrix = size_at(job_ptr + LAYOUT.matrix)
+        d = size_at(job_ptr + FACTORS.size)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = stacked_product_tile(old, momenta, acc, d, matrix, tile, False, BLOCK_K)
         step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
-        old_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
-        factor_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
-        residual_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.int16)
+        old_ptr = pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR)
+        factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+        residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
         _update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, acc, step, tile)

@@ -6,18 +6,16 @@ For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the spe
     left             T = C^T G
     right            M = T K                                   (the sums of squares of its rows or
                                                                columns where a factor is diagonal)
-    factor momenta   kernels/factors.py
-    factors          K <- K - factor_lr / max(1, ||m||_F) K m
-    products         C C^T and K K^T, kernels/factors.py
+    momenta          m of each factor, by kernels/factors.py
+    factors          K <- K - factor_lr / max(1, ||m||_F) K m, there too
+    products         C C^T and K K^T, by kernels/products.py, as gather, left, right and
     precondition     V = (C C^T) G
-    parameters       P = V (K K^T), its entries within +-bound; u = P + coupled p;
-                     p <- p - lr decoupled p; buf <- momentum buf + u (buf = u where there are no
-                     buffers); p <- p - lr buf
+    params           P = V (K K^T) and the descent, by kernels/params.py
 
-A step between updates is gather, precondition and parameters. A diagonal factor takes part as a
+A step between updates is gather, precondition and params. A diagonal factor takes part as a
 row or column scale of its neighbour's GEMM, which is then the only one.
 
-Each line is one launch for all matrices, one a dtype for gather and parameters. On Hopper, stacks
+Each line is one launch for all matrices, one a dtype for gather and params. On Hopper, stacks
 of enough aligned matrices (`_is_stacked`) have launches of their own: cuBLAS for left, right and
 precondition, stacked kernels for factors and products, one an axis. Roundings are the same; the
 milliseconds of 114 of 1024 x 1024 and of 16 of 2048 x 2048 on an H200 (torch 2.11, Triton 3.6):
@@ -36,7 +34,7 @@ scalars and everything that has no GEMM float32. A bfloat16 factor is stored wit
 (reference.split) and keeps 24 bits; GEMMs read the bfloat16 half. FLOPs of an n x n weight: 18 n^3
 an update, 4 n^3 else.
 
-Matrices in the scratch have rows padded with zeros to a multiple of 8 elements; state whose rows
+Matrices in the scratch have rows padded with zeros (`slots.padded`); state whose rows
 are no such multiples is copied there for GEMMs to read. T, M and V are rounded to the GEMM dtype,
 and so are m and the products when stored; H and P are not. The scratch takes 10 bytes a parameter
 of an n x n bfloat16 weight at an update (G, T or V, M, the old factors) and 4 between.
@@ -56,7 +54,7 @@ from torch import Tensor
 from .factors import _factor_momenta_kernel, _factors_kernel, _stacked_factors_kernel
 from .matrix_jobs import build_plan
 from .matrix_launches import Launches
-from .matrix_plan import Bucket, Plan, Tiling
+from .matrix_plan import MatrixBucket, MatrixPlan, Tiling, starts_aligned
 from .params import _params_kernel
 from .products import (
     _gather_kernel,
@@ -64,6 +62,7 @@ from .products import (
     _products_kernel,
     _stacked_products_kernel,
 )
+from .slots import LAYOUT, IFShampooScalars, Member
 from .tables import DTYPES, DeviceTable, at_scaling, readable, scalar_table
 
 # 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with
@@ -84,30 +83,53 @@ FLOAT32 = Tiling(block=64, block_k=32, num_warps=4, num_stages=3, precision="tf3
 # In-tile offsets are 32 bits wide: 128 rows of at most this many elements.
 MAX_COLUMNS = 2**24
 _MAX_PLANS = 32
-_plans: dict[Any, Plan] = {}
+_plans: dict[Any, MatrixPlan] = {}
 
 
 class _Step(NamedTuple):
-    """What a call asks of every launch; `scalars` are those of the kernels but for lr."""
+    """What a call asks of every launch."""
 
     lr: Tensor
-    scalars: tuple[float, ...]
+    scalars: IFShampooScalars
     scaling: Mapping[str, Tensor | None]
     update: bool
     refresh: bool
 
 
-def ifshampoo_(
+def buckets_of(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     factors: Sequence[Tensor],
     residuals: Sequence[Tensor],
     factor_momenta: Sequence[Tensor],
     products: Sequence[Tensor],
+    *,
+    axes: Sequence[int],
+) -> list[MatrixBucket | None]:
+    """The operator's tensors by bucket; None for one that the kernels do not serve.
+
+    Those are buckets with other than two axes, in float64, or without products. Each of the four
+    lists of factor state has a stack an axis of each bucket, `axes` counts the axes, and params and
+    grads follow the buckets.
+    """
+    found = []
+    first = member = 0
+    for count in axes:
+        last = first + count
+        indices = range(member, member + len(factors[first]))
+        state = [t[first:last] for t in (factors, residuals, factor_momenta, products)]
+        found.append(_bucket(params, grads, indices, *state) if count == 2 else None)
+        first, member = last, indices.stop
+    return found
+
+
+def ifshampoo_(
+    buckets: Sequence[MatrixBucket],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     lr: Tensor,
     *,
-    axes: Sequence[int],
     update_factors: bool,
     refresh_products: bool,
     factor_lr: float,
@@ -120,60 +142,51 @@ def ifshampoo_(
     maximize: bool,
     bound: float | None = None,
     **scaling: Tensor | None,
-) -> list[int]:
-    """One IF-Shampoo step on every bucket of matrices; returns the buckets left to the caller.
+) -> None:
+    """One IF-Shampoo step on these buckets of matrices.
 
-    Those are buckets with other than two axes, in float64, or without products. Each of the four
-    lists of factor state has a stack an axis of each bucket, `axes` counts the axes, and params,
-    grads and buffers (or no buffers) follow the buckets. lr is a 0-d tensor, on the CPU or on the
-    parameters' device; there a captured graph reads it at every replay. scaling: grad_scale and
-    found_inf, as `diag.launch_rmsprop` takes them.
+    buckets: `buckets_of` the same params and grads; momentum_buffers is empty where there are none.
+    lr is a 0-d tensor, on the CPU or on the parameters' device; there a captured graph reads it at
+    every replay. scaling: grad_scale and found_inf, as `diag.launch` takes them.
     """
-    scalars = (
-        batch_size,
-        damping,
-        factor_momentum,
-        1 - factor_momentum,
-        factor_lr,
-        -1.0 if maximize else 1.0,
-        weight_decay if decoupled else 0.0,
-        0.0 if decoupled else weight_decay,
-        momentum,
-        math.inf if bound is None else bound,
+    scalars = IFShampooScalars(
+        lr=float(lr) if lr.is_cpu else 0.0,
+        batch_size=batch_size,
+        damping=damping,
+        factor_momentum=factor_momentum,
+        one_minus_factor_momentum=1 - factor_momentum,
+        factor_lr=factor_lr,
+        sign=-1.0 if maximize else 1.0,
+        decoupled=weight_decay if decoupled else 0.0,
+        coupled=0.0 if decoupled else weight_decay,
+        momentum=momentum,
+        bound=math.inf if bound is None else bound,
     )
     lists = [params, grads, momentum_buffers] if momentum_buffers else [params, grads]
-    groups: dict[Any, list[Bucket]] = defaultdict(list)
-    others = []
-    first = member = 0
-    for i, count in enumerate(axes):
-        last = first + count
-        places = range(member, member + len(factors[first]))
-        state = (residuals, factor_momenta, products)
-        stacks = [factors[first:last], *(tensors[first:last] for tensors in state)]
-        bucket = _bucket(lists, places, *stacks) if count == 2 else None
-        if bucket is None:
-            others.append(i)
-        else:
-            groups[factors[first].device, _gemm_dtype(bucket)].append(bucket)
-        first, member = last, places.stop
+    groups: dict[Any, list[MatrixBucket]] = defaultdict(list)
+    for bucket in buckets:
+        groups[bucket.factors[0].device, _gemm_dtype(bucket)].append(bucket)
     for device in {device for device, _ in groups}:
         # Without a dense factor there is no GEMM, and any launch will do.
         diagonal = groups.pop((device, None), [])
         dtypes = [dtype for other, dtype in groups if other == device] or [torch.float32]
         groups[device, dtypes[0]].extend(diagonal)
-    for (device, dtype), buckets in groups.items():
-        step = _Step(lr, scalars, scaling, update_factors, refresh_products)
-        _run(device, dtype, buckets, lists, step)
-    return others
+    step = _Step(lr, scalars, scaling, update_factors, refresh_products)
+    for (device, dtype), members in groups.items():
+        _run(device, dtype, members, lists, step)
 
 
 def _bucket(
-    lists: Sequence[Sequence[Tensor]], places: range, *state: Sequence[Tensor]
-) -> Bucket | None:
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: range,
+    factors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    products: Sequence[Tensor],
+) -> MatrixBucket | None:
     """The bucket of these members, or None where the kernels do not take it."""
-    factors, residuals, momenta, products = state
-    members = [[tensors[i] for i in places] for tensors in lists]
-    param_dtypes, grad_dtypes = ([t.dtype for t in tensors] for tensors in members[:2])
+    param_dtypes, grad_dtypes = ([tensors[i].dtype for i in indices] for tensors in (params, grads))
     if any(dtype not in DTYPES for dtype in (*param_dtypes, *grad_dtypes)):
         return None
     dense = factors[0].dim() == 3, factors[1].dim() == 3
@@ -183,6 +196,7 @@ def _bucket(
         or len({f.dtype for f, d in zip(factors, dense, strict=True) if d}) > 1
     ):
         return None
+    state = factors, residuals, momenta, products
     for is_dense, factor, residual, moment, product in zip(dense, *state, strict=True):
         bfloat16 = is_dense and factor.dtype == torch.bfloat16
         stacks = [factor, moment]
@@ -196,25 +210,17 @@ def _bucket(
             or any(t.shape != factor.shape or not t.is_contiguous() for t in stacks)
         ):
             return None
-    return Bucket(
-        sizes,
-        dense,
-        tuple(places),
-        tuple(param_dtypes),
-        tuple(grad_dtypes),
-        factors,
-        residuals,
-        momenta,
-        products,
+    return MatrixBucket(
+        sizes, dense, tuple(indices), tuple(param_dtypes), tuple(grad_dtypes), *state
     )
 
 
-def _gemm_dtype(bucket: Bucket) -> torch.dtype | None:
+def _gemm_dtype(bucket: MatrixBucket) -> torch.dtype | None:
     dense = [f.dtype for f, is_dense in zip(bucket.factors, bucket.dense, strict=True) if is_dense]
     return dense[0] if dense else None
 
 
-def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket]) -> Tiling:
+def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[MatrixBucket]) -> Tiling:
     if dtype == torch.float32:
         return FLOAT32
     if sum(map(_large_tiles, buckets)) < ENOUGH_LARGE_TILES:
@@ -222,9 +228,9 @@ def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket])
     return LARGE_HOPPER if _is_hopper(device) else LARGE
 
 
-def _large_tiles(bucket: Bucket) -> int:
+def _large_tiles(bucket: MatrixBucket) -> int:
     rows, columns = bucket.sizes
-    return (rows // LARGE.block) * (columns // LARGE.block) * len(bucket.places)
+    return (rows // LARGE.block) * (columns // LARGE.block) * len(bucket.indices)
 
 
 @lru_cache(maxsize=64)
@@ -232,28 +238,30 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _is_stacked(bucket: Bucket, tiling: Tiling) -> bool:
+def _is_stacked(bucket: MatrixBucket, tiling: Tiling) -> bool:
     """Whether a bucket has launches of its own: all rows on 16 bytes, enough tiles to fill them."""
-    stacks = [stack for stacks in bucket[5:] for stack in stacks]
     return (
         tiling == LARGE_HOPPER
         and _large_tiles(bucket) >= ENOUGH_LARGE_TILES
         and all(bucket.dense)
-        and all(size % 8 == 0 for size in bucket.sizes)
-        and all(stack.data_ptr() % 16 == 0 for stack in stacks)
+        and all(size % LAYOUT.row_multiple == 0 for size in bucket.sizes)
+        and all(map(starts_aligned, bucket.state))
     )
 
 
 def _find_plan(
-    device: torch.device, dtype: torch.dtype, buckets: Sequence[Bucket], update: bool, refresh: bool
-) -> tuple[Plan, Tiling]:
+    device: torch.device,
+    dtype: torch.dtype,
+    buckets: Sequence[MatrixBucket],
+    update: bool,
+    refresh: bool,
+) -> tuple[MatrixPlan, Tiling]:
     tiling = _tiling(device, dtype, buckets)
     refresh = refresh and not update
-    stacks = [
-        tuple([t.data_ptr() for tensors in bucket[5:] for t in tensors]) for bucket in buckets
-    ]
     stacked = [_is_stacked(bucket, tiling) for bucket in buckets]
-    key = (device, dtype, tiling, *stacked, update, refresh, *(b[:5] for b in buckets), *stacks)
+    members = [bucket.members for bucket in buckets]
+    stacks = [tuple(map(Tensor.data_ptr, bucket.state)) for bucket in buckets]
+    key = (device, dtype, tiling, *stacked, update, refresh, *members, *stacks)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MAX_PLANS:
@@ -265,23 +273,25 @@ def _find_plan(
 
 @lru_cache(maxsize=64)
 def _members(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> DeviceTable:
-    """int64, (members, 4): addresses of the parameter, the gradient and the momentum buffer."""
-    table = torch.zeros(len(addresses[0]), 4, device="cpu", dtype=torch.int64)
-    table[:, : len(addresses)] = torch.tensor(addresses, device="cpu").T
-    return DeviceTable(table, device)
+    """A row of `slots.Member` for each; params, grads and momentum buffers, if there are any."""
+    param, grad, *buffers = torch.tensor(addresses, device="cpu", dtype=torch.int64)
+    nothing = torch.zeros_like(param)
+    (buffer,) = buffers or [nothing]
+    member = Member(param=param, grad=grad, buffer=buffer, unused=nothing)
+    return DeviceTable(torch.stack(member, 1), device)
 
 
 def _accessible(tensor: Tensor) -> Tensor:
-    """The tensor where it is contiguous and starts on 16 bytes, else a copy that is."""
+    """The tensor where it is contiguous and starts aligned, else a copy that is and does."""
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if starts_aligned(tensor) else tensor.clone()
 
 
 def _run(
     device: torch.device,
     dtype: torch.dtype,
-    buckets: Sequence[Bucket],
+    buckets: Sequence[MatrixBucket],
     lists: Sequence[Sequence[Tensor]],
     step: _Step,
 ) -> None:
@@ -290,13 +300,12 @@ def _run(
     dense = [[_accessible(t) for t in tensors] for tensors in lists]
     addresses = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in dense])
     lr = step.lr
-    values = (float(lr) if lr.is_cpu else 0.0, *step.scalars)
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
         launches = Launches(plan, tiling, dtype, buckets, scratch)
         launch, multiply = launches.launch, launches.multiply
         members = _members(device, addresses).on_device()
-        numbers = scalar_table(device, values).on_device()
+        numbers = scalar_table(device, step.scalars).on_device()
         grad_scale, found_inf = at_scaling(step.scaling, device)
         launches.gather(_gather_kernel, members, grad_scale)
         launch("left", _product_kernel, TRANS_A=True)
@@ -314,6 +323,6 @@ def _run(
         launch("params", _params_kernel, *args, HAS_BUF=len(lists) == 3)
     for tensors, results in zip(lists[::2], dense[::2], strict=True):
         for bucket in buckets:
-            for i in bucket.places:
+            for i in bucket.indices:
                 if results[i] is not tensors[i]:
                     tensors[i].copy_(results[i])

@@ -1,38 +1,50 @@
 """Which matrices each launch of IF-Shampoo computes, where their operands are, and in which order.
 
 A plan depends on where the factor state lies, on shapes and on dtypes, never on the addresses of
-parameters, gradients and momentum buffers: those are looked up by place in a table of their own.
-Everything that lives for one step alone lies in one scratch allocation, at places that the plan
-fixes; a job names them by -1 - place, and anything else by address.
+parameters, gradients and momentum buffers: those are looked up by index in a table of their own.
+Everything that lives for one step alone lies in one scratch allocation, at bytes that the plan
+fixes; a job names them by -1 - byte, and anything else by address (kernels/slots.py).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .matrix_plan import Bucket, Launch, Operands, Plan, Product, Stack, Tiling
-from .tables import DeviceTable
-from .tiles import JOB_COLUMNS
+from .matrix_plan import (
+    MatrixBucket,
+    MatrixPlan,
+    Operands,
+    PlanDraft,
+    Stack,
+    Tiling,
+    grid_of,
+    starts_aligned,
+    triangle_of,
+)
+from .slots import (
+    GATHERED,
+    LAYOUT,
+    SIDE,
+    STRUCTURE,
+    Column,
+    Factors,
+    Gather,
+    Momenta,
+    Params,
+    Product,
+    Square,
+    padded,
+)
 
 # Tiles of the gather launch: rows are contiguous, so a warp reads 256 or 512 bytes of one.
 GATHER_ROWS, GATHER_COLUMNS = 64, 128
 
-# Tile rows that are worked on together, so that the operand columns stay in L2 meanwhile.
-GROUP = 8
-
-
-def padded(size: int) -> int:
-    return -(-size // 8) * 8
-
 
 def build_plan(
-    buckets: Sequence[Bucket],
+    buckets: Sequence[MatrixBucket],
     stacked: Sequence[bool],
     dtype: torch.dtype,
     tiling: Tiling,
@@ -40,7 +52,7 @@ def build_plan(
     *,
     update: bool,
     refresh: bool,
-) -> Plan:
+) -> MatrixPlan:
     """The launches of one step: with new factors (update), or with new products alone (refresh).
 
     stacked: of each bucket, whether its factors and products are the stacked kernels'
@@ -56,13 +68,13 @@ def build_plan(
 class _Axis:
     """An axis of a bucket; its operands are columns of addresses, zero where there is nothing."""
 
-    park: Any = 0  # room for the tiles of its launches, where rows are not aligned
-    squares: Any = 0  # partial ||factor||_F^2
+    spill: Column = 0  # room for the tiles of its launches, where rows are not aligned
+    squares: Column = 0  # partial ||factor||_F^2
     squares_count = 0
-    norms: Any = 0  # partial ||m||_F^2
+    norms: Column = 0  # partial ||m||_F^2
     norms_count = 0
-    told: Any = 0  # partial counts of the gradient's elements other than 0
-    told_count = 0
+    nonzeros: Column = 0  # partial counts of the gradient's elements other than 0
+    nonzeros_count = 0
 
     def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:
         self.size, self.dense, self.aligned = size, dense, aligned
@@ -78,89 +90,71 @@ class _Axis:
     def copied(self) -> bool:
         return self.dense and not self.aligned
 
+    @property
+    def structure(self) -> int:
+        if not self.dense:
+            return STRUCTURE.diagonal
+        return STRUCTURE.aligned if self.aligned else STRUCTURE.ragged
 
-_Key = tuple[str, "torch.dtype | None", Operands]  # of a launch
 
-
-class _Builder:
+class _Builder(PlanDraft):
     number: int  # of the bucket that is being added
     stacked: bool
 
     def __init__(self, dtype: torch.dtype, block: int, update: bool, products: bool) -> None:
+        super().__init__()
         self.dtype, self.block = dtype, block
         self.update, self.products = update, products
-        self.scratch_bytes = 0
-        self.entries: dict[_Key, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-        self.vendors: dict[str, list[Product]] = defaultdict(list)
 
-    def scratch(self, count: int, elements: int, itemsize: int) -> Tensor:
-        """Places for `count` arrays, as a job names them."""
-        size = -(-elements * itemsize // 128) * 128
-        places = self.scratch_bytes + size * torch.arange(count, device="cpu")
-        self.scratch_bytes += size * count
-        return -1 - places
-
-    def job(
-        self,
-        name: str,
-        cost: int,
-        grid: Tensor,
-        *columns: Any,
-        dtype: Any = None,
-        operands: Operands = (),
-    ) -> None:
-        """One job a matrix of a bucket; `cost` is the length of a program's loop."""
-        count = max(len(c) for c in columns if isinstance(c, Tensor))
-        table = torch.zeros(count, JOB_COLUMNS, device="cpu", dtype=torch.int64)
-        for i, column in enumerate(columns):
-            table[:, i] = column
-        table[:, -1] = torch.arange(count, device="cpu")  # places in `operands`
-        if count:
-            self.entries[name, dtype, operands].append((cost, table, grid))
-
-    def vendor(self, name: str, a: Stack, b: Stack, out: Stack, transposed: bool = False) -> None:
-        self.vendors[name].append(Product(a, b, out, transposed))
-
-    def stack(self, places: Tensor, rows: int, columns: int) -> Stack:
+    def stack(self, scratch: Tensor, rows: int, columns: int) -> Stack:
         """Operands in the scratch."""
-        return Stack(self.number, -1 - int(places[0]), (len(places), rows, columns))
+        return Stack(self.number, -1 - int(scratch[0]), (len(scratch), rows, columns))
 
     def state(self, name: str, n: int, axis: _Axis) -> Stack:
         """Operands of axis n in the state."""
         return Stack(self.number, (name, n), (len(axis.factor), axis.size, axis.size))
 
-    def add(self, bucket: Bucket, number: int, stacked: bool) -> None:
+    def add(self, bucket: MatrixBucket, number: int, stacked: bool) -> None:
         self.number, self.stacked = number, stacked
         axes = [self.axis(bucket, 0), self.axis(bucket, 1)]
         rows, columns = bucket.sizes
-        count, neither = len(bucket.places), not any(bucket.dense)
+        count, neither = len(bucket.indices), not any(bucket.dense)
         itemsize = self.dtype.itemsize
         elements = rows * padded(columns)
         gradient = self.scratch(count, elements, 4 if neither else itemsize)
-        told, told_count = torch.zeros(count, device="cpu", dtype=torch.int64), 0
+        nonzeros, nonzeros_count = torch.zeros(count, device="cpu", dtype=torch.int64), 0
         if self.update:
-            told_count = len(_grid(rows, columns, GATHER_ROWS, GATHER_COLUMNS))
-            told = self.scratch(count, told_count, 4)
+            nonzeros_count = len(grid_of(rows, columns, GATHER_ROWS, GATHER_COLUMNS))
+            nonzeros = self.scratch(count, nonzeros_count, 4)
         for axis in axes:
-            axis.told, axis.told_count = told, told_count
+            axis.nonzeros, axis.nonzeros_count = nonzeros, nonzeros_count
         for dtype in dict.fromkeys(bucket.grad_dtypes):
             chosen = torch.tensor([other == dtype for other in bucket.grad_dtypes], device="cpu")
-            places = torch.tensor(bucket.places, device="cpu")[chosen]
-            kind = 2 if neither else 1
-            self.gather(places, gradient[chosen], rows, columns, told[chosen], kind, False, dtype)
-        half = self.scratch(count, elements, itemsize) if all(bucket.dense) else gradient
+            indices = torch.tensor(bucket.indices, device="cpu")[chosen]
+            row = Gather(
+                source=indices,
+                target=gradient[chosen],
+                rows=rows,
+                columns=columns,
+                sums=nonzeros[chosen],
+                gathered=GATHERED.wide_gradient if neither else GATHERED.gradient,
+                aligned=0,
+            )
+            self.gather(row, dtype)
+        # T at an update, then V.
+        left_product = self.scratch(count, elements, itemsize) if all(bucket.dense) else gradient
         if self.update:
-            self.add_update(axes, gradient, half)
+            self.add_update(axes, gradient, left_product)
         if self.products:
             for n, axis in enumerate(axes):
                 self.add_products(n, axis)
-        self.add_step(bucket, axes, gradient, half)
+        self.add_step(bucket, axes, gradient, left_product)
 
-    def axis(self, bucket: Bucket, n: int) -> _Axis:
+    def axis(self, bucket: MatrixBucket, n: int) -> _Axis:
         """The operands of an axis, and the copies that they need."""
-        size, dense, count = bucket.sizes[n], bucket.dense[n], len(bucket.places)
+        size, dense, count = bucket.sizes[n], bucket.dense[n], len(bucket.indices)
         stacks = bucket.factors[n], bucket.residuals[n], bucket.momenta[n], bucket.products[n]
-        aligned = size % 8 == 0 and all(stack.data_ptr() % 16 == 0 for stack in stacks)
+        aligned = size % LAYOUT.row_multiple == 0 and all(map(starts_aligned, stacks))
         axis = _Axis(size, dense, aligned, [_addresses(stack, count) for stack in stacks])
 
         def copy(itemsize: int = self.dtype.itemsize) -> Tensor:
@@ -169,44 +163,47 @@ class _Builder:
         if axis.copied:
             axis.product_operand = copy()
             if self.products:
-                axis.new, axis.park = copy(), copy(itemsize=4)
+                axis.new, axis.spill = copy(), copy(itemsize=4)
             if self.update:
                 axis.momentum_operand = copy()
             elif self.products:
-                self.gather(axis.factor, axis.new, size, size, 0, 0, False)
+                self.gather_state(axis.factor, axis.new, axis)
             else:
-                self.gather(axis.product, axis.product_operand, size, size, 0, 0, False)
+                self.gather_state(axis.product, axis.product_operand, axis)
         if self.update:
             tiles = -(-size // self.block)
             axis.norms_count = tiles * (tiles + 1) // 2 if dense else tiles
             axis.norms = self.scratch(count, axis.norms_count, 4)
         if self.update and dense:
             axis.old = copy()
-            axis.squares_count = len(_grid(size, size, GATHER_ROWS, GATHER_COLUMNS))
+            axis.squares_count = len(grid_of(size, size, GATHER_ROWS, GATHER_COLUMNS))
             axis.squares = self.scratch(count, axis.squares_count, 4)
-            self.gather(axis.factor, axis.old, size, size, axis.squares, 0, aligned)
+            self.gather_state(axis.factor, axis.old, axis, axis.squares)
         return axis
 
-    def gather(
-        self,
-        source: Tensor,
-        target: Tensor,
-        rows: int,
-        columns: int,
-        sums: Any,
-        kind: int,
-        aligned: bool,
-        dtype: torch.dtype | None = None,
+    def gather_state(
+        self, source: Tensor, target: Tensor, axis: _Axis, squares: Column = 0
     ) -> None:
-        grid = _grid(rows, columns, GATHER_ROWS, GATHER_COLUMNS)
-        operands = source, target, rows, columns, sums, kind, int(aligned)
-        self.job("gather", 0, grid, *operands, dtype=dtype)
+        row = Gather(
+            source=source,
+            target=target,
+            rows=axis.size,
+            columns=axis.size,
+            sums=squares,
+            gathered=GATHERED.state,
+            aligned=int(axis.aligned),
+        )
+        self.gather(row, None)
 
-    def add_update(self, axes: list[_Axis], gradient: Tensor, half: Tensor) -> None:
+    def gather(self, row: Gather, dtype: torch.dtype | None) -> None:
+        grid = grid_of(row.rows, row.columns, GATHER_ROWS, GATHER_COLUMNS)
+        self.job("gather", 0, grid, row, dtype=dtype)
+
+    def add_update(self, axes: list[_Axis], gradient: Tensor, left_product: Tensor) -> None:
         left, right = axes
         rows, columns = left.size, right.size
         count, block = len(gradient), self.block
-        grid = _grid(rows, columns, block, block)
+        grid = grid_of(rows, columns, block, block)
         across = [-(-axis.size // block) for axis in axes]
         # A diagonal factor's sums of squares of M: along rows from each tile column, or the other.
         sums = [
@@ -217,133 +214,184 @@ class _Builder:
         if left.dense or right.dense:
             transformed = self.scratch(count, rows * padded(columns), self.dtype.itemsize)
         if self.stacked:
-            g, t, m = (self.stack(s, rows, columns) for s in (gradient, half, transformed))
+            g, t, m = (self.stack(s, rows, columns) for s in (gradient, left_product, transformed))
             self.vendor("left", self.state("factors", 0, left), g, t, transposed=True)
             self.vendor("right", t, self.state("factors", 1, right), m)
         else:
-            self.add_transformed(axes, grid, gradient, half, transformed, sums)
-        for n, axis in enumerate(axes):
-            gram = transformed, axis.size, axes[1 - n].size, columns, n
-            if not axis.dense:
-                gram = sums[n], axis.size, axes[1 - n].size, across[1 - n], 2
-            self.add_factor(n, axis, axes[1 - n], *gram)
+            self.add_transformed(axes, grid, gradient, left_product, transformed, sums)
+        for n, (axis, other) in enumerate(zip(axes, reversed(axes), strict=True)):
+            if axis.dense:
+                self.add_momentum(axis, other, transformed, columns, (SIDE.rows, SIDE.columns)[n])
+            else:
+                self.add_momentum(axis, other, sums[n], across[1 - n], SIDE.diagonal)
+            self.add_factor(n, axis)
 
     def add_transformed(
-        self, axes: list[_Axis], grid: Tensor, gradient: Any, half: Any, transformed: Any, sums: Any
+        self,
+        axes: list[_Axis],
+        grid: Tensor,
+        gradient: Tensor,
+        left_product: Tensor,
+        transformed: Column,
+        sums: list[Column],
     ) -> None:
+        """T = C^T G and M = T K; a diagonal factor scales the product of the other."""
         left, right = axes
         rows, columns = left.size, right.size
         if left.dense:
-            operands = left.old, rows, gradient, columns, half if right.dense else transformed, 0
-            scales = (0, 0, 0, 0) if right.dense else (0, right.scale, 0, sums[1])
-            self.job("left", rows, grid, *operands, rows, columns, rows, *scales)
+            row = Product(
+                a=left.old,
+                a_columns=rows,
+                b=gradient,
+                b_columns=columns,
+                output=left_product if right.dense else transformed,
+                unused=0,
+                m=rows,
+                n=columns,
+                k=rows,
+                row_scales=0,
+                column_scales=0 if right.dense else right.scale,
+                row_sums=0,
+                column_sums=0 if right.dense else sums[1],
+            )
+            self.job("left", rows, grid, row)
         if right.dense or not left.dense:
             depth = columns if right.dense else 0
-            operands = half if left.dense else gradient, columns, right.old, columns, transformed, 0
-            scales = left.scale, right.scale, *sums
-            self.job("right", depth, grid, *operands, rows, columns, depth, *scales)
+            row = Product(
+                a=left_product if left.dense else gradient,
+                a_columns=columns,
+                b=right.old,
+                b_columns=columns,
+                output=transformed,
+                unused=0,
+                m=rows,
+                n=columns,
+                k=depth,
+                row_scales=left.scale,
+                column_scales=right.scale,
+                row_sums=sums[0],
+                column_sums=sums[1],
+            )
+            self.job("right", depth, grid, row)
 
-    def add_factor(self, n: int, axis: _Axis, other: _Axis, *gram: Any) -> None:
+    def add_momentum(
+        self, axis: _Axis, other: _Axis, transformed: Column, columns: int, side: int
+    ) -> None:
         d, block = axis.size, self.block
-        trace = other.factor, other.size, 1
-        if other.dense:
-            trace = other.squares, other.squares_count, 0
-        copy = axis.momentum_operand if axis.copied else 0
-        grid = _triangle(d, block) if axis.dense else _grid(d, 1, block, block)
-        cost = d + other.size if axis.dense else 0
-        told = axis.told, axis.told_count
-        columns = axis.old, *gram, axis.momentum, copy, *trace, axis.norms, axis.park, *told
-        self.job("momenta", cost, grid, *columns)
+        row = Momenta(
+            factor=axis.old,
+            transformed=transformed,
+            size=d,
+            others=other.size,
+            columns=columns,
+            side=side,
+            momentum=axis.momentum,
+            copy=axis.momentum_operand if axis.copied else 0,
+            trace=other.squares if other.dense else other.factor,
+            trace_count=other.squares_count if other.dense else other.size,
+            trace_squares=int(not other.dense),
+            norms=axis.norms,
+            spill=axis.spill,
+            nonzeros=axis.nonzeros,
+            nonzeros_count=axis.nonzeros_count,
+        )
+        grid = triangle_of(d, block) if axis.dense else grid_of(d, 1, block, block)
+        self.job("momenta", d + other.size if axis.dense else 0, grid, row)
 
-        copy = axis.new if axis.copied else 0
-        kind = int(axis.aligned) if axis.dense else 2
-        grid = _grid(d, d if axis.dense else 1, block, block)
-        columns = axis.old, axis.momentum_operand, d, axis.factor, axis.residual, copy
-        columns = *columns, axis.norms, axis.norms_count, kind, axis.park, *told
+    def add_factor(self, n: int, axis: _Axis) -> None:
+        d, block = axis.size, self.block
+        row = Factors(
+            old=axis.old,
+            operand=axis.momentum_operand,
+            size=d,
+            factor=axis.factor,
+            residual=axis.residual,
+            copy=axis.new if axis.copied else 0,
+            norms=axis.norms,
+            norms_count=axis.norms_count,
+            structure=axis.structure,
+            spill=axis.spill,
+            nonzeros=axis.nonzeros,
+            nonzeros_count=axis.nonzeros_count,
+        )
         operands: Operands = ()
         if self.stacked:
             operands = (self.stack(axis.old, d, d), False), (self.state("momenta", n, axis), True)
-        self.job("factors", d if axis.dense else 0, grid, *columns, operands=operands)
+        grid = grid_of(d, d if axis.dense else 1, block, block)
+        self.job("factors", d if axis.dense else 0, grid, row, operands=operands)
 
     def add_products(self, n: int, axis: _Axis) -> None:
-        if axis.dense:
-            copy = axis.product_operand if axis.copied else 0
-            columns = axis.new, axis.product, axis.size, copy, axis.park
-            grid = _triangle(axis.size, self.block)
-            operands = ((self.state("factors", n, axis), False),) if self.stacked else ()
-            self.job("products", axis.size, grid, *columns, operands=operands)
+        if not axis.dense:
+            return
+        row = Square(
+            factor=axis.new,
+            product=axis.product,
+            size=axis.size,
+            copy=axis.product_operand if axis.copied else 0,
+            spill=axis.spill,
+        )
+        operands = ((self.state("factors", n, axis), False),) if self.stacked else ()
+        self.job("products", axis.size, triangle_of(axis.size, self.block), row, operands=operands)
 
-    def add_step(self, bucket: Bucket, axes: list[_Axis], gradient: Tensor, half: Tensor) -> None:
+    def add_step(
+        self, bucket: MatrixBucket, axes: list[_Axis], gradient: Tensor, left_product: Tensor
+    ) -> None:
+        """V = (C C^T) G, P = V (K K^T) and the descent."""
         left, right = axes
         rows, columns = bucket.sizes
-        grid = _grid(rows, columns, self.block, self.block)
-        park: Any = 0
-        if any(bucket.dense) and columns % 8:
-            park = self.scratch(len(gradient), rows * padded(columns), 4)
-        if left.dense:
-            operands, depth = (left.product_operand, rows, gradient, columns), rows
+        grid = grid_of(rows, columns, self.block, self.block)
         if self.stacked:
-            g, v = (self.stack(s, rows, columns) for s in (gradient, half))
+            g, v = (self.stack(s, rows, columns) for s in (gradient, left_product))
             self.vendor("precondition", self.state("products", 0, left), g, v)
         elif left.dense and right.dense:
-            self.job("precondition", rows, grid, *operands, half, 0, rows, columns, rows)
+            row = Product(
+                a=left.product_operand,
+                a_columns=rows,
+                b=gradient,
+                b_columns=columns,
+                output=left_product,
+                unused=0,
+                m=rows,
+                n=columns,
+                k=rows,
+                row_scales=0,
+                column_scales=0,
+                row_sums=0,
+                column_sums=0,
+            )
+            self.job("precondition", rows, grid, row)
         if right.dense:
-            operands, depth = (half, columns, right.product_operand, columns), columns
-        if not any(bucket.dense):
-            operands, depth, park = (gradient, columns, gradient, columns), 0, gradient
-        scales = left.scale, right.scale, park
+            a, depth, b = left_product, columns, right.product_operand
+        elif left.dense:
+            a, depth, b = left.product_operand, rows, gradient
+        else:
+            a, depth, b = gradient, 0, gradient
+        spill: Column = 0
+        if depth == 0:
+            spill = gradient
+        elif columns % LAYOUT.row_multiple:
+            spill = self.scratch(len(gradient), rows * padded(columns), 4)
+        row = Params(
+            a=a,
+            a_columns=depth or columns,
+            b=b,
+            b_columns=columns,
+            member=torch.tensor(bucket.indices, device="cpu"),
+            unused=0,
+            m=rows,
+            n=columns,
+            k=depth,
+            row_scales=left.scale,
+            column_scales=right.scale,
+            spill=spill,
+        )
         for dtype in dict.fromkeys(bucket.param_dtypes):
             chosen = torch.tensor([other == dtype for other in bucket.param_dtypes], device="cpu")
-            places = torch.tensor(bucket.places, device="cpu")
-            job = *operands, places, 0, rows, columns, depth, *scales
-            job = [c[chosen] if isinstance(c, Tensor) else c for c in job]
-            self.job("params", depth, grid, *job, dtype=dtype)
-
-    def finish(self, device: torch.device) -> Plan:
-        """Join the tables; the longest programs of a launch start first."""
-        copies = self.entries.pop(("gather", None, ()), [])
-        first = next(key for key in self.entries if key[0] == "gather")
-        self.entries[first] += copies
-        jobs, tiles = [], []
-        launches: dict[str, list[Launch]] = defaultdict(list)
-        job_count = tile_count = 0
-        for (name, dtype, operands), entries in self.entries.items():
-            start = tile_count
-            for _, table, grid in sorted(entries, key=lambda entry: -entry[0]):
-                indices = torch.arange(job_count, job_count + len(table), device="cpu")
-                indices = indices.repeat_interleave(len(grid))[:, None]
-                tiles.append(torch.cat([indices, grid.repeat(len(table), 1)], 1).int())
-                jobs.append(table)
-                job_count += len(table)
-                tile_count += len(indices)
-            launches[name].append(Launch(start, tile_count, dtype, operands))
-        tables = DeviceTable(torch.cat(jobs), device), DeviceTable(torch.cat(tiles), device)
-        return Plan(*tables, dict(launches), dict(self.vendors), self.scratch_bytes)
+            part = row._make([c[chosen] if isinstance(c, Tensor) else c for c in row])
+            self.job("params", depth, grid, part, dtype=dtype)
 
 
 def _addresses(stack: Tensor, count: int) -> Tensor:
     """The address of each matrix of a stack; zeros for an empty one."""
     step = stack.stride(0) * stack.itemsize if stack.numel() else 0
     return stack.data_ptr() * bool(step) + step * torch.arange(count, device="cpu")
-
-
-@lru_cache(maxsize=256)
-def _grid(rows: int, columns: int, block_rows: int, block_columns: int) -> Tensor:
-    """(tiles, 3): row, column and place of the tiles of a matrix, in groups of rows."""
-    shape = -(-rows // block_rows), -(-columns // block_columns)
-    row, column = torch.meshgrid(*(torch.arange(n, device="cpu") for n in shape), indexing="ij")
-    return _ordered(row.flatten(), column.flatten())
-
-
-@lru_cache(maxsize=256)
-def _triangle(size: int, block: int) -> Tensor:
-    """As `_grid`, for the tiles on and below the diagonal."""
-    count = -(-size // block)
-    row, column = torch.tril_indices(count, count, device="cpu")
-    return _ordered(row, column)
-
-
-def _ordered(row: Tensor, column: Tensor) -> Tensor:
-    width = int(column.max()) + 1
-    order = torch.argsort((row // GROUP * width + column) * GROUP + row % GROUP)
-    return torch.stack([row[order], column[order], torch.arange(len(row), device="cpu")], 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
-from .matrix_plan import Bucket, Launch, Plan, Stack, Tiling
+from .matrix_plan import MatrixBucket, MatrixPlan, Stack, TileRange, Tiling
 from .tables import DTYPES
 
 GATHER_WARPS = 8
@@ -27,10 +27,10 @@ class Launches:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: MatrixPlan,
         tiling: Tiling,
         dtype: torch.dtype,
-        buckets: Sequence[Bucket],
+        buckets: Sequence[MatrixBucket],
         scratch: Tensor,
     ) -> None:
         self.plan, self.tiling, self.dtype = plan, tiling, dtype
@@ -45,7 +45,7 @@ class Launches:
             "maxnreg": tiling.max_registers,
         }
 
-    def parts(self, name: str) -> Iterator[tuple[Launch, int, tuple[Tensor, ...]]]:
+    def parts(self, name: str) -> Iterator[tuple[TileRange, int, tuple[Tensor, ...]]]:
         """Launches, with their tiles' number and the tables that every kernel takes first."""
         for part in self.plan.launches.get(name, ()):
             tiles = self.tiles[part.start : part.stop]

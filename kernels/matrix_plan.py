@@ -1,14 +1,20 @@
-"""What IF-Shampoo's launches are planned from (tilings, buckets), and what a plan says."""
+"""What IF-Shampoo's launches are planned from, what a plan says, and how it is put together."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .slots import LAYOUT, TILE, Factors, Gather, Momenta, Params, Product, Square, Tile
 from .tables import DeviceTable
+
+# Tile rows that are worked on together, so that the operand columns stay in L2 meanwhile.
+GROUP = 8
 
 
 class Tiling(NamedTuple):
@@ -22,12 +28,12 @@ class Tiling(NamedTuple):
     max_registers: int | None = None
 
 
-class Bucket(NamedTuple):
+class MatrixBucket(NamedTuple):
     """Matrices of equal shapes, whose factor state is stacked; a list has a tensor an axis."""
 
     sizes: tuple[int, int]
     dense: tuple[bool, bool]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]  # in the caller's lists
     param_dtypes: tuple[torch.dtype, ...]
     grad_dtypes: tuple[torch.dtype, ...]
     factors: Sequence[Tensor]
@@ -35,11 +41,26 @@ class Bucket(NamedTuple):
     momenta: Sequence[Tensor]
     products: Sequence[Tensor]
 
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """All but where the state is."""
+        return self.sizes, self.dense, self.indices, self.param_dtypes, self.grad_dtypes
+
+    @property
+    def state(self) -> list[Tensor]:
+        lists = self.factors, self.residuals, self.momenta, self.products
+        return [stack for stacks in lists for stack in stacks]
+
+
+def starts_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor has the alignment that kernels promise the compiler."""
+    return tensor.data_ptr() % LAYOUT.alignment == 0
+
 
 class Stack(NamedTuple):
     """GEMM operands of all members of a bucket: (members, rows, columns).
 
-    source: a place in the scratch, or a field of the bucket and an axis. Not the tensor, which a
+    source: a byte of the scratch, or a field of the bucket and an axis. Not the tensor, which a
     plan would keep alive.
     """
 
@@ -47,7 +68,9 @@ class Stack(NamedTuple):
     source: int | tuple[str, int]
     shape: tuple[int, int, int]
 
-    def tensor(self, buckets: Sequence[Bucket], scratch: Tensor, dtype: torch.dtype) -> Tensor:
+    def tensor(
+        self, buckets: Sequence[MatrixBucket], scratch: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         if isinstance(self.source, tuple):
             name, axis = self.source
             stack: Tensor = getattr(buckets[self.bucket], name)[axis]
@@ -61,8 +84,8 @@ class Stack(NamedTuple):
 Operands = tuple[tuple[Stack, bool], ...]
 
 
-class Launch(NamedTuple):
-    """Tiles [start, stop) of one launch.
+class TileRange(NamedTuple):
+    """A launch: tiles [start, stop) of the plan's.
 
     dtype: where its kernel takes one; operands: of a stacked kernel, empty for others.
     """
@@ -73,7 +96,7 @@ class Launch(NamedTuple):
     operands: Operands
 
 
-class Product(NamedTuple):
+class StackProduct(NamedTuple):
     """out = A B, or A^T B, of every matrix of a bucket."""
 
     a: Stack
@@ -82,11 +105,99 @@ class Product(NamedTuple):
     transposed: bool
 
 
-class Plan(NamedTuple):
+class MatrixPlan(NamedTuple):
     """What each launch computes, by name; a name may have several launches, or none."""
 
     jobs: DeviceTable
     tiles: DeviceTable
-    launches: dict[str, list[Launch]]
-    products: dict[str, list[Product]]
+    launches: dict[str, list[TileRange]]
+    products: dict[str, list[StackProduct]]
     scratch_bytes: int
+
+
+Job = Gather | Product | Momenta | Factors | Square | Params
+_Key = tuple[str, "torch.dtype | None", Operands]  # of a launch
+
+
+class PlanDraft:
+    """Jobs by launch, products by the vendor's library, and the scratch that they need."""
+
+    def __init__(self) -> None:
+        self.scratch_bytes = 0
+        self.entries: dict[_Key, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        self.vendors: dict[str, list[StackProduct]] = defaultdict(list)
+
+    def scratch(self, count: int, elements: int, itemsize: int) -> Tensor:
+        """Room for `count` arrays, as a job names it."""
+        size = -(-elements * itemsize // 128) * 128
+        first_bytes = self.scratch_bytes + size * torch.arange(count, device="cpu")
+        self.scratch_bytes += size * count
+        return -1 - first_bytes
+
+    def job(
+        self,
+        name: str,
+        cost: int,
+        grid: Tensor,
+        row: Job,
+        *,
+        dtype: torch.dtype | None = None,
+        operands: Operands = (),
+    ) -> None:
+        """One job a matrix of a bucket; `cost` is the length of a program's loop."""
+        count = max(len(c) for c in row if isinstance(c, Tensor))
+        table = torch.zeros(count, LAYOUT.job_columns, device="cpu", dtype=torch.int64)
+        for column, values in enumerate(row):
+            table[:, column] = values
+        table[:, LAYOUT.matrix] = torch.arange(count, device="cpu")
+        if count:
+            self.entries[name, dtype, operands].append((cost, table, grid))
+
+    def vendor(self, name: str, a: Stack, b: Stack, out: Stack, transposed: bool = False) -> None:
+        self.vendors[name].append(StackProduct(a, b, out, transposed))
+
+    def finish(self, device: torch.device) -> MatrixPlan:
+        """Join the tables; the longest programs of a launch start first."""
+        copies = self.entries.pop(("gather", None, ()), [])
+        first = next(key for key in self.entries if key[0] == "gather")
+        self.entries[first] += copies
+        jobs, tiles = [], []
+        launches: dict[str, list[TileRange]] = defaultdict(list)
+        job_count = tile_count = 0
+        for (name, dtype, operands), entries in self.entries.items():
+            start = tile_count
+            for _, table, grid in sorted(entries, key=lambda entry: -entry[0]):
+                numbers = torch.arange(job_count, job_count + len(table), device="cpu")
+                part = grid.repeat(len(table), 1)
+                part[:, TILE.job] = numbers.repeat_interleave(len(grid))
+                tiles.append(part.int())
+                jobs.append(table)
+                job_count += len(table)
+                tile_count += len(part)
+            launches[name].append(TileRange(start, tile_count, dtype, operands))
+        tables = DeviceTable(torch.cat(jobs), device), DeviceTable(torch.cat(tiles), device)
+        return MatrixPlan(*tables, dict(launches), dict(self.vendors), self.scratch_bytes)
+
+
+@lru_cache(maxsize=256)
+def grid_of(rows: int, columns: int, block_rows: int, block_columns: int) -> Tensor:
+    """The tiles of a matrix, (tiles, columns of `Tile`), in groups of rows; their job is open."""
+    shape = -(-rows // block_rows), -(-columns // block_columns)
+    row, column = torch.meshgrid(*(torch.arange(n, device="cpu") for n in shape), indexing="ij")
+    return _ordered(row.flatten(), column.flatten())
+
+
+@lru_cache(maxsize=256)
+def triangle_of(size: int, block: int) -> Tensor:
+    """As `grid_of`, for the tiles on and below the diagonal."""
+    count = -(-size // block)
+    row, column = torch.tril_indices(count, count, device="cpu")
+    return _ordered(row, column)
+
+
+def _ordered(row: Tensor, column: Tensor) -> Tensor:
+    width = int(column.max()) + 1
+    order = torch.argsort((row // GROUP * width + column) * GROUP + row % GROUP)
+    index = torch.arange(len(row), device="cpu")
+    tile = Tile(job=torch.zeros_like(index), row=row[order], column=column[order], index=index)
+    return torch.stack(tile, 1)

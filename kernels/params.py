@@ -1,12 +1,16 @@
 """The last launch of IF-Shampoo, in Triton: P and the descent of the parameters.
 
-Equations, shapes and dtypes are those of kernels/matrix.py. A program works on one tile of one
-matrix, found through a job table (kernels/matrix_jobs.py); a job has in its columns
+    P = V (K K^T), where one factor is diagonal (C C^T) G or G (K K^T), times its squares on the
+        other side; its entries within +-bound
+    u = sign P + coupled p
+    p <- p - lr decoupled p
+    buf <- momentum buf + u                                 (buf = u where there are no buffers)
+    p <- p - lr buf
 
-    A, its columns, B, its columns, member, -, m, n, k, row scales, column scales, where tiles are
-    parked
-
-where a k of 0 means that both factors are diagonal: G lies where tiles are parked. FLOPs: 2 m n k.
+Shapes and dtypes are those of kernels/matrix.py: GEMM operands bfloat16 or float32, all else in
+float32 registers, the parameter rounded once, at the write. FLOPs: 2 m n k. Bytes an element of
+float32 parameters: 16 (p and buf read and written), 8 without buffers, and the operands. A program
+works on one tile of one job: a row of `slots.Params`.
 """
 
 from __future__ import annotations
@@ -15,29 +19,29 @@ import triton
 import triton.language as tl
 
 from .arithmetic import skips
+from .slots import IFSHAMPOO, LAYOUT, MEMBER, PARAMS
 from .tiles import (
-    PARKED_ROWS,
     find_tile,
     padded,
-    park,
-    parked,
     pointer_at,
-    product_of,
+    product_tile,
     quarters,
     scales,
     size_at,
+    spill,
+    spilled,
     tile_of,
 )
 
 
 @triton.jit
 def _param_update(p, update, buf, lr, scalars_ptr):
-    decoupled = tl.load(scalars_ptr + 7)
-    coupled = tl.load(scalars_ptr + 8)
-    u = tl.load(scalars_ptr + 6) * update + coupled * p
+    decoupled = tl.load(scalars_ptr + IFSHAMPOO.decoupled)
+    coupled = tl.load(scalars_ptr + IFSHAMPOO.coupled)
+    u = tl.load(scalars_ptr + IFSHAMPOO.sign) * update + coupled * p
     p -= lr * decoupled * p
     if buf is not None:
-        u += tl.load(scalars_ptr + 9) * buf
+        u += tl.load(scalars_ptr + IFSHAMPOO.momentum) * buf
     return p - lr * u, u
 
 
@@ -48,15 +52,16 @@ def _update_param_part(
     ROWS: tl.constexpr = update.shape[0]
     COLUMNS: tl.constexpr = update.shape[1]
     m, n = size
-    if tl.load(job_ptr + 9) != 0:
-        rows = scales(pointer_at(job_ptr + 9, scratch_ptr, tl.float32), m, part[0], ROWS)
+    if tl.load(job_ptr + PARAMS.row_scales) != 0:
+        rows_ptr = pointer_at(job_ptr + PARAMS.row_scales, scratch_ptr, tl.float32)
+        rows = scales(rows_ptr, m, part[0], ROWS)
         update *= (rows * rows)[:, None]
-    if tl.load(job_ptr + 10) != 0:
-        columns_ptr = pointer_at(job_ptr + 10, scratch_ptr, tl.float32)
+    if tl.load(job_ptr + PARAMS.column_scales) != 0:
+        columns_ptr = pointer_at(job_ptr + PARAMS.column_scales, scratch_ptr, tl.float32)
         columns = scales(columns_ptr, n, part[1], COLUMNS)
         update *= (columns * columns)[None, :]
     # Before p and buf are loaded: with them in registers it would spill.
-    bound = tl.load(scalars_ptr + 10)
+    bound = tl.load(scalars_ptr + IFSHAMPOO.bound)
     update = tl.clamp(update, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
     ptrs, mask = tile_of(param_ptr, n, size, part, ROWS, COLUMNS)
     p = tl.load(ptrs, mask=mask).to(tl.float32)
@@ -89,17 +94,26 @@ def _params_kernel(
     if skips(found_inf_ptr):
         return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
-    size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
+    size = (
+        size_at(job_ptr + PARAMS.m),
+        size_at(job_ptr + PARAMS.n),
+        size_at(job_ptr + PARAMS.k),
+    )
     m, n, k = size
-    update = product_of(job_ptr, scratch_ptr, size, tile, False, FACTOR, BLOCK, BLOCK_K, PRECISION)
+    a_ptr = pointer_at(job_ptr + PARAMS.a, scratch_ptr, FACTOR)
+    b_ptr = pointer_at(job_ptr + PARAMS.b, scratch_ptr, FACTOR)
+    a = (a_ptr, size_at(job_ptr + PARAMS.a_columns))
+    b = (b_ptr, size_at(job_ptr + PARAMS.b_columns))
+    update = tl.zeros([BLOCK, BLOCK], tl.float32)
+    update = product_tile(a, b, update, size, tile, False, False, BLOCK_K, PRECISION)
     lr = tl.load(lr_ptr).to(tl.float32)
-    member_ptr = members_ptr + 4 * tl.load(job_ptr + 4)
-    param_ptr = pointer_at(member_ptr, scratch_ptr, PARAM)
+    member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + PARAMS.member)
+    param_ptr = pointer_at(member_ptr + MEMBER.param, scratch_ptr, PARAM)
     buf_ptr = None
     if HAS_BUF:
-        buf_ptr = pointer_at(member_ptr + 2, scratch_ptr, tl.float32)
+        buf_ptr = pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32)
     even = (m, padded(n))
-    if tl.load(job_ptr + 11) == 0:  # rows are aligned
+    if tl.load(job_ptr + PARAMS.spill) == 0:  # rows are aligned
         parts = quarters(update)
         for i in tl.static_range(4):
             part = (tile[0], 4 * tile[1] + i)
@@ -107,13 +121,13 @@ def _params_kernel(
                 job_ptr, scratch_ptr, param_ptr, buf_ptr, even, parts[i], lr, scalars_ptr, part
             )
     else:
-        park_ptr = pointer_at(job_ptr + 11, scratch_ptr, tl.float32)
-        if k > 0:  # else both factors are diagonal, and G lies there
-            park(update, park_ptr, (m, n), tile)
-        for i in range(BLOCK // PARKED_ROWS):
-            part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
-            rows = parked(park_ptr, (m, n), part, PARKED_ROWS, BLOCK)
-            if n % 8 == 0:
+        spill_ptr = pointer_at(job_ptr + PARAMS.spill, scratch_ptr, tl.float32)
+        if k > 0:  # else G lies there
+            spill(update, spill_ptr, (m, n), tile)
+        for i in range(BLOCK // LAYOUT.spilled_rows):
+            part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+            rows = spilled(spill_ptr, (m, n), part, LAYOUT.spilled_rows, BLOCK)
+            if n % LAYOUT.row_multiple == 0:
                 _update_param_part(
                     job_ptr, scratch_ptr, param_ptr, buf_ptr, even, rows, lr, scalars_ptr, part
                 )

@@ -8,18 +8,9 @@ Shapes and dtypes are those of kernels/matrix.py: GEMM operands bfloat16 or floa
 float32 and rounded once, at the write. FLOPs: 2 m n k a product, half of 2 d^3 for K K^T. The
 gather reads and writes each element once.
 
-A program works on one tile of one matrix, found through a job table (kernels/matrix_jobs.py); a job
-has, by launch, in its columns
-
-    gather           source, target, rows, columns, partial sums of squares | of G, counts of
-                     elements other than 0, kind, aligned
-    left, right      A, its columns, B, its columns, output, -, m, n, k, row scales, column scales,
-                     row sums of squares, column sums of squares
-    products         K, product, d, copy, where tiles are parked
-
-where a product's k of 0 means that both factors are diagonal: A is G, in float32, and the tile is A
-scaled. Of K K^T a program computes one tile on or below the diagonal and stores it twice, the
-second time transposed.
+A program works on one tile of one job: a row of `slots.Gather`, `slots.Product` or `slots.Square`.
+Of K K^T it computes one tile on or below the diagonal and stores it twice, the second time
+transposed.
 
 `_stacked_products_kernel` is for stacks of aligned matrices on Hopper, as `_stacked_factors_kernel`
 in kernels/factors.py is.
@@ -30,18 +21,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .slots import GATHER, GATHERED, LAYOUT, MEMBER, PRODUCT, SQUARE
 from .tiles import (
-    MATRIX,
-    PARKED_ROWS,
     find_tile,
     padded,
-    park,
-    parked,
     pointer_at,
-    product_of,
     product_tile,
     scales,
     size_at,
+    spill,
+    spilled,
     stacked_product_tile,
     store_symmetric,
     store_symmetric_tile,
@@ -116,16 +105,16 @@ def _gather_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    job_ptr, tile, place = find_tile(tiles_ptr, jobs_ptr)
-    size = (size_at(job_ptr + 2), size_at(job_ptr + 3))
-    kind = tl.load(job_ptr + 5)
-    sums_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
+    job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
+    size = (size_at(job_ptr + GATHER.rows), size_at(job_ptr + GATHER.columns))
+    gathered = tl.load(job_ptr + GATHER.gathered)
+    sums_ptr = pointer_at(job_ptr + GATHER.sums, scratch_ptr, tl.float32)
     if sums_ptr.to(tl.int64) != 0:
-        sums_ptr += place
-    if kind == 0:  # a factor or a product
-        source_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
-        target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-        aligned = tl.load(job_ptr + 6) != 0
+        sums_ptr += index
+    if gathered == GATHERED.state:
+        source_ptr = pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
+        target_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, FACTOR)
+        aligned = tl.load(job_ptr + GATHER.aligned) != 0
         _copy_tile(
             source_ptr, aligned, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
         )
@@ -133,16 +122,16 @@ def _gather_kernel(
         unscale = None
         if grad_scale_ptr is not None:
             unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
-        member_ptr = members_ptr + 4 * tl.load(job_ptr)
-        grad_ptr = pointer_at(member_ptr + 1, scratch_ptr, GRAD)
-        aligned = size[1] % 8 == 0
-        if kind == 1:
-            target_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
+        member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + GATHER.source)
+        grad_ptr = pointer_at(member_ptr + MEMBER.grad, scratch_ptr, GRAD)
+        aligned = size[1] % LAYOUT.row_multiple == 0
+        if gathered == GATHERED.gradient:
+            target_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, FACTOR)
             _copy_tile(
                 grad_ptr, aligned, target_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
             )
-        else:  # both factors are diagonal, and no GEMM will read it
-            wide_ptr = pointer_at(job_ptr + 1, scratch_ptr, tl.float32)
+        else:  # a wide gradient
+            wide_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, tl.float32)
             _copy_tile(
                 grad_ptr, aligned, wide_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
             )
@@ -154,15 +143,18 @@ def _store_scaled(job_ptr, scratch_ptr, out_ptr, value, size, part):
     ROWS: tl.constexpr = value.shape[0]
     COLUMNS: tl.constexpr = value.shape[1]
     m, n = size
-    rows = scales(pointer_at(job_ptr + 9, scratch_ptr, tl.float32), m, part[0], ROWS)
-    columns = scales(pointer_at(job_ptr + 10, scratch_ptr, tl.float32), n, part[1], COLUMNS)
+    rows_ptr = pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32)
+    columns_ptr = pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32)
+    rows = scales(rows_ptr, m, part[0], ROWS)
+    columns = scales(columns_ptr, n, part[1], COLUMNS)
     value *= rows[:, None] * columns[None, :]
     if out_ptr.to(tl.int64) != 0:
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, ROWS, COLUMNS)
         tl.store(ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
-    if tl.load(job_ptr + 11) != 0:
+    if tl.load(job_ptr + PRODUCT.row_sums) != 0:
         offs_m = part[0] * ROWS + tl.arange(0, ROWS)
-        sums_ptr = pointer_at(job_ptr + 11, scratch_ptr, tl.float32) + part[1].to(tl.int64) * m
+        sums_ptr = pointer_at(job_ptr + PRODUCT.row_sums, scratch_ptr, tl.float32)
+        sums_ptr += part[1].to(tl.int64) * m
         tl.store(sums_ptr + offs_m, tl.sum(value * value, 1), mask=offs_m < m)
     return tl.sum(value * value, 0)
 
@@ -179,26 +171,37 @@ def _product_kernel(
     PRECISION: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
-    size = (size_at(job_ptr + 6), size_at(job_ptr + 7), size_at(job_ptr + 8))
+    size = (
+        size_at(job_ptr + PRODUCT.m),
+        size_at(job_ptr + PRODUCT.n),
+        size_at(job_ptr + PRODUCT.k),
+    )
     m, n, k = size
-    acc = product_of(job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION)
-    out_ptr = pointer_at(job_ptr + 4, scratch_ptr, FACTOR)
-    if (tl.load(job_ptr + 9) | tl.load(job_ptr + 10)) == 0:  # both factors are dense
+    a_ptr = pointer_at(job_ptr + PRODUCT.a, scratch_ptr, FACTOR)
+    b_ptr = pointer_at(job_ptr + PRODUCT.b, scratch_ptr, FACTOR)
+    a = (a_ptr, size_at(job_ptr + PRODUCT.a_columns))
+    b = (b_ptr, size_at(job_ptr + PRODUCT.b_columns))
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    acc = product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION)
+    out_ptr = pointer_at(job_ptr + PRODUCT.output, scratch_ptr, FACTOR)
+    scaled = tl.load(job_ptr + PRODUCT.row_scales) | tl.load(job_ptr + PRODUCT.column_scales)
+    if scaled == 0:  # both factors are dense
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), tile, BLOCK, BLOCK)
         tl.store(ptrs, acc.to(FACTOR), mask=mask)
     else:
         if k > 0:
             sums = _store_scaled(job_ptr, scratch_ptr, out_ptr, acc, (m, n), tile)
-        else:  # both are diagonal: G itself
-            source_ptr = pointer_at(job_ptr, scratch_ptr, tl.float32)
+        else:  # both are diagonal
+            source_ptr = pointer_at(job_ptr + PRODUCT.a, scratch_ptr, tl.float32)
             sums = tl.zeros([BLOCK], tl.float32)
-            for i in range(BLOCK // PARKED_ROWS):
-                part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
-                rows = parked(source_ptr, (m, n), part, PARKED_ROWS, BLOCK)
+            for i in range(BLOCK // LAYOUT.spilled_rows):
+                part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+                rows = spilled(source_ptr, (m, n), part, LAYOUT.spilled_rows, BLOCK)
                 sums += _store_scaled(job_ptr, scratch_ptr, out_ptr, rows, (m, n), part)
-        if tl.load(job_ptr + 12) != 0:
+        if tl.load(job_ptr + PRODUCT.column_sums) != 0:
             offs_n = tile[1] * BLOCK + tl.arange(0, BLOCK)
-            sums_ptr = pointer_at(job_ptr + 12, scratch_ptr, tl.float32) + tile[0].to(tl.int64) * n
+            sums_ptr = pointer_at(job_ptr + PRODUCT.column_sums, scratch_ptr, tl.float32)
+            sums_ptr += tile[0].to(tl.int64) * n
             tl.store(sums_ptr + offs_n, sums, mask=offs_n < n)
 
 
@@ -213,21 +216,21 @@ def _products_kernel(
     PRECISION: tl.constexpr,
 ):
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
-    d = size_at(job_ptr + 2)
-    factor = (pointer_at(job_ptr, scratch_ptr, FACTOR), d)
+    d = size_at(job_ptr + SQUARE.size)
+    factor = (pointer_at(job_ptr + SQUARE.factor, scratch_ptr, FACTOR), d)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     acc = product_tile(factor, factor, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION)
-    product_ptr = pointer_at(job_ptr + 1, scratch_ptr, FACTOR)
-    if tl.load(job_ptr + 4) == 0:  # rows are aligned
+    product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
+    if tl.load(job_ptr + SQUARE.spill) == 0:  # rows are aligned
         store_symmetric_tile(product_ptr, d, acc, tile)
     else:
         is_diagonal = tile[0] == tile[1]
-        park_ptr = pointer_at(job_ptr + 4, scratch_ptr, tl.float32)
-        copy_ptr = pointer_at(job_ptr + 3, scratch_ptr, FACTOR)
-        park(acc, park_ptr, (d, d), tile)
-        for i in range(BLOCK // PARKED_ROWS):
-            part = (tile[0] * (BLOCK // PARKED_ROWS) + i, tile[1])
-            product = parked(park_ptr, (d, d), part, PARKED_ROWS, BLOCK)
+        spill_ptr = pointer_at(job_ptr + SQUARE.spill, scratch_ptr, tl.float32)
+        copy_ptr = pointer_at(job_ptr + SQUARE.copy, scratch_ptr, FACTOR)
+        spill(acc, spill_ptr, (d, d), tile)
+        for i in range(BLOCK // LAYOUT.spilled_rows):
+            part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+            product = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
             store_symmetric(product_ptr, d, d, product, part, is_diagonal)
             store_symmetric(copy_ptr, d, padded(d), product, part, is_diagonal)
 
@@ -245,8 +248,9 @@ def _stacked_products_kernel(
 ):
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         job_ptr, tile, _ = tile_at(tiles_ptr, jobs_ptr, index)
-        matrix = size_at(job_ptr + MATRIX)
-        d = size_at(job_ptr + 2)
+        matrix = size_at(job_ptr + LAYOUT.matrix)
+        d = size_at(job_ptr + SQUARE.size)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = stacked_product_tile(factors, factors, acc, d, matrix, tile, True, BLOCK_K)
-        store_symmetric_tile(pointer_at(job_ptr + 1, scratch_ptr, FACTOR), d, acc, tile)
+        product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
+        store_symmetric_tile(product_ptr, d, acc, tile)

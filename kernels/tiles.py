@@ -1,7 +1,7 @@
 """Tiles of many matrices in one launch: where a program's tile lies, and products of tiles.
 
-Jobs are rows of a device table (kernels/matrix_jobs.py), each a matrix that a launch computes;
-tiles are rows (job, tile row, tile column, place among the tiles of its job), one a program.
+Jobs are rows of a device table, each a matrix that a launch computes; tiles are rows of another,
+one a program. Their columns are in kernels/slots.py; kernels/matrix_jobs.py writes them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-JOB_COLUMNS = 16
-_JOB = tl.constexpr(JOB_COLUMNS)
-# The column of a matrix's place in the stacks of its bucket.
-MATRIX = tl.constexpr(JOB_COLUMNS - 1)
-# Rows that are worked on at a time where rows are not aligned.
-PARKED_ROWS = tl.constexpr(8)
+from .slots import LAYOUT, TILE
 
 
 @triton.jit
@@ -25,18 +20,20 @@ def find_tile(tiles_ptr, jobs_ptr):
 
 @triton.jit
 def tile_at(tiles_ptr, jobs_ptr, index):
-    """A tile's job, its (row, column), and its place among its job's."""
-    tile_ptr = tiles_ptr + 4 * index
-    job_ptr = jobs_ptr + tl.load(tile_ptr).to(tl.int64) * _JOB
-    return job_ptr, (tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)), tl.load(tile_ptr + 3)
+    """A tile's job, its (row, column), and its index among its job's."""
+    tile_ptr = tiles_ptr + len(TILE) * index
+    job_ptr = jobs_ptr + tl.load(tile_ptr + TILE.job).to(tl.int64) * LAYOUT.job_columns
+    tile = tl.load(tile_ptr + TILE.row), tl.load(tile_ptr + TILE.column)
+    return job_ptr, tile, tl.load(tile_ptr + TILE.index)
 
 
 @triton.jit
 def pointer_at(column_ptr, scratch_ptr, DTYPE: tl.constexpr):
-    """The pointer in a job's column: an address, or -1 - the place of a byte in the scratch."""
+    """The pointer in a job's column: an address, or -1 - the index of a byte in the scratch."""
+    ALIGNMENT: tl.constexpr = LAYOUT.alignment
     value = tl.load(column_ptr)
     address = tl.where(value < 0, scratch_ptr.to(tl.int64) - 1 - value, value)
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
 @triton.jit
@@ -46,8 +43,8 @@ def size_at(column_ptr):
 
 @triton.jit
 def padded(size):
-    """The row length of a matrix in the scratch, where every row starts on 16 bytes."""
-    return (size + 7) // 8 * 8
+    """The row length of a matrix in the scratch: `slots.padded` on the device."""
+    return (size + (LAYOUT.row_multiple - 1)) // LAYOUT.row_multiple * LAYOUT.row_multiple
 
 
 @triton.jit
@@ -76,7 +73,7 @@ def product_tile(
     """acc + a tile of A B, for A (m, k) and B (k, n), stored as (k, m) or (n, k) where transposed.
 
     a and b are a pointer and how many columns are stored; size is (m, n, k). Rows are padded with
-    zeros to a multiple of 8, and read to there: no mask may cut a vector.
+    zeros (`padded`), and read to there: no mask may cut a vector.
     """
     m, n, k = size
     offs_m = tl.arange(0, acc.shape[0])
@@ -145,8 +142,8 @@ def _halves(acc):
 
 
 @triton.jit
-def park(acc, ptr, size, tile):
-    """Leave a tile in the scratch, whence `parked` reads a few rows at a time.
+def spill(acc, ptr, size, tile):
+    """Leave a tile in the scratch, whence `spilled` reads a few rows at a time.
 
     Where rows are not aligned, every element has an address of its own; a whole tile of them would
     cost the aligned path of the same kernel its registers.
@@ -159,7 +156,7 @@ def park(acc, ptr, size, tile):
 
 
 @triton.jit
-def parked(ptr, size, tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def spilled(ptr, size, tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     ptrs, mask = tile_of(ptr, padded(size[1]), (size[0], padded(size[1])), tile, ROWS, BLOCK)
     return tl.load(ptrs, mask=mask, other=0.0)
 
@@ -203,12 +200,3 @@ def scales(ptr, size, pid, BLOCK: tl.constexpr):
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     size = tl.where(ptr.to(tl.int64) != 0, size, 0)
     return tl.load(ptr + offs, mask=offs < size, other=1.0)
-
-
-@triton.jit
-def product_of(job_ptr, scratch_ptr, size, tile, TRANS_A, FACTOR, BLOCK, BLOCK_K, PRECISION):
-    a_ptr = pointer_at(job_ptr, scratch_ptr, FACTOR)
-    b_ptr = pointer_at(job_ptr + 2, scratch_ptr, FACTOR)
-    a, b = (a_ptr, size_at(job_ptr + 1)), (b_ptr, size_at(job_ptr + 3))
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    return product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION)

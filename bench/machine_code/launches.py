@@ -178,8 +178,8 @@ def _ifshampoo(
     if momentum:
         settings["momentum"] = 0.9
     lr = torch.tensor(0.1)
-    left = matrix.ifshampoo_(params, grads, *state, buffers if momentum else [], lr, **settings)
-    assert left == []
+    found = matrix.buckets_of(params, grads, *state, axes=settings.pop("axes"))
+    matrix.ifshampoo_(found, params, grads, buffers if momentum else [], lr, **settings)
 
 
 @cache

@@ -183,8 +183,12 @@ def _matrices_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
         if isinstance(kernels, ImportError):
             slow(*tensors, axes=axes, **scalars)
             return
-        for bucket in kernels.ifshampoo_(*tensors, axes=axes, **scalars):
-            left = by_reference.take_bucket(bucket, *tensors, axes=axes)
-            slow(*left, axes=[axes[bucket]], **scalars)
+        params, grads, *state, buffers, lr = tensors
+        buckets = kernels.buckets_of(params, grads, *state, axes=axes)
+        kernels.ifshampoo_(list(filter(None, buckets)), params, grads, buffers, lr, **scalars)
+        for i, served in enumerate(buckets):
+            if served is None:
+                own = by_reference.take_bucket(i, *tensors, axes=axes)
+                slow(*own, axes=[axes[i]], **scalars)
 
     return run

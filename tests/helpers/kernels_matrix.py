@@ -210,17 +210,17 @@ class Model:
         return [torch.randn(shape).to(self.device, self.grad_dtype) for shape in self.shapes]
 
     def launch(self, grads, lr, *, update, refresh=False, **scaling):
-        return matrix.ifshampoo_(
-            self.params, grads, self.factors, self.residuals, self.momenta, self.products,
-            self.buffers, lr, axes=[2] * len(self.buckets), update_factors=update,
-            refresh_products=refresh, **self.scalars, **scaling,
-        )  # fmt: skip
+        state = self.factors, self.residuals, self.momenta, self.products
+        buckets = matrix.buckets_of(self.params, grads, *state, axes=[2] * len(self.buckets))
+        assert None not in buckets
+        scalars = {**self.scalars, "update_factors": update, "refresh_products": refresh}
+        matrix.ifshampoo_(buckets, self.params, grads, self.buffers, lr, **scalars, **scaling)
 
     def step(self, *, update=True, refresh=False, grads=None, lr=0.1):
         grads = self.fresh_grads() if grads is None else grads
         lr = torch.tensor(lr) if isinstance(lr, float) else lr
         placed = [place(grad, self.layout) for grad in grads]
-        assert self.launch([view for view, _ in placed], lr, update=update, refresh=refresh) == []
+        self.launch([view for view, _ in placed], lr, update=update, refresh=refresh)
         for (view, memory), grad in zip(placed, grads, strict=True):
             assert_guards_untouched(view, memory)
             assert torch.equal(view.nan_to_num(), grad.nan_to_num()), "the gradient was written"

@@ -66,7 +66,14 @@ def launcher(case):
     lr = torch.tensor(0.1)
     if case == "ifshampoo":
         tensors, settings = matrix_tensors([((8, 16), (True, True), 2)], torch.bfloat16)
-        return lambda grads: matrix.ifshampoo_(params, grads, *tensors, lr, **settings)
+        *state, buffers = tensors
+        axes = settings.pop("axes")
+
+        def step(grads):
+            buckets = matrix.buckets_of(params, grads, *state, axes=axes)
+            matrix.ifshampoo_(buckets, params, grads, buffers, lr, **settings)
+
+        return step
     if case == "adamw":
         return lambda grads: diag.adamw_(params, grads, state, other, None, lr, **ADAMW)
     buffers = other if "momentum" in case else []

@@ -256,14 +256,13 @@ def test_buckets_that_are_left_to_the_caller(device):
     lists[0][1] = model.params[0]
     before = [p.clone() for p in lists[0]]
     factors = [vector, *model.factors, *cube, *wide, *bare]
-    left = matrix.ifshampoo_(
-        lists[0], lists[1], factors, [empty] * 10,
-        [torch.zeros_like(vector), *model.momenta, *map(torch.zeros_like, factors[3:])],
-        [empty, *model.products, *[empty] * 3, *map(torch.zeros_like, wide), empty, empty],
-        lists[2], torch.tensor(0.1), axes=[1, 2, 3, 2, 2], update_factors=True,
-        refresh_products=True, **SCALARS,
-    )  # fmt: skip
-    assert left == [0, 2, 3, 4]
+    momenta = [torch.zeros_like(vector), *model.momenta, *map(torch.zeros_like, factors[3:])]
+    products = [empty, *model.products, *[empty] * 3, *map(torch.zeros_like, wide), empty, empty]
+    state = factors, [empty] * 10, momenta, products
+    buckets = matrix.buckets_of(*lists[:2], *state, axes=[1, 2, 3, 2, 2])
+    assert [bucket is None for bucket in buckets] == [True, False, True, True, True]
+    settings = {**SCALARS, "update_factors": True, "refresh_products": True}
+    matrix.ifshampoo_(buckets[1:2], *lists, torch.tensor(0.1), **settings)
     assert [torch.equal(a, b) for a, b in zip(before, lists[0], strict=True)] == [
         True,
         False,
@@ -274,11 +273,9 @@ def test_buckets_that_are_left_to_the_caller(device):
 
 
 def test_nothing_to_do(device):
-    left = matrix.ifshampoo_(
-        [], [], [], [], [], [], [], torch.tensor(0.1), axes=[], update_factors=True,
-        refresh_products=True, **SCALARS,
-    )  # fmt: skip
-    assert left == []
+    assert matrix.buckets_of([], [], [], [], [], [], axes=[]) == []
+    settings = {**SCALARS, "update_factors": True, "refresh_products": True}
+    matrix.ifshampoo_([], [], [], [], torch.tensor(0.1), **settings)
 
 
 def test_tables_are_never_stale(device):

@@ -27,8 +27,9 @@ from bench.machine_code.launches import (
 )
 from bench.machine_code.occupancy import CHIPS
 from bench.machine_code.offline import compile_call
-from rootfree_fused.kernels import matrix, matrix_launches, products, tiles
+from rootfree_fused.kernels import matrix, matrix_launches, products
 from rootfree_fused.kernels.matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
+from rootfree_fused.kernels.slots import LAYOUT
 
 pytestmark = pytest.mark.skipif(
     not isinstance(products._product_kernel, JITFunction),
@@ -160,7 +161,7 @@ def test_the_main_path_moves_vectors(programs, rows, name, tiling):
 @pytest.mark.parametrize("name", ["factor_momenta", "factors", "products", "params"])
 def test_ragged_rows_promise_no_alignment(programs, name, tiling):
     """Every element of them is stored by itself, and mirrored by itself."""
-    part = tiles.PARKED_ROWS.value * TILINGS[tiling].block // threads(tiling)
+    part = LAYOUT.spilled_rows * TILINGS[tiling].block // threads(tiling)
     factor_bytes = 4 if tiling == "float32" else 2
     size = 4 if name == "params" else factor_bytes
     arrays = 1 if name == "factors" and factor_bytes == 4 else 2
