@@ -25,16 +25,17 @@ come from a device vector, so a scheduled lr recompiles nothing; lr itself may l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import skips
-from .tables import Plan, at_gradients, at_scaling, find_plan, readable, scalar_table
+from .arithmetic import decayed, skips
+from .slots import ADAMW, RMSPROP, ROW, AdamWScalars, RMSpropScalars
+from .tables import LaunchPlan, at_gradients, find_plan, readable, scalar_table
 
 # One row serves every dtype and device; not yet measured on a GPU. The SASS for sm_80, sm_90 and
 # sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so
@@ -53,40 +54,47 @@ _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 @triton.jit
 def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
-    sign = tl.load(scalars_ptr + 1)
-    batch_size = tl.load(scalars_ptr + 2)
-    damping = tl.load(scalars_ptr + 3)
-    decoupled = tl.load(scalars_ptr + 4)
-    coupled = tl.load(scalars_ptr + 5)
+    sign = tl.load(scalars_ptr + RMSPROP.sign)
+    batch_size = tl.load(scalars_ptr + RMSPROP.batch_size)
+    damping = tl.load(scalars_ptr + RMSPROP.damping)
+    decoupled = tl.load(scalars_ptr + RMSPROP.decoupled)
+    coupled = tl.load(scalars_ptr + RMSPROP.coupled)
+    alpha = tl.load(scalars_ptr + RMSPROP.alpha)
+    one_minus_alpha = tl.load(scalars_ptr + RMSPROP.one_minus_alpha)
 
     g *= sign
-    s = _decay(s, _square(batch_size, g), scalars_ptr + 6)
+    s = decayed(s, _square(batch_size, g), alpha, one_minus_alpha)
     u = g / (s + damping) + coupled * p
     p -= lr * decoupled * p
     if buf is not None:
-        u += tl.load(scalars_ptr + 8) * buf
+        u += tl.load(scalars_ptr + RMSPROP.momentum) * buf
     return p - lr * u, s, u
 
 
 @triton.jit
 def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
-    sign = tl.load(scalars_ptr + 1)
-    batch_size = tl.load(scalars_ptr + 2)
-    damping = tl.load(scalars_ptr + 3)
-    weight_decay = tl.load(scalars_ptr + 4)
+    sign = tl.load(scalars_ptr + ADAMW.sign)
+    batch_size = tl.load(scalars_ptr + ADAMW.batch_size)
+    damping = tl.load(scalars_ptr + ADAMW.damping)
+    weight_decay = tl.load(scalars_ptr + ADAMW.weight_decay)
+    beta1 = tl.load(scalars_ptr + ADAMW.beta1)
+    one_minus_beta1 = tl.load(scalars_ptr + ADAMW.one_minus_beta1)
+    beta2 = tl.load(scalars_ptr + ADAMW.beta2)
+    one_minus_beta2 = tl.load(scalars_ptr + ADAMW.one_minus_beta2)
 
     g *= sign
     p -= lr * weight_decay * p
     # By halves where g - m of finite g is beyond the largest number.
     beyond = (tl.abs(g - m) > _LARGEST) & (tl.abs(g) <= _LARGEST)
     scale = tl.where(beyond, 0.5, 1.0)
-    m = _decay(scale * m, scale * g, scalars_ptr + 5) * tl.where(beyond, 2.0, 1.0)
-    s = _decay(s, _square(batch_size, g), scalars_ptr + 7)
+    m = decayed(scale * m, scale * g, beta1, one_minus_beta1) * tl.where(beyond, 2.0, 1.0)
+    s = decayed(s, _square(batch_size, g), beta2, one_minus_beta2)
     denominator = s + damping
     if step_ptr is not None:
         step = tl.load(step_ptr)
-        lr /= _bias_correction(tl.load(scalars_ptr + 9), step)
-        denominator = s / _bias_correction(tl.load(scalars_ptr + 10), step) + damping
+        lr /= _bias_correction(tl.load(scalars_ptr + ADAMW.log_beta1), step)
+        correction = _bias_correction(tl.load(scalars_ptr + ADAMW.log_beta2), step)
+        denominator = s / correction + damping
     return p - lr * (m / denominator), m, s
 
 
@@ -94,15 +102,6 @@ def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
 def _square(batch_size, g):
     # At most the largest finite number: an infinite s would be NaN at the next step.
     return tl.minimum(batch_size * g * g, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _decay(average, value, rates_ptr):
-    # As torch.lerp does it: one formula for all decays would be inexact near 0 or drift near 1.
-    decay = tl.load(rates_ptr)
-    one_minus_decay = tl.load(rates_ptr + 1)
-    change = value - average
-    return tl.where(decay > 0.5, average + one_minus_decay * change, value - decay * change)
 
 
 @triton.jit
@@ -120,8 +119,8 @@ def _bias_correction(log_decay, step):
 def _update_chunk(
     param_ptr,
     grad_ptr,
-    s_ptr,
-    m_ptr,
+    first_ptr,
+    second_ptr,
     mask,
     lr,
     scalars_ptr,
@@ -133,20 +132,20 @@ def _update_chunk(
     offs = tl.arange(0, BLOCK)
     p = tl.load(param_ptr + offs, mask=mask).to(tl.float32)
     g = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
-    s = tl.load(s_ptr + offs, mask=mask)
-    m = None
-    if m_ptr is not None:
-        m = tl.load(m_ptr + offs, mask=mask)
+    first = tl.load(first_ptr + offs, mask=mask)
+    second = None
+    if second_ptr is not None:
+        second = tl.load(second_ptr + offs, mask=mask)
     # Without the barrier ptxas sinks half of the loads below the arithmetic on the others, which
     # makes two memory round trips of one.
     tl.debug_barrier()
     if unscale is not None:
         g *= unscale
-    p, s, m = UPDATE(p, g, s, m, lr, scalars_ptr, step_ptr)
+    p, first, second = UPDATE(p, g, first, second, lr, scalars_ptr, step_ptr)
     tl.store(param_ptr + offs, p.to(param_ptr.dtype.element_ty), mask=mask)
-    tl.store(s_ptr + offs, s, mask=mask)
-    if m_ptr is not None:
-        tl.store(m_ptr + offs, m, mask=mask)
+    tl.store(first_ptr + offs, first, mask=mask)
+    if second_ptr is not None:
+        tl.store(second_ptr + offs, second, mask=mask)
 
 
 @triton.jit(
@@ -163,7 +162,7 @@ def _diag_kernel(
     UPDATE: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
-    HAS_M: tl.constexpr,
+    HAS_SECOND: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -173,32 +172,32 @@ def _diag_kernel(
     if grad_scale_ptr is not None:
         unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
     pid = tl.program_id(0)
-    row_ptr = rows_ptr + 8 * tl.load(chunks_ptr + pid)
-    start = (pid - tl.load(row_ptr + 5)) * BLOCK
-    param_ptr = tl.load(row_ptr).to(tl.pointer_type(PARAM)) + start
-    grad_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(GRAD)) + start
-    s_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(tl.float32)) + start
-    m_ptr = None
-    if HAS_M:
-        m_ptr = tl.load(row_ptr + 3).to(tl.pointer_type(tl.float32)) + start
+    row_ptr = rows_ptr + len(ROW) * tl.load(chunks_ptr + pid)
+    start = (pid - tl.load(row_ptr + ROW.first_program)) * BLOCK
+    parasecond_ptr = tl.load(row_ptr + ROW.param).to(tl.pointer_type(PARAM)) + start
+    grad_ptr = tl.load(row_ptr + ROW.grad).to(tl.pointer_type(GRAD)) + start
+    first_ptr = tl.load(row_ptr + ROW.first_state).to(tl.pointer_type(tl.float32)) + start
+    second_ptr = None
+    if HAS_SECOND:
+        second_ptr = tl.load(row_ptr + ROW.second_state).to(tl.pointer_type(tl.float32)) + start
     step_ptr = None
     if steps_ptr is not None:
-        step_ptr = steps_ptr + tl.load(row_ptr + 7)
+        step_ptr = steps_ptr + tl.load(row_ptr + ROW.index)
     lr = tl.load(lr_ptr).to(tl.float32)
 
     # A row's aligned full chunks, if it has any, come first. Only they may promise alignment: one
     # path with a mask would be 4-byte accesses everywhere.
-    if start < tl.load(row_ptr + 6):
-        param_ptr = tl.multiple_of(param_ptr, VECTOR * PARAM.primitive_bitwidth // 8)
+    if start < tl.load(row_ptr + ROW.aligned):
+        parasecond_ptr = tl.multiple_of(parasecond_ptr, VECTOR * PARAM.primitive_bitwidth // 8)
         grad_ptr = tl.multiple_of(grad_ptr, VECTOR * GRAD.primitive_bitwidth // 8)
-        s_ptr = tl.multiple_of(s_ptr, VECTOR * 4)
-        if HAS_M:
-            m_ptr = tl.multiple_of(m_ptr, VECTOR * 4)
+        first_ptr = tl.multiple_of(first_ptr, VECTOR * 4)
+        if HAS_SECOND:
+            second_ptr = tl.multiple_of(second_ptr, VECTOR * 4)
         _update_chunk(
-            param_ptr,
+            parasecond_ptr,
             grad_ptr,
-            s_ptr,
-            m_ptr,
+            first_ptr,
+            second_ptr,
             None,
             lr,
             scalars_ptr,
@@ -208,12 +207,12 @@ def _diag_kernel(
             BLOCK,
         )
     else:
-        mask = tl.arange(0, BLOCK) < tl.load(row_ptr + 4) - start
+        mask = tl.arange(0, BLOCK) < tl.load(row_ptr + ROW.length) - start
         _update_chunk(
-            param_ptr,
+            parasecond_ptr,
             grad_ptr,
-            s_ptr,
-            m_ptr,
+            first_ptr,
+            second_ptr,
             mask,
             lr,
             scalars_ptr,
@@ -224,78 +223,8 @@ def _diag_kernel(
         )
 
 
-def _launch(
-    plan: Plan,
-    update: Any,
-    lr: float | Tensor,
-    steps: Tensor | None,
-    scaling: Mapping[str, Tensor | None],
-    *scalars: float,
-) -> None:
-    # Scalar 0 is lr, unless lr is read where it is.
-    on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
-    values = (float(lr) if on_device_lr is None else 0.0, *scalars)
-    for device, param_dtype, grad_dtype, chunks, rows, programs in plan.launches:
-        if programs == 0:
-            continue
-        with torch.cuda.device(device.index if device.type == "cuda" else -1):
-            table = scalar_table(device, values).on_device()
-            _diag_kernel[(programs,)](
-                chunks.on_device(),
-                rows.on_device(),
-                table,
-                table if on_device_lr is None else readable(on_device_lr, device),
-                None if steps is None else readable(steps.contiguous(), device),
-                *at_scaling(scaling, device),
-                UPDATE=update,
-                PARAM=param_dtype,
-                GRAD=grad_dtype,
-                HAS_M=plan.states == 2,
-                BLOCK=BLOCK,
-                VECTOR=VECTOR,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
-
-
-@torch.no_grad()
-def _run(launch: Any, lists: list[Sequence[Tensor]], *args: Any, **settings: Any) -> None:
-    """Launch on tensors; those that are no dense blocks in one order go through copies."""
-    if not lists[0]:
-        return
-    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
-    if not plan.copied:
-        launch(plan, *args, **settings)
-        return
-    dense = [list(tensors) for tensors in lists]
-    for tensors in dense:
-        for i in plan.copied:
-            tensors[i] = tensors[i].contiguous()
-    _run(launch, dense, *args, **settings)
-    for tensors, results in zip((lists[0], *lists[2:]), (dense[0], *dense[2:]), strict=True):
-        for i in plan.copied:
-            if results[i] is not tensors[i]:
-                tensors[i].copy_(results[i])
-
-
-def prepare(lists: list[Sequence[Tensor]]) -> Plan | None:
-    """What the `launch_` functions take, where no tensor has to be copied.
-
-    lists: params, grads, s, and momentum buffers or m where there are any. The plan holds
-    addresses, not tensors: it is right while each of them stays where and what it is.
-    """
-    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
-    return None if plan.copied else plan
-
-
-def move_grads(plan: Plan, addresses: Tensor) -> Plan:
-    """The plan for the same tensors with gradients at other addresses; int64, one a tensor."""
-    return at_gradients(plan, addresses, block=BLOCK, vector=VECTOR)
-
-
-def launch_rmsprop(
-    plan: Plan,
-    lr: float | Tensor,
+def _rmsprop_scalars(
+    lr: float,
     *,
     alpha: float,
     damping: float,
@@ -304,36 +233,22 @@ def launch_rmsprop(
     batch_size: float | Tensor,
     decoupled: bool,
     maximize: bool,
-    **scaling: Tensor | None,
-) -> None:
-    """One root-free RMSProp step on every tensor.
-
-    lr is a number, or a 0-d float32 or float64 tensor, on the CPU or on the parameters' device;
-    there a captured graph reads it at every replay. batch_size is a number, or a 0-d tensor on the
-    CPU. scaling: grad_scale, by which the gradients were multiplied, and found_inf, which is 0
-    unless the step is to be skipped; as lr, or None.
-    """
-    _launch(
-        plan,
-        _rmsprop_update,
-        lr,
-        None,
-        scaling,
-        -1.0 if maximize else 1.0,
-        float(batch_size),
-        damping,
-        weight_decay if decoupled else 0.0,
-        0.0 if decoupled else weight_decay,
-        alpha,
-        1 - alpha,
-        momentum,
+) -> RMSpropScalars:
+    return RMSpropScalars(
+        lr=lr,
+        sign=-1.0 if maximize else 1.0,
+        batch_size=float(batch_size),
+        damping=damping,
+        decoupled=weight_decay if decoupled else 0.0,
+        coupled=0.0 if decoupled else weight_decay,
+        alpha=alpha,
+        one_minus_alpha=1 - alpha,
+        momentum=momentum,
     )
 
 
-def launch_adamw(
-    plan: Plan,
-    steps: Tensor | None,
-    lr: float | Tensor,
+def _adamw_scalars(
+    lr: float,
     *,
     beta1: float,
     beta2: float,
@@ -341,59 +256,128 @@ def launch_adamw(
     weight_decay: float,
     batch_size: float | Tensor,
     maximize: bool,
-    **scaling: Tensor | None,
-) -> None:
-    """One root-free AdamW step on every tensor.
-
-    steps has a float32 entry per tensor that counts this step already, on the CPU or on the device
-    of the parameters; None means no bias correction. lr and scaling are as in `launch_rmsprop`.
-    """
-    _launch(
-        plan,
-        _adamw_update,
-        lr,
-        steps,
-        scaling,
-        -1.0 if maximize else 1.0,
-        float(batch_size),
-        damping,
-        weight_decay,
-        beta1,
-        1 - beta1,
-        beta2,
-        1 - beta2,
-        math.log(beta1) if beta1 > 0 else -math.inf,
-        math.log(beta2) if beta2 > 0 else -math.inf,
+) -> AdamWScalars:
+    return AdamWScalars(
+        lr=lr,
+        sign=-1.0 if maximize else 1.0,
+        batch_size=float(batch_size),
+        damping=damping,
+        weight_decay=weight_decay,
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
+        log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
     )
 
 
-def rmsprop_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    square_avgs: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    lr: Tensor,
-    **settings: Any,
-) -> None:
-    """`launch_rmsprop` on lists; momentum_buffers is empty where there are none."""
-    buffers = [momentum_buffers] if momentum_buffers else []
-    _run(launch_rmsprop, [params, grads, square_avgs, *buffers], lr, **settings)
+class Body(NamedTuple):
+    """The Triton body of a diagonal method: all that it adds to the launch.
+
+    update: jit function of p, g, the first state, the second or None (registers), lr, scalars_ptr
+        and step_ptr, or None without steps; returns p and the states, in the schema's order.
+    scalars: lr and the operator's settings to the row of `slots` that `update` reads.
+    counts: whether the operator has step counts.
+    """
+
+    update: Any
+    scalars: Callable[..., tuple[float, ...]]
+    counts: bool
 
 
-def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+# By operator. A new method is its update, its row of scalars in slots.py and its entry here.
+BODIES = {
+    "rmsprop_": Body(_rmsprop_update, _rmsprop_scalars, counts=False),
+    "adamw_": Body(_adamw_update, _adamw_scalars, counts=True),
+}
+
+
+def prepare(lists: Sequence[Sequence[Tensor]]) -> LaunchPlan | None:
+    """What `launch` takes, where no tensor has to be copied.
+
+    lists: params, grads, and one or two of states in the schema's order. The plan holds addresses,
+    not tensors: it is right while each of them stays where and what it is.
+    """
+    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
+    return None if plan.copied else plan
+
+
+def move_grads(plan: LaunchPlan, addresses: Tensor) -> LaunchPlan:
+    """The plan for the same tensors with gradients at other addresses; int64, one a tensor."""
+    return at_gradients(plan, addresses, block=BLOCK, vector=VECTOR)
+
+
+def launch(
+    name: str,
+    plan: LaunchPlan,
     steps: Tensor | None,
-    lr: Tensor,
+    lr: float | Tensor,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     **settings: Any,
 ) -> None:
-    """`launch_adamw` on lists."""
-    _run(launch_adamw, [params, grads, exp_avgs, exp_avg_sqs], steps, lr, **settings)
+    """One step by the operator of this name on every tensor of a plan.
+
+    steps has a float32 entry per tensor that counts this step already, on the CPU or on the device
+    of the parameters; None means no bias correction. lr is a number, or a 0-d float32 or float64
+    tensor, on the CPU or on the parameters' device; there a captured graph reads it at every
+    replay. grad_scale, by which the gradients were multiplied, and found_inf, which is 0 unless the
+    step is to be skipped, are such tensors or None. settings: the operator's others; batch_size is
+    a number, or a 0-d tensor on the CPU.
+    """
+    body = BODIES[name]
+    on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
+    scalars = body.scalars(float(lr) if on_device_lr is None else 0.0, **settings)
+    for device, param_dtype, grad_dtype, chunks, rows, programs in plan.launches:
+        if programs == 0:
+            continue
+        with torch.cuda.device(device.index if device.type == "cuda" else -1):
+            table = scalar_table(device, scalars).on_device()
+            _diag_kernel[(programs,)](
+                chunks.on_device(),
+                rows.on_device(),
+                table,
+                table if on_device_lr is None else readable(on_device_lr, device),
+                readable(None if steps is None else steps.contiguous(), device),
+                readable(grad_scale, device),
+                readable(found_inf, device),
+                UPDATE=body.update,
+                PARAM=param_dtype,
+                GRAD=grad_dtype,
+                HAS_SECOND=plan.states == 2,
+                BLOCK=BLOCK,
+                VECTOR=VECTOR,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
 
 
-def launch(name: str, plan: Plan, steps: Tensor | None, lr: float | Tensor, **rest: Any) -> None:
-    """One step by the method of this name on the tensors of a plan."""
-    own = (plan, steps) if name == "adamw_" else (plan,)
-    {"rmsprop_": launch_rmsprop, "adamw_": launch_adamw}[name](*own, lr, **rest)
+@torch.no_grad()
+def update_(
+    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], *others: Any, **settings: Any
+) -> None:
+    """The operator of this name: `launch` on lists of tensors, of states in the schema's order.
+
+    others: the states, then steps where the operator has them, then lr. Tensors that are no dense
+    blocks in one order go through copies.
+    """
+    *states, lr = others
+    steps = states.pop() if BODIES[name].counts else None
+    if not params:
+        return
+    lists = [params, grads, *filter(None, states)]
+    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
+    if not plan.copied:
+        launch(name, plan, steps, lr, **settings)
+        return
+    dense = [list(tensors) for tensors in lists]
+    for tensors in dense:
+        for i in plan.copied:
+            tensors[i] = tensors[i].contiguous()
+    launch(name, find_plan(dense, block=BLOCK, vector=VECTOR), steps, lr, **settings)
+    for tensors, results in zip((lists[0], *lists[2:]), (dense[0], *dense[2:]), strict=True):
+        for i in plan.copied:
+            if results[i] is not tensors[i]:
+                tensors[i].copy_(results[i])

@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ from .products import (
     _stacked_products_kernel,
 )
 from .slots import LAYOUT, IFShampooScalars, Member
-from .tables import DTYPES, DeviceTable, at_scaling, readable, scalar_table
+from .tables import DTYPES, DeviceTable, readable, scalar_table
 
 # 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with
 # the limit below; 6.62 with 4 stages, 5.89 on 4 warps, 8.39 in tiles of 64 x 64.
@@ -91,7 +91,8 @@ class _Step(NamedTuple):
 
     lr: Tensor
     scalars: IFShampooScalars
-    scaling: Mapping[str, Tensor | None]
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
     update: bool
     refresh: bool
 
@@ -141,13 +142,14 @@ def ifshampoo_(
     decoupled: bool,
     maximize: bool,
     bound: float | None = None,
-    **scaling: Tensor | None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One IF-Shampoo step on these buckets of matrices.
 
     buckets: `buckets_of` the same params and grads; momentum_buffers is empty where there are none.
     lr is a 0-d tensor, on the CPU or on the parameters' device; there a captured graph reads it at
-    every replay. scaling: grad_scale and found_inf, as `diag.launch` takes them.
+    every replay. grad_scale and found_inf are as `diag.launch` takes them.
     """
     scalars = IFShampooScalars(
         lr=float(lr) if lr.is_cpu else 0.0,
@@ -171,7 +173,7 @@ def ifshampoo_(
         diagonal = groups.pop((device, None), [])
         dtypes = [dtype for other, dtype in groups if other == device] or [torch.float32]
         groups[device, dtypes[0]].extend(diagonal)
-    step = _Step(lr, scalars, scaling, update_factors, refresh_products)
+    step = _Step(lr, scalars, grad_scale, found_inf, update_factors, refresh_products)
     for (device, dtype), members in groups.items():
         _run(device, dtype, members, lists, step)
 
@@ -306,8 +308,8 @@ def _run(
         launch, multiply = launches.launch, launches.multiply
         members = _members(device, addresses).on_device()
         numbers = scalar_table(device, step.scalars).on_device()
-        grad_scale, found_inf = at_scaling(step.scaling, device)
-        launches.gather(_gather_kernel, members, grad_scale)
+        found_inf = readable(step.found_inf, device)
+        launches.gather(_gather_kernel, members, readable(step.grad_scale, device))
         launch("left", _product_kernel, TRANS_A=True)
         multiply("left")
         launch("right", _product_kernel, TRANS_A=False)

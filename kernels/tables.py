@@ -1,4 +1,4 @@
-"""Launch plans: which programs update which tensors, in tables that kernels read on the device.
+"""Tables on the device, and launch plans: which programs of a diagonal launch update which tensors.
 
 A plan is cached under everything that it was built from (addresses, lengths, dtypes, strides), so a
 stale one is never found; when an address changes, the next step builds and sends a new one. Nothing
@@ -7,7 +7,7 @@ here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+
+from .slots import ROW, Row
 
 _MAX_PLANS = 128
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -76,9 +78,7 @@ class Launch(NamedTuple):
 
     chunks: int32, (programs,); the row that a program works on. Elements of a row are cut into
         chunks of `block`, one a program, in order.
-    rows: int64, (tensors, 8); the addresses of the parameter, the gradient and one or two states,
-        the length, the first program, the number of elements in aligned full chunks, and the
-        tensor's place in the caller's lists.
+    rows: a `slots.Row` a tensor.
     """
 
     device: torch.device
@@ -89,18 +89,18 @@ class Launch(NamedTuple):
     programs: int
 
 
-class Plan(NamedTuple):
-    """Launches, or else the places of tensors that have to go through contiguous copies first."""
+class LaunchPlan(NamedTuple):
+    """Launches, or else the indices of tensors that have to go through contiguous copies first."""
 
     launches: list[Launch]
     copied: list[int]
     states: int  # lists of them
 
 
-_plans: dict[Any, Plan] = {}
+_plans: dict[Any, LaunchPlan] = {}
 
 
-def find_plan(lists: Sequence[Sequence[Tensor]], *, block: int, vector: int) -> Plan:
+def find_plan(lists: Sequence[Sequence[Tensor]], *, block: int, vector: int) -> LaunchPlan:
     """The plan for params, grads and one or two lists of states.
 
     A row's chunks count as aligned where `vector` elements of each tensor can be moved at once.
@@ -118,7 +118,7 @@ def find_plan(lists: Sequence[Sequence[Tensor]], *, block: int, vector: int) -> 
         launches = [] if copied else _build(lists, addresses, lengths, block, vector)
         if len(_plans) >= _MAX_PLANS:
             del _plans[next(iter(_plans))]
-        plan = _plans[key] = Plan(launches, copied, len(lists) - 2)
+        plan = _plans[key] = LaunchPlan(launches, copied, len(lists) - 2)
     return plan
 
 
@@ -149,30 +149,37 @@ def _build(
 ) -> list[Launch]:
     devices = [map(Tensor.get_device, tensors) for tensors in lists]
     dtypes = [[t.dtype for t in tensors] for tensors in lists]
-    kinds = list(zip(*devices, *dtypes, strict=True))
-    address = torch.tensor(addresses, device="cpu", dtype=torch.int64).T
+    signatures = list(zip(*devices, *dtypes, strict=True))
+    param, grad, first, *second = torch.tensor(addresses, device="cpu", dtype=torch.int64)
     length = torch.tensor(lengths, device="cpu", dtype=torch.int64)
-    programs = (length + block - 1) // block
+    nothing = torch.zeros_like(length)
+    row = Row(
+        param=param,
+        grad=grad,
+        first_state=first,
+        second_state=second[0] if second else nothing,
+        length=length,
+        first_program=nothing,
+        aligned=nothing,
+        index=torch.arange(len(length), device="cpu"),
+    )
+    table, programs = torch.stack(row, 1), (length + block - 1) // block
     launches = []
-    for kind in dict.fromkeys(kinds):
-        first = kinds.index(kind)
-        _check_kind(kind[: len(lists)], kind[len(lists) :], first)
-        param, grad = lists[0][first], lists[1][first]
-        table = torch.zeros(len(kinds), 8, device="cpu", dtype=torch.int64)
-        table[:, : len(lists)] = address
-        table[:, 4] = length
-        table[:, 7] = torch.arange(len(kinds), device="cpu")
-        places = torch.tensor([i for i, other in enumerate(kinds) if other == kind], device="cpu")
-        rows, counts = table[places], programs[places]
-        rows[:, 5] = counts.cumsum(0) - counts
-        _mark_aligned(rows, DTYPES[param.dtype], DTYPES[grad.dtype], block, vector)
+    for signature in dict.fromkeys(signatures):
+        sample = signatures.index(signature)
+        _check_signature(signature[: len(lists)], signature[len(lists) :], sample)
+        device, dtype, grad_dtype = lists[0][sample].device, *signature[len(lists) :][:2]
+        chosen = torch.tensor([other == signature for other in signatures], device="cpu")
+        rows, counts = table[chosen], programs[chosen]
+        rows[:, ROW.first_program] = counts.cumsum(0) - counts
+        _mark_aligned(rows, DTYPES[dtype], DTYPES[grad_dtype], block, vector)
         launches.append(
             Launch(
-                param.device,
-                DTYPES[param.dtype],
-                DTYPES[grad.dtype],
-                _chunk_table(param.device, tuple(counts.tolist())),
-                DeviceTable(rows, param.device),
+                device,
+                DTYPES[dtype],
+                DTYPES[grad_dtype],
+                _chunk_table(device, tuple(counts.tolist())),
+                DeviceTable(rows, device),
                 int(counts.sum()),
             )
         )
@@ -180,23 +187,30 @@ def _build(
 
 
 def _mark_aligned(rows: Tensor, param: tl.dtype, grad: tl.dtype, block: int, vector: int) -> None:
-    sizes = [param.primitive_bitwidth // 8, grad.primitive_bitwidth // 8, 4, 4]
-    aligned = (rows[:, :4] % (vector * torch.tensor(sizes, device="cpu")) == 0).all(1)
-    rows[:, 6] = torch.where(aligned, rows[:, 4] // block * block, 0)
+    sizes = {
+        ROW.param: param.primitive_bitwidth // 8,
+        ROW.grad: grad.primitive_bitwidth // 8,
+        ROW.first_state: 4,
+        ROW.second_state: 4,
+    }
+    alignments = vector * torch.tensor(list(sizes.values()), device="cpu")
+    aligned = (rows[:, list(sizes)] % alignments == 0).all(1)
+    length = rows[:, ROW.length]
+    rows[:, ROW.aligned] = torch.where(aligned, length // block * block, 0)
 
 
-def at_gradients(plan: Plan, addresses: Tensor, *, block: int, vector: int) -> Plan:
+def at_gradients(plan: LaunchPlan, addresses: Tensor, *, block: int, vector: int) -> LaunchPlan:
     """The plan for the same tensors, but gradients at these addresses; on the host, int64."""
     launches = []
     for launch in plan.launches:
         rows = launch.rows.host.clone()
-        rows[:, 1] = addresses[rows[:, 7]]
+        rows[:, ROW.grad] = addresses[rows[:, ROW.index]]
         _mark_aligned(rows, launch.param_dtype, launch.grad_dtype, block, vector)
         launches.append(launch._replace(rows=DeviceTable(rows, launch.device)))
     return plan._replace(launches=launches)
 
 
-def _check_kind(devices: tuple[int, ...], dtypes: tuple[torch.dtype, ...], i: int) -> None:
+def _check_signature(devices: tuple[int, ...], dtypes: tuple[torch.dtype, ...], i: int) -> None:
     if len(set(devices)) > 1:
         raise ValueError(
             f"params[{i}], its gradient and its state are on different devices: "
@@ -223,21 +237,10 @@ def scalar_table(device: torch.device, scalars: tuple[float, ...]) -> DeviceTabl
     return DeviceTable(torch.tensor(scalars, device="cpu", dtype=torch.float32), device)
 
 
-def readable(tensor: Tensor, device: torch.device) -> Tensor:
+def readable(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     """The tensor itself where it is on the device, so that a captured graph reads it live."""
-    if tensor.device == device:
+    if tensor is None or tensor.device == device:
         return tensor
     if tensor.is_cpu:
         return DeviceTable(tensor.clone(), device).on_device()
     return tensor.to(device)
-
-
-def at_scaling(
-    scaling: Mapping[str, Tensor | None], device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """What kernels take of a gradient scaler: grad_scale and found_inf, on the device or None."""
-    grad_scale, found_inf = (scaling.get(key) for key in ("grad_scale", "found_inf"))
-    return (
-        None if grad_scale is None else readable(grad_scale, device),
-        None if found_inf is None else readable(found_inf, device),
-    )

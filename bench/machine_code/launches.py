@@ -57,10 +57,12 @@ def diag_call(case: str, dtypes: Dtypes, lr: float = 0.1) -> Call:
     try:
         if case.startswith("adamw"):
             steps = torch.ones(1) if case == "adamw bias correction" else None
-            diag.adamw_(params, grads, other, state, steps, torch.tensor(lr), **_ADAMW)
+            tensors = params, grads, other, state, steps, torch.tensor(lr)
+            diag.update_("adamw_", *tensors, **_ADAMW)
         else:
             buffers = other if case == "rmsprop momentum" else []
-            diag.rmsprop_(params, grads, state, buffers, torch.tensor(lr), **_RMSPROP)
+            tensors = params, grads, state, buffers, torch.tensor(lr)
+            diag.update_("rmsprop_", *tensors, **_RMSPROP)
     finally:
         diag._diag_kernel = kernel
     (call,) = recorder.calls

@@ -133,7 +133,8 @@ def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[...,
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
         kernels = extensions.triton("diag")
-        body = slow if isinstance(kernels, ImportError) else getattr(kernels, method.name)
+        missing = isinstance(kernels, ImportError)
+        body = slow if missing else functools.partial(cast(Any, kernels).update_, method.name)
         served = list(map(triton_serves, params))
         if all(served):
             body(params, *tensors, **scalars)

@@ -111,10 +111,10 @@ class Lists:
         params, square_avgs, others = self.actual
         if self.is_adamw:
             averages = others, square_avgs, self.steps
-            diag.adamw_(params, grads, *averages, lr, **self.scalars, **scaling)
+            diag.update_("adamw_", params, grads, *averages, lr, **self.scalars, **scaling)
         else:
             states = square_avgs, others
-            diag.rmsprop_(params, grads, *states, lr, **self.scalars, **scaling)
+            diag.update_("rmsprop_", params, grads, *states, lr, **self.scalars, **scaling)
 
     def specify(self, lists, grads, lr):
         params, square_avgs, others = lists

@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from rootfree_fused import kernels
+from rootfree_fused.kernels import diag
 
 MODULES = [
     importlib.import_module(f"{kernels.__name__}.{module.name}")
@@ -36,6 +37,11 @@ def interpreted():
         for name, value in vars(module).items()
         if isinstance(value, JITFunction)
     ]
+    bodies = {
+        name: body._replace(update=interpreter.InterpretedFunction(body.update.fn))
+        for name, body in diag.BODIES.items()
+    }
+    changed.append((diag, "BODIES", diag.BODIES, bodies))
     convert = interpreter._convert_float
     changed.append((interpreter, convert.__name__, convert, _rounding_to_nearest(convert)))
     dot = interpreter.InterpreterBuilder.create_dot

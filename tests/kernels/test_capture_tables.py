@@ -75,9 +75,9 @@ def launcher(case):
 
         return step
     if case == "adamw":
-        return lambda grads: diag.adamw_(params, grads, state, other, None, lr, **ADAMW)
+        return lambda grads: diag.update_("adamw_", params, grads, state, other, None, lr, **ADAMW)
     buffers = other if "momentum" in case else []
-    return lambda grads: diag.rmsprop_(params, grads, state, buffers, lr, **RMSPROP)
+    return lambda grads: diag.update_("rmsprop_", params, grads, state, buffers, lr, **RMSPROP)
 
 
 @pytest.mark.parametrize("case", ["rmsprop", "rmsprop momentum", "adamw", "ifshampoo"])

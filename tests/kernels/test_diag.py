@@ -13,6 +13,7 @@ from helpers.offline import needs_cuda, on_its_device
 from helpers.operators import ADAMW, RMSPROP
 
 from rootfree_fused.kernels import diag, tables
+from rootfree_fused.kernels.slots import ROW
 
 BLOCK = diag.BLOCK
 SHAPES = [(n,) for n in (0, 1, 31, 33, 1023, 1025, BLOCK, BLOCK + 1, 3 * BLOCK + 7)]
@@ -117,7 +118,7 @@ def test_dtypes_may_mix(device):
     lr = torch.tensor(0.3)
     merged = [[lists.actual[j][0] for lists in several] for j in range(3)]
     grads = [lists.fresh_grads()[0] for lists in several]
-    diag.adamw_(merged[0], grads, merged[2], merged[1], counts, lr, **ADAMW)
+    diag.update_("adamw_", merged[0], grads, merged[2], merged[1], counts, lr, **ADAMW)
     for lists, grad, count in zip(several, grads, counts, strict=True):
         lists.steps = count[None]
         lists.specify(lists.eager, [grad], lr)
@@ -190,10 +191,10 @@ def test_a_nonfinite_gradient_stays_where_it_is(case, device):
 
 def test_nothing_to_do(device):
     lr = torch.tensor(0.3)
-    diag.rmsprop_([], [], [], [], lr, **RMSPROP)
-    diag.adamw_([], [], [], [], None, lr, **ADAMW)
+    diag.update_("rmsprop_", [], [], [], [], lr, **RMSPROP)
+    diag.update_("adamw_", [], [], [], [], None, lr, **ADAMW)
     empty = [torch.empty(0, 3, device=device)]
-    diag.rmsprop_(empty, empty, empty, empty, lr, **RMSPROP)
+    diag.update_("rmsprop_", empty, empty, empty, empty, lr, **RMSPROP)
 
 
 # Tables --------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_only_aligned_full_chunks_promise_alignment(which, dtypes, device):
         row = [[tensor[: 3 * BLOCK + 7]] for tensor in row]
         (launch,) = tables.find_plan(row, block=BLOCK, vector=diag.VECTOR).launches
         assert launch.programs == 4
-        assert launch.rows.host[0, 6] == expected
+        assert launch.rows.host[0, ROW.aligned] == expected
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -269,7 +270,7 @@ def test_few_plans_are_kept(device):
     kept = []
     for _ in range(tables._MAX_PLANS + 3):
         kept.append([torch.ones(3, device=device)])
-        diag.rmsprop_(kept[-1], kept[0], kept[-1], [], lr, **RMSPROP)
+        diag.update_("rmsprop_", kept[-1], kept[0], kept[-1], [], lr, **RMSPROP)
     assert len(tables._plans) == tables._MAX_PLANS
 
 
@@ -280,7 +281,7 @@ def test_what_the_kernels_do_not_take(device):
     lr = torch.tensor(0.3)
     for dtypes in [(torch.float64, torch.float64, F32), (BF16, F16, F32), (F32, F32, BF16)]:
         with pytest.raises(TypeError, match=r"params\[0\].*float32"):
-            diag.rmsprop_(*tensors(*dtypes), [], lr, **RMSPROP)
+            diag.update_("rmsprop_", *tensors(*dtypes), [], lr, **RMSPROP)
 
 
 # Only on a GPU -------------------------------------------------------------------------------
