@@ -277,9 +277,8 @@ def _find_plan(
 def _members(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> DeviceTable:
     """A row of `slots.Member` for each; params, grads and momentum buffers, if there are any."""
     param, grad, *buffers = torch.tensor(addresses, device="cpu", dtype=torch.int64)
-    nothing = torch.zeros_like(param)
-    (buffer,) = buffers or [nothing]
-    member = Member(param=param, grad=grad, buffer=buffer, unused=nothing)
+    (buffer,) = buffers or [torch.zeros_like(param)]
+    member = Member(param=param, grad=grad, buffer=buffer)
     return DeviceTable(torch.stack(member, 1), device)
 
 

@@ -143,7 +143,6 @@ class Member(NamedTuple):
     param: Column  # address
     grad: Column  # address
     buffer: Column  # address of the momentum buffer
-    unused: Column
 
 
 class Tile(NamedTuple):
@@ -185,7 +184,6 @@ class Product(NamedTuple):
     b: Column  # address
     b_columns: Column  # elements
     output: Column  # address, of padded rows
-    unused: Column
     m: Column  # elements
     n: Column  # elements
     k: Column  # elements
@@ -253,7 +251,6 @@ class Params(NamedTuple):
     b: Column  # address
     b_columns: Column  # elements
     member: Column  # index
-    unused: Column
     m: Column  # elements
     n: Column  # elements
     k: Column  # elements

@@ -1,0 +1,124 @@
+"""Tables are written and read by the names of kernels/slots.py, and by nothing else."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from triton.runtime.jit import JITFunction
+
+from rootfree_fused.kernels import factors, slots, tiles
+from rootfree_fused.kernels.slots import LAYOUT, Names
+
+FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
+TABLES = {name: value for name, value in vars(slots).items() if isinstance(value, Names)}
+ROWS = {name: names for name, names in TABLES.items() if list(names.value) == [*range(len(names))]}
+JOBS = ("GATHER", "PRODUCT", "MOMENTA", "FACTORS", "SQUARE", "PARAMS")
+# What tables, and rows of them, are called.
+TABLE_WORDS = {"table", "row", "rows", "job", "jobs", "member", "members", "tiles", "scalars"}
+
+
+def is_number(node):
+    """An integer, or a multiple of one."""
+    if isinstance(node, ast.UnaryOp):
+        return is_number(node.operand)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return is_number(node.left) or is_number(node.right)
+    return isinstance(node, ast.Constant) and type(node.value) is int
+
+
+def last_word(node):
+    name = getattr(node, "id", getattr(node, "attr", ""))
+    return name.lower().split("_")[-1]
+
+
+def is_bare(node):
+    """Whether an integer is added to a pointer here, or is the index of a column or of a row."""
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (ast.Add, ast.Sub)):
+        sides = [side for side in ast.iter_child_nodes(node) if isinstance(side, ast.expr)]
+        return any(last_word(n) in {"ptr", "ptrs"} for n in sides) and any(map(is_number, sides))
+    if not isinstance(node, ast.Subscript):
+        return False
+    is_column = isinstance(node.slice, ast.Tuple)
+    indices = node.slice.elts if is_column else [node.slice]
+    slices = [i for i in indices if isinstance(i, ast.Slice)]
+    bounds = [*indices, *(i.lower for i in slices), *(i.upper for i in slices)]
+    return (is_column or last_word(node.value) in TABLE_WORDS) and any(map(is_number, bounds))
+
+
+def bare_numbers(source):
+    return [ast.unparse(node) for node in ast.walk(ast.parse(source)) if is_bare(node)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_bare_number_indexes_a_table(path):
+    assert bare_numbers(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("tl.load(job_ptr + 3)", "pointer_at(1 + job_ptr, x)", "ptr = tiles_ptr + 4 * index"),
+        *("job_ptr += 2", "rows[:, 7]", "table[:, -1]", "launch.rows[0, 6]", "table[:, :4]"),
+        *("job[2]", "scalars[1:]"),
+    ],
+)
+def test_a_bare_number_is_found(line):
+    assert len(bare_numbers(line)) == 1
+
+
+def test_every_column_and_every_scalar_is_read_by_its_name():
+    """By a kernel, all but the lr of IF-Shampoo and of a method, whose pointer is an argument."""
+    trees = [ast.parse(path.read_text()) for path in FILES if path.stem != "slots"]
+    read = {
+        (node.value.id, node.attr)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    for table, names in TABLES.items():
+        missing = {name for name in names.value._fields if (table, name) not in read}
+        assert missing <= {"lr"}, table
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_name_hides_nothing(table):
+    """`value` and `type` are a constexpr's own; in kernels a name is looked up in the tuple."""
+    names = TABLES[table]
+    assert not {"value", "type"} & set(names.value._fields)
+    assert names.value._asdict() == {name: getattr(names, name) for name in names.value._fields}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_has_room_for_the_index_of_its_matrix(job):
+    assert len(ROWS[job]) <= LAYOUT.matrix < LAYOUT.job_columns
+
+
+def test_a_row_is_refused_by_the_name_of_its_column():
+    row = dict.fromkeys(slots.Momenta._fields, 0)
+    with pytest.raises(TypeError, match="norms"):
+        slots.Momenta(**{name: 0 for name in row if name != "norms"})
+    with pytest.raises(TypeError, match="parking"):
+        slots.Momenta(**row, parking=0)
+
+
+def test_padded_rows_are_as_long_on_the_host_as_on_the_device():
+    for size in range(40):
+        assert tiles.padded.fn(size) == slots.padded(size)
+    assert 2 * LAYOUT.row_multiple == LAYOUT.alignment
+
+
+@pytest.mark.skipif(
+    not isinstance(tiles.padded, JITFunction), reason="TRITON_INTERPRET compiles nothing"
+)
+def test_a_changed_column_is_another_kernel_in_the_cache_of_triton():
+    """It keys its cache by the globals of a kernel, as they are written out."""
+    kernel = factors._factor_momenta_kernel
+    assert kernel.cache_key
+    known = {name: repr(value) for (name, _), (value, _) in kernel.used_global_vals.items()}
+    for name in ("MOMENTA", "IFSHAMPOO", "LAYOUT", "SIDE", "TILE"):
+        assert all(f"{n}={i}" in known[name] for n, i in TABLES[name].value._asdict().items())
