@@ -1,9 +1,30 @@
-"""What kernels of several files compute a number at a time."""
+"""What kernels of several files compute a number at a time, and read of a gradient scaler."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def decayed(average, value, decay, one_minus_decay):
+    """The average after a step: decay average + (1 - decay) value."""
+    # As torch.lerp does it: one formula for all decays would be inexact near 0 or drift near 1.
+    change = value - average
+    return tl.where(decay > 0.5, average + one_minus_decay * change, value - decay * change)
+
+
+@triton.jit
+def descend(p, u, buf, lr, coupled, decoupled, momentum_ptr):
+    """The parameter and the momentum buffer, or None without one, after a step along u.
+
+    u <- u + coupled p; p <- p - lr decoupled p; buf <- momentum buf + u; p <- p - lr buf
+    """
+    u += coupled * p
+    p -= lr * decoupled * p
+    if buf is not None:
+        u += tl.load(momentum_ptr) * buf
+    return p - lr * u, u
 
 
 @triton.jit
@@ -16,7 +37,9 @@ def skips(found_inf_ptr):
 
 
 @triton.jit
-def decayed(average, value, decay, one_minus_decay):
-    # As torch.lerp does it: one formula for all decays would be inexact near 0 or drift near 1.
-    change = value - average
-    return tl.where(decay > 0.5, average + one_minus_decay * change, value - decay * change)
+def inverse_of(grad_scale_ptr):
+    """What undoes a gradient scaler's scale; None without one."""
+    inverse = None
+    if grad_scale_ptr is not None:
+        inverse = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
+    return inverse

@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import decayed, skips
+from .arithmetic import decayed, descend, inverse_of, skips
 from .slots import ADAMW, RMSPROP, ROW, AdamWScalars, RMSpropScalars
 from .tables import LaunchPlan, at_gradients, find_plan, readable, scalar_table
 
@@ -64,11 +64,9 @@ def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
 
     g *= sign
     s = decayed(s, _square(batch_size, g), alpha, one_minus_alpha)
-    u = g / (s + damping) + coupled * p
-    p -= lr * decoupled * p
-    if buf is not None:
-        u += tl.load(scalars_ptr + RMSPROP.momentum) * buf
-    return p - lr * u, s, u
+    momentum_ptr = scalars_ptr + RMSPROP.momentum
+    p, buf = descend(p, g / (s + damping), buf, lr, coupled, decoupled, momentum_ptr)
+    return p, s, buf
 
 
 @triton.jit
@@ -168,9 +166,7 @@ def _diag_kernel(
 ):
     if skips(found_inf_ptr):
         return
-    unscale = None
-    if grad_scale_ptr is not None:
-        unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
+    unscale = inverse_of(grad_scale_ptr)
     pid = tl.program_id(0)
     row_ptr = rows_ptr + len(ROW) * tl.load(chunks_ptr + pid)
     start = (pid - tl.load(row_ptr + ROW.first_program)) * BLOCK

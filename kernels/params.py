@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import skips
+from .arithmetic import descend, skips
 from .slots import IFSHAMPOO, LAYOUT, MEMBER, PARAMS
 from .tiles import (
     find_tile,
@@ -38,11 +38,8 @@ from .tiles import (
 def _param_update(p, update, buf, lr, scalars_ptr):
     decoupled = tl.load(scalars_ptr + IFSHAMPOO.decoupled)
     coupled = tl.load(scalars_ptr + IFSHAMPOO.coupled)
-    u = tl.load(scalars_ptr + IFSHAMPOO.sign) * update + coupled * p
-    p -= lr * decoupled * p
-    if buf is not None:
-        u += tl.load(scalars_ptr + IFSHAMPOO.momentum) * buf
-    return p - lr * u, u
+    u = tl.load(scalars_ptr + IFSHAMPOO.sign) * update
+    return descend(p, u, buf, lr, coupled, decoupled, scalars_ptr + IFSHAMPOO.momentum)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arithmetic import inverse_of
 from .slots import GATHER, GATHERED, LAYOUT, MEMBER, PRODUCT, SQUARE
 from .tiles import (
     find_tile,
@@ -119,9 +120,7 @@ def _gather_kernel(
             source_ptr, aligned, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
         )
     else:
-        unscale = None
-        if grad_scale_ptr is not None:
-            unscale = 1.0 / tl.load(grad_scale_ptr).to(tl.float32)
+        unscale = inverse_of(grad_scale_ptr)
         member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + GATHER.source)
         grad_ptr = pointer_at(member_ptr + MEMBER.grad, scratch_ptr, GRAD)
         aligned = size[1] % LAYOUT.row_multiple == 0
