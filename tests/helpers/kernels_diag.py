@@ -43,7 +43,7 @@ def layout_strides(shape, layout):
     return [scale * stride for stride in contiguous_strides(shape)]
 
 
-def place(values, layout="contiguous"):
+def in_guarded_memory(values, layout="contiguous"):
     """A copy of `values` with this layout, and its memory: 7 wherever there is no element."""
     strides = layout_strides(values.shape, layout)
     offset = GUARD + (layout == "misaligned")
@@ -83,7 +83,7 @@ class Lists:
         start = [[t.to(device) for t in tensors] for tensors in (params, square_avgs, others)]
         where = (layouts[0], *layouts[2:])
         placed = [
-            [place(t, layout) for t in tensors]
+            [in_guarded_memory(t, layout) for t in tensors]
             for tensors, layout in zip(start, where, strict=True)
         ]
         self.placed = [pair for pairs in placed for pair in pairs]
@@ -97,7 +97,7 @@ class Lists:
     def step(self, grads=None, lr=None):
         lr = torch.tensor(0.3) if lr is None else lr
         grads = self.fresh_grads() if grads is None else grads
-        placed = [place(grad, self.layouts[1]) for grad in grads]
+        placed = [in_guarded_memory(grad, self.layouts[1]) for grad in grads]
         self.launch([view for view, _ in placed], lr)
         for (view, memory), grad in zip(placed, grads, strict=True):
             assert_guards_untouched(view, memory)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers.comparison import assert_no_worse_than
-from helpers.kernels_diag import assert_guards_untouched, place
+from helpers.kernels_diag import assert_guards_untouched, in_guarded_memory
 from helpers.offline import on_its_device
 
 from rootfree_fused.kernels import matrix
@@ -146,8 +146,8 @@ class Model:
         params = [torch.randn(shape).to(device, param_dtype) for shape in self.shapes]
         buffers = [torch.randn(shape).to(device) for shape in self.shapes]
         buffers = buffers if self.scalars["momentum"] else []
-        self.params = [self.place(p, layout) for p in params]
-        self.buffers = [self.place(b, layout) for b in buffers]
+        self.params = [self.in_guarded_memory(p, layout) for p in params]
+        self.buffers = [self.in_guarded_memory(b, layout) for b in buffers]
         self.factors, self.residuals, self.momenta, self.products = [], [], [], []
         for shape, dense, count in buckets:
             for size, is_dense in zip(squeezed(shape), dense, strict=True):
@@ -160,8 +160,8 @@ class Model:
             for i in range(count)
         ]
 
-    def place(self, values, layout="contiguous"):
-        view, memory = place(values, layout)
+    def in_guarded_memory(self, values, layout="contiguous"):
+        view, memory = in_guarded_memory(values, layout)
         self.placed.append((view, memory))
         return view
 
@@ -176,12 +176,12 @@ class Model:
         residual = product = torch.empty(0, device=self.device)
         if dense and self.dtype == BF16:
             factor, residual = split(factor)
-            residual = self.place(residual.to(self.device))
+            residual = self.in_guarded_memory(residual.to(self.device))
         if dense:
-            product = self.place(torch.full_like(factor, math.nan).to(self.device))
-        self.factors.append(self.place(factor.to(self.device)))
+            product = self.in_guarded_memory(torch.full_like(factor, math.nan).to(self.device))
+        self.factors.append(self.in_guarded_memory(factor.to(self.device)))
         self.residuals.append(residual)
-        self.momenta.append(self.place(momentum.to(self.device)))
+        self.momenta.append(self.in_guarded_memory(momentum.to(self.device)))
         self.products.append(product)
 
     def copies(self, params, buffers, dtype):
@@ -219,7 +219,7 @@ class Model:
     def step(self, *, update=True, refresh=False, grads=None, lr=0.1):
         grads = self.fresh_grads() if grads is None else grads
         lr = torch.tensor(lr) if isinstance(lr, float) else lr
-        placed = [place(grad, self.layout) for grad in grads]
+        placed = [in_guarded_memory(grad, self.layout) for grad in grads]
         self.launch([view for view, _ in placed], lr, update=update, refresh=refresh)
         for (view, memory), grad in zip(placed, grads, strict=True):
             assert_guards_untouched(view, memory)

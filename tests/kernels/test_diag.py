@@ -8,7 +8,7 @@ from helpers.comparison import assert_no_worse_than
 
 pytest.importorskip("triton")
 
-from helpers.kernels_diag import CASES, Lists, place
+from helpers.kernels_diag import CASES, Lists, in_guarded_memory
 from helpers.offline import needs_cuda, on_its_device
 from helpers.operators import ADAMW, RMSPROP
 
@@ -82,7 +82,7 @@ def test_layouts_that_go_straight_through(case, device):
     """A dense tensor whose gradient and state have its strides is updated where it lies."""
     for shape, layout in [((37, 41), "transposed"), ((2, 5, 13, 17), "channels_last")]:
         lists = Lists(case, [shape], device, (F32, F32), [layout] * 4)
-        grads = [place(grad, layout)[0] for grad in lists.fresh_grads()]
+        grads = [in_guarded_memory(grad, layout)[0] for grad in lists.fresh_grads()]
         params, square_avgs, others = lists.actual
         plan = tables.find_plan(
             [params, grads, square_avgs, others], block=BLOCK, vector=diag.VECTOR
