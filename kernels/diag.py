@@ -170,7 +170,7 @@ def _diag_kernel(
     pid = tl.program_id(0)
     row_ptr = rows_ptr + len(ROW) * tl.load(chunks_ptr + pid)
     start = (pid - tl.load(row_ptr + ROW.first_program)) * BLOCK
-    parasecond_ptr = tl.load(row_ptr + ROW.param).to(tl.pointer_type(PARAM)) + start
+    param_ptr = tl.load(row_ptr + ROW.param).to(tl.pointer_type(PARAM)) + start
     grad_ptr = tl.load(row_ptr + ROW.grad).to(tl.pointer_type(GRAD)) + start
     first_ptr = tl.load(row_ptr + ROW.first_state).to(tl.pointer_type(tl.float32)) + start
     second_ptr = None
@@ -184,13 +184,13 @@ def _diag_kernel(
     # A row's aligned full chunks, if it has any, come first. Only they may promise alignment: one
     # path with a mask would be 4-byte accesses everywhere.
     if start < tl.load(row_ptr + ROW.aligned):
-        parasecond_ptr = tl.multiple_of(parasecond_ptr, VECTOR * PARAM.primitive_bitwidth // 8)
+        param_ptr = tl.multiple_of(param_ptr, VECTOR * PARAM.primitive_bitwidth // 8)
         grad_ptr = tl.multiple_of(grad_ptr, VECTOR * GRAD.primitive_bitwidth // 8)
         first_ptr = tl.multiple_of(first_ptr, VECTOR * 4)
         if HAS_SECOND:
             second_ptr = tl.multiple_of(second_ptr, VECTOR * 4)
         _update_chunk(
-            parasecond_ptr,
+            param_ptr,
             grad_ptr,
             first_ptr,
             second_ptr,
@@ -205,7 +205,7 @@ def _diag_kernel(
     else:
         mask = tl.arange(0, BLOCK) < tl.load(row_ptr + ROW.length) - start
         _update_chunk(
-            parasecond_ptr,
+            param_ptr,
             grad_ptr,
             first_ptr,
             second_ptr,
