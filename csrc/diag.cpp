@@ -1,5 +1,5 @@
 // The diagonal updates of update.h on lists of CPU tensors: one parallel region over chunks of them
-// all. The last lines register each as the body of an operator that rootfree_fused/ops defines.
+// all. The last lines register each as the body of its operator.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -29,7 +29,7 @@ template <class Options>
 struct Task {
   const Options* options;
   Body<Options> body;
-  PerOperand<char*> data;  // STATE1 is null where it is optional and missing
+  PerOperand<char*> data;  // STATE1 may be null
   int64_t numel, first_chunk;
   std::vector<StridedAxis> axes;  // see shared_axes
   PerOperand<int64_t> element_size;  // where there are axes
@@ -60,7 +60,7 @@ struct Bodies {
     auto* grad = reinterpret_cast<const G*>(data[GRAD]);
     auto* state0 = reinterpret_cast<T*>(data[STATE0]);
     auto* state1 = reinterpret_cast<T*>(data[STATE1]);
-    if (!Rule::state1_is_optional || state1) {
+    if (Rule::required_states == 2 || state1) {
       update_each<true>(rule, param, grad, state0, state1, begin, end);
     } else {
       update_each<false>(rule, param, grad, state0, state1, begin, end);
@@ -115,7 +115,7 @@ template <template <class> class Rule, class Options>
 std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
                                 const std::vector<Options>& options) {
   const size_t count = lists[PARAM].size();
-  const bool has_state1 = !Rule<float>::state1_is_optional || !lists[STATE1].empty();
+  const bool has_state1 = Rule<float>::required_states == 2 || !lists[STATE1].empty();
   STD_TORCH_CHECK(lists[GRAD].size() == count && lists[STATE0].size() == count &&
                       (!has_state1 || lists[STATE1].size() == count),
                   "the lists of tensors differ in length");
@@ -234,16 +234,16 @@ bool next_scaling(Arguments& arguments, Options& options) {
   return !found_inf || read_number(found_inf, "found_inf") == 0;
 }
 
-// The body of an operator (params, grads, states 0, states 1, [steps,] lr, scalars, grad_scale,
-// found_inf).
+// The body of an operator with the schema of a DiagonalMethod in rootfree_fused/ops/methods.py.
 template <template <class> class Rule>
 void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
   using Options = typename Rule<float>::Options;
+  constexpr int operands = STATE0 + Rule<float>::states;
   constexpr bool has_steps = requires(Options o) { o.set_step(1.0); };
   constexpr size_t scalars = std::tuple_size_v<decltype(Options().scalars())>;
-  Arguments arguments(stack, argument_count, OPERANDS + has_steps + 1 + scalars + 2);
+  Arguments arguments(stack, argument_count, operands + has_steps + 1 + scalars + 2);
   PerOperand<TensorHandles> lists;
-  for (auto& list : lists) list = arguments.next_tensors();
+  for (int k = 0; k < operands; ++k) lists[k] = arguments.next_tensors();
   const AtenTensorHandle steps = has_steps ? arguments.next_optional_tensor() : nullptr;
   const AtenTensorHandle lr = arguments.next_tensor();
   Options options{};

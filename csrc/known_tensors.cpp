@@ -202,8 +202,7 @@ PyMethodDef methods[] = {
     {"mark_changed", reinterpret_cast<PyCFunction>(mark_changed), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_known_tensors", nullptr, -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_known_tensors", nullptr, -1, methods, {}, {}, {}, {}};
 
 }  // namespace
 

@@ -50,7 +50,7 @@ struct RmspropOptions {
 template <class T>
 struct Rmsprop {
   using Options = RmspropOptions;
-  static constexpr bool state1_is_optional = true;
+  static constexpr int states = 2, required_states = 1;
   T lr, square_avg_weight, damping, momentum, batch_size, grad_factor, largest_grad;
   T coupled_decay, decoupled_decay;  // one of them is 0
 
@@ -109,7 +109,7 @@ struct AdamwOptions {
 template <class T>
 struct Adamw {
   using Options = AdamwOptions;
-  static constexpr bool state1_is_optional = false;
+  static constexpr int states = 2, required_states = 2;
   T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, grad_factor,
       largest_grad;
 
