@@ -31,7 +31,7 @@ struct Task {
   Body<Options> body;
   PerOperand<char*> data;  // STATE1 may be null
   int64_t numel, first_chunk;
-  std::vector<StridedAxis> axes;  // see shared_axes
+  std::vector<StridedAxis> axes;     // see shared_axes
   PerOperand<int64_t> element_size;  // where there are axes
 };
 
@@ -131,16 +131,16 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
     bool contiguous = true;
     for (int k = 0; k < (has_state1 ? OPERANDS : STATE1); ++k) {
       const AtenTensorHandle tensor = lists[k][i];
-      STD_TORCH_CHECK(
-          is_cpu(tensor) && get(aoti_torch_get_dim, tensor) == dim &&
-              std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
-          "params[", i, "], its gradient and its state must be CPU tensors of one shape");
+      STD_TORCH_CHECK(is_cpu(tensor) && get(aoti_torch_get_dim, tensor) == dim &&
+                          std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
+                      "params[", i,
+                      "], its gradient and its state must be CPU tensors of one shape");
       contiguous = contiguous && get(aoti_torch_is_contiguous, tensor);
       dtypes[k] = dtype(tensor);
       // Through the const pointer a copy-on-write gradient stays shared.
-      task.data[k] = static_cast<char*>(
-          k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
-                    : get(torch_get_mutable_data_ptr, tensor));
+      task.data[k] =
+          static_cast<char*>(k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
+                                       : get(torch_get_mutable_data_ptr, tensor));
     }
     STD_TORCH_CHECK(!has_state1 || dtypes[STATE0] == dtypes[STATE1], "the states of params[", i,
                     "] differ in dtype");
@@ -176,8 +176,8 @@ void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
     const int64_t stop = std::min(end, begin + chunk_size);
     for (int k : {PARAM, GRAD, STATE0, STATE1}) {
       if (!dense[k]) continue;
-      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k,
-                                  begin, stop);
+      copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
+                                  stop);
     }
     task.body(*task.options, dense, 0, stop - begin);
     for (int k : {PARAM, STATE0, STATE1}) {

@@ -90,9 +90,8 @@ ROOTFREE_BF16 inline void average_momentum(const Axis& axis, int64_t pair, Tile&
     for (int64_t j = 0; j < gram.columns; ++j) values[j] = within(values[j], largest_momentum);
   }
   axis.momentum_squares[pair] = (diagonal ? 1 : 2) * sum_of_squares(gram);
-  write_symmetric(gram, axis.momentum, axis.size, [&](const auto& part) {
-    pack(axis.momentum_then_product.as_right(), part);
-  });
+  write_symmetric(gram, axis.momentum, axis.size,
+                  [&](const auto& part) { pack(axis.momentum_then_product.as_right(), part); });
 }
 
 // On a tile of the lower triangle; `transformed` is M, or M^T for the axis of its columns.

@@ -22,8 +22,8 @@ struct Entry {
 // its own.
 constexpr c10::DispatchKeySet not_plain =
     c10::sparse_ks | c10::sparse_csr_ks | c10::mkldnn_ks | c10::python_ks |
-    c10::DispatchKeySet({c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
-                         c10::DispatchKey::NestedTensor});
+    c10::DispatchKeySet(
+        {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::NestedTensor});
 
 void prefetch(const void* object, size_t size) {
   for (size_t offset = 0; offset < size; offset += 64) {
@@ -202,7 +202,8 @@ PyMethodDef methods[] = {
     {"mark_changed", reinterpret_cast<PyCFunction>(mark_changed), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_known_tensors", nullptr, -1, methods, {}, {}, {}, {}};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_known_tensors", nullptr, -1, methods, {}, {}, {}, {}};
 
 }  // namespace
 

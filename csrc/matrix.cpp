@@ -82,39 +82,41 @@ void pack_grads(Matrix* matrices, int64_t count) {
 
 void update_products(Matrix* matrices, int64_t count) {
   const auto tasks = [](const Axis& axis) { return axis.cached ? axis.pairs_of_tiles() : 0; };
-  for_each_axis(matrices, count, tasks(matrices->rows), tasks(matrices->columns),
-                [](const Axis& axis, const Axis&, int64_t task) {
-                  return symmetric_cost(triangle_tile(axis, task), axis.size);
-                },
-                [](const Axis& axis, const Axis&, const Gram&, int64_t task) {
-                  Tile tile = triangle_tile(axis, task);
-                  multiply(tile, axis.factor_times_transpose());
-                  if (tile.row == tile.column) mirror(tile);
-                  write_symmetric(tile, axis.product, axis.size,
-                                  [&](const auto& part) { pack_product(axis, part); });
-                });
+  for_each_axis(
+      matrices, count, tasks(matrices->rows), tasks(matrices->columns),
+      [](const Axis& axis, const Axis&, int64_t task) {
+        return symmetric_cost(triangle_tile(axis, task), axis.size);
+      },
+      [](const Axis& axis, const Axis&, const Gram&, int64_t task) {
+        Tile tile = triangle_tile(axis, task);
+        multiply(tile, axis.factor_times_transpose());
+        if (tile.row == tile.column) mirror(tile);
+        write_symmetric(tile, axis.product, axis.size,
+                        [&](const auto& part) { pack_product(axis, part); });
+      });
 }
 
 void run(Matrix* matrices, int64_t count, const MatrixOptions& options) {
   pack_grads(matrices, count);
-  for_each_axis(matrices, count, matrices->rows.strips(), matrices->columns.strips(),
-                [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
-                [&](const Axis& axis, const Axis&, const Gram&, int64_t strip) {
-                  if (options.update_factors && axis.has_gradient) {
-                    pack_factor(axis, strip);
-                  } else if (options.update_factors || options.refresh_products || !axis.cached) {
-                    pack_updated_factor(axis, strip_of(axis, axis.factor, strip));
-                  } else {
-                    pack_product(axis, strip_of(axis, axis.product, strip));
-                  }
-                });
+  for_each_axis(
+      matrices, count, matrices->rows.strips(), matrices->columns.strips(),
+      [](const Axis& axis, const Axis&, int64_t) { return axis.size; },
+      [&](const Axis& axis, const Axis&, const Gram&, int64_t strip) {
+        if (options.update_factors && axis.has_gradient) {
+          pack_factor(axis, strip);
+        } else if (options.update_factors || options.refresh_products || !axis.cached) {
+          pack_updated_factor(axis, strip_of(axis, axis.factor, strip));
+        } else {
+          pack_product(axis, strip_of(axis, axis.product, strip));
+        }
+      });
   if (options.update_factors) update_factors(matrices, count, options.factors);
   if (options.update_factors || options.refresh_products) update_products(matrices, count);
   update_params(matrices, count, options.descent);
 }
 
-// At least `bytes` of memory, kept for the calling thread's next step: faulting in fresh pages takes a
-// tenth of a step.
+// At least `bytes` of memory, kept for the calling thread's next step: faulting in fresh pages
+// takes a tenth of a step.
 char* scratch(int64_t bytes) {
   constexpr int64_t huge_page = 1 << 21;
   static thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, std::free);
@@ -224,7 +226,8 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
   for (int64_t i = 0; i < count; ++i) {
     Matrix& m = matrices[i];
     const AtenTensorHandle param = lists.params[i], grad = lists.grads[i];
-    m.param = typed<ParamPointer>(dtype(param), data<void>(param, dtype(param), numel, "parameters"));
+    m.param =
+        typed<ParamPointer>(dtype(param), data<void>(param, dtype(param), numel, "parameters"));
     m.momentum_buffer =
         lists.buffers.empty()
             ? nullptr
@@ -242,8 +245,7 @@ std::vector<Matrix> matrices_of(const Lists& lists) {
 
 bool bf16_kernel_runs() {
 #if defined(__x86_64__)
-  return isa_in_use() == AMX ||
-         (isa_in_use() == AVX512 && __builtin_cpu_supports("avx512bf16"));
+  return isa_in_use() == AMX || (isa_in_use() == AVX512 && __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif
@@ -262,8 +264,8 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   DescentOptions& descent = options.descent;
   descent.lr = read_number(arguments.next_tensor(), "lr");
   arguments.read_all(options.update_factors, options.refresh_products, factors.factor_lr,
-                     factors.factor_momentum, factors.damping, factors.batch_size,
-                     descent.momentum, descent.weight_decay, descent.decoupled, descent.maximize);
+                     factors.factor_momentum, factors.damping, factors.batch_size, descent.momentum,
+                     descent.weight_decay, descent.decoupled, descent.maximize);
   const auto bound = arguments.next<std::optional<double>>();
   if (bound) descent.bound = *bound;
   STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");

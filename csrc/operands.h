@@ -23,12 +23,12 @@ struct StridedAxis {
 // The axes from outer to inner in the memory order of the parameter, neighbours merged where every
 // operand allows it. Empty where every operand is dense in that order.
 inline std::vector<StridedAxis> shared_axes(int64_t dim, const int64_t* sizes,
-                                     const PerOperand<const int64_t*>& strides) {
+                                            const PerOperand<const int64_t*>& strides) {
   std::vector<StridedAxis> axes;
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] == 1) continue;
-    axes.push_back({sizes[d], {strides[PARAM][d], strides[GRAD][d], strides[STATE0][d],
-                               strides[STATE1][d]}});
+    axes.push_back(
+        {sizes[d], {strides[PARAM][d], strides[GRAD][d], strides[STATE0][d], strides[STATE1][d]}});
   }
   std::stable_sort(axes.begin(), axes.end(), [](const StridedAxis& a, const StridedAxis& b) {
     return a.strides[PARAM] > b.strides[PARAM];
@@ -76,8 +76,8 @@ void copy_elements(char* strided, char* buffer, const std::vector<StridedAxis>& 
 }
 
 template <Copy copy>
-void copy_elements(int64_t element_size, char* strided, char* buffer, const std::vector<StridedAxis>& axes,
-                   int operand, int64_t begin, int64_t end) {
+void copy_elements(int64_t element_size, char* strided, char* buffer,
+                   const std::vector<StridedAxis>& axes, int operand, int64_t begin, int64_t end) {
   const auto copy_sized = element_size == 2   ? copy_elements<copy, 2>
                           : element_size == 4 ? copy_elements<copy, 4>
                                               : copy_elements<copy, 8>;

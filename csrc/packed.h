@@ -196,9 +196,9 @@ ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Submatrix<T>& from, int64_t i
 template <class T>
 ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Submatrix<T>& from, int64_t i, int64_t j,
                                               __m512i (&r)[16]) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                              24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
-                                              1, 16, 0);
+  const __m512i interleave =
+      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k) {
     const int64_t row = i + 2 * k, count = from.columns - j;

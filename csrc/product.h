@@ -8,7 +8,7 @@
 #include "packed.h"
 
 #define ROOTFREE_AMX \
-  __attribute__((            \
+  __attribute__((    \
       target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")))
 
 namespace rootfree_fused {

@@ -24,8 +24,8 @@ struct Matrix {
   GradPointer grad;
 
   Right packed_grad;
-  bool* strip_has_gradient;  // whether a strip of the gradient is not exactly zero
-  Left rows_applied;  // C^T G, later C C^T G
+  bool* strip_has_gradient;                 // whether a strip of the gradient is not exactly zero
+  Left rows_applied;                        // C^T G, later C C^T G
   Gram transformed, transformed_transpose;  // M = C^T G K for M M^T, and M^T for M^T M
   // In memory of M, which has been read by then, what is between the two factors of a product that
   // is not cached: C^T G, and C C^T G K.
