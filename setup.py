@@ -21,6 +21,7 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x
 # Beside the package where it has no extension: why, and what to do about it (nothing: on purpose).
 MARKER = "_without_extension.txt"
 ON_PURPOSE = "ROOTFREE_FUSED_NO_EXTENSION was 1 at installation"
+STABLE_ABI = "ROOTFREE_FUSED_STABLE_ABI"  # 1 for a wheel that is to serve other machines
 
 
 class OptionalBuildExt(build_ext):
@@ -157,9 +158,14 @@ def known_tensors_extension(common: dict[str, Any], torch_version: str) -> Exten
     )
 
 
+def extensions_for_others() -> list[Extension]:
+    """Without those that serve the torch and the Python of the build alone."""
+    return [extension for extension in extensions() if extension.py_limited_api]
+
+
 setup(
     package_dir={"rootfree_fused.kernels": "kernels"},
-    ext_modules=extensions(),
+    ext_modules=extensions_for_others() if os.environ.get(STABLE_ABI) == "1" else extensions(),
     cmdclass={"build_ext": OptionalBuildExt, "bdist_wheel": MarkedWheel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

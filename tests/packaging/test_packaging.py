@@ -127,11 +127,12 @@ def install(wheel, folder):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_wheel_runs_its_kernels_where_it_was_not_built(tmp_path):
-    wheel, _ = build_wheel(tmp_path)
+    wheel, _ = build_wheel(tmp_path, ROOTFREE_FUSED_STABLE_ABI="1")
     version = re.escape(rootfree_fused.__version__)
     assert re.fullmatch(rf"rootfree_fused-{version}-cp310-abi3-\w+\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"rootfree_fused/py.typed", "rootfree_fused/kernels/diag.py"} <= names
+    assert [name for name in names if name.endswith(".so")] == ["rootfree_fused/_C.abi3.so"]
     assert "rootfree_fused/_without_extension.txt" not in names
     assert not {name.split("/")[0] for name in names} - {
         "rootfree_fused",
