@@ -25,7 +25,7 @@ milliseconds of 114 of 1024 x 1024 and of 16 of 2048 x 2048 on an H200 (torch 2.
     factors                      1.33    1.13          1.21    1.04
     products                     0.52    0.49          0.47    0.45
 
-bench/NOTES.md has other sizes, and what was not faster by stacks.
+bench/HISTORY.md has other sizes, and what was not faster by stacks.
 
 Shapes: params (d_C, d_K) up to axes of size 1; factors dense (d, d) or diagonal (d,). Dtypes:
 params and grads float32, bfloat16 or float16; a GEMM's operands and the intermediates G, T, M, V
