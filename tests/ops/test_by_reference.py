@@ -8,6 +8,7 @@ from helpers.operators import ADAMW, RMSPROP, for_operators
 
 from rootfree_fused import reference
 from rootfree_fused.ops import by_reference
+from rootfree_fused.ops.methods import METHODS
 
 SHAPES = ((3,), (2, 5), (4,))
 STEPS = torch.tensor([1.0, 7.0, 100.0])
@@ -33,7 +34,7 @@ def drawn(case):
 
 
 def call(case, lists, between, scalars, **scaling):
-    operator = getattr(by_reference, case.partition(",")[0])
+    operator = by_reference.diagonal(METHODS[case.partition(",")[0]])
     operator(*lists, *between, LR, **for_operators(scalars), **scaling)
 
 

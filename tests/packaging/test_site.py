@@ -111,6 +111,20 @@ def test_every_source_file_is_guarded():
             assert all(test.startswith("tests/") for test in row[-2])
 
 
+def test_names_beside_a_file_are_in_it():
+    """In the rows and the numbered steps of architecture.md."""
+    page = text_of(ROOT / "docs" / "architecture.md")
+    missing = []
+    for line in re.findall(r"^(?:\||\d\. ).*(?:\n   .*)*", page, re.MULTILINE):
+        paths = [ROOT / path for path in quoted_paths(line)]
+        code = "".join(path.read_text() for path in paths if path.is_file())
+        names = re.findall(r"`[\w.]*?(\w+)(?:\(\))?`", line)
+        missing += [
+            f"{name}: {line}" for name in names if code and not re.search(rf"\b{name}\b", code)
+        ]
+    assert missing == []
+
+
 @pytest.mark.parametrize("name", ["RootFreeRMSprop", "RootFreeAdamW", "IFShampoo"])
 def test_the_signatures_of_interface_are_those_of_the_code(name):
     page = (ROOT / "docs" / "interface.md").read_text()
