@@ -214,15 +214,6 @@ def _value(rows: list[Row], of: Row, metric: str) -> float:
     return value
 
 
-TABLES: dict[str, Callable[[Files], str]] = {
-    "headline": headline,
-    "gpu": gpu,
-    "diag": diag,
-    "networks": networks,
-    "text": text,
-}
-
-
 # One machine ----------------------------------------------------------------------------------
 
 COMPARED = [
@@ -250,8 +241,29 @@ def summary(files: Files) -> str:
     return page(markdown(header, lines), _measured(*runs)) if lines else ""
 
 
+def _of_machine(machine: str) -> Callable[[Files], str]:
+    """`summary` of the rows that are stored of a machine."""
+
+    def table(files: Files) -> str:
+        start = f"{machine}/"
+        return summary({n.removeprefix(start): r for n, r in files.items() if n.startswith(start)})
+
+    return table
+
+
 def _by_case(rows: list[Row], provider: str) -> dict[str, Row]:
     return {row["case"]: row for row in select(rows, provider=provider)}
+
+
+TABLES: dict[str, Callable[[Files], str]] = {
+    "headline": headline,
+    "gpu": gpu,
+    "diag": diag,
+    "networks": networks,
+    "text": text,
+    "epyc": _of_machine("epyc"),
+    "xeon": _of_machine("xeon-amx"),
+}
 
 
 def write(path: Path, files: Files) -> None:
