@@ -4,16 +4,13 @@ A row takes part by what it has, whatever benchmark it is from:
 
     roofline    a rate with `flops` and `bytes` in its detail, or a bandwidth of a diagonal update;
                 lines: the bandwidth of a copy and of an in-place add, the rate of `mm`
-    speed-up    a `speed` of a kernel of ours on a case like "16 of 2048", a stack and its n
-    step cost   an `update step` with `parameters` in its detail
-    peers       times of `bench matrix`, beside IFShampoo's in bfloat16
-    curves      losses of `bench train` with their `curve`
+    steps       times of `bench matrix`, beside IFShampoo's in bfloat16
+    loss        losses of `bench train` with their `curve`
 """
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -37,7 +34,6 @@ DIAGONAL_FLOPS = {
 GIGA = {"GFLOP/s": 1.0, "TFLOP/s": 1e3}
 OURS = "IFShampoo, bfloat16"
 MM = "mm"
-STACK = re.compile(r"(\d+) of (\d+)$")  # a case: matrices of a stack, and their n
 
 
 class Plot(NamedTuple):
@@ -150,74 +146,17 @@ def clusters_of(rows: list[Row]) -> list[tuple[float, list[str]]]:
     ]
 
 
-# Against size ---------------------------------------------------------------------------------
-
-
-def speed_rows(rows: list[Row]) -> list[Row]:
-    """How many times as fast as torch.bmm each kernel of ours is."""
-    ours = [row for row in rows if row["provider"].startswith("IFShampoo") and row["value"]]
-    return [row for row in ours if row["metric"].endswith(" speed") and STACK.match(row["case"])]
-
-
-def speed_up(rows: list[Row], path: Path) -> None:
-    """Speed-ups against n, on one matrix and on a stack."""
-    figure, axes = subplots(2, height=4.2)
-    lines: dict[str, list[tuple[bool, int, float]]] = {}
-    for row in rows:
-        count, n = map(int, STACK.match(row["case"]).groups())
-        kernel = row["metric"].removesuffix(" speed")
-        name = ",".join([kernel, *row["provider"].split(",")[1:]])
-        lines.setdefault(name, []).append((count > 1, n, row["value"]))
-    looks = styles(list(lines))
-    for stacked, axis in enumerate(axes):
-        for name, points in lines.items():
-            own = sorted((n, value) for many, n, value in points if many == stacked)
-            axis.plot([n for n, _ in own], [value for _, value in own], **looks[name])
-        axis.axhline(1, color=GREY, lw=1.2)
-        axis.set_ylim(bottom=0)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        title = ("one matrix", "a stack")[stacked]
-        axis.set(xlabel="n, of matrices of n x n", ylabel="times as fast as torch.bmm", title=title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
-    save(figure, rows, path, "Kernels of IFShampoo, times as fast as torch.bmm (above 1: faster)")
-
-
-def cost_rows(rows: list[Row]) -> list[Row]:
-    """Update steps on networks whose size is known."""
-    updates = [row for row in select(rows, metric="update step") if row["value"]]
-    return [row for row in updates if "parameters" in row["detail"]]
-
-
-def cost(rows: list[Row], path: Path) -> None:
-    """Milliseconds of an update step against the size of the network."""
-    figure, axis = subplots(height=4.8)
-    for name, look in styles(unique(rows, "provider")).items():
-        own = sorted((r["detail"]["parameters"], r["value"]) for r in select(rows, provider=name))
-        axis.plot([size / 1e6 for size, _ in own], [value for _, value in own], **look, ms=5)
-    logarithmic(axis, "x", "y")
-    axis.set(xlabel="million parameters", ylabel="ms an update step (lower: faster)")
-    for case in unique(rows, "case"):
-        size = select(rows, case=case)[0]["detail"]["parameters"] / 1e6
-        axis.axvline(size, color=GREY, lw=0.5, alpha=0.5)
-        place = {"transform": axis.get_xaxis_transform(), "rotation": 25}
-        axis.text(size, 1.01, case.partition(",")[0], fontsize=8, **place)
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
-    save(figure, rows, path, "A step that renews the preconditioner, on the layers of networks")
-
-
 # Whole steps beside IFShampoo -----------------------------------------------------------------
 
 
-def peers_rows(rows: list[Row]) -> list[Row]:
+def steps_rows(rows: list[Row]) -> list[Row]:
     """Times of the methods for matrices, where ours is among them."""
     times = [row for row in select(rows, benchmark="matrix", metric="time") if row["value"]]
     times = [row for row in times if row["provider"] not in DIAGONAL_FLOPS]
     return times if select(times, provider=OURS) else []
 
 
-def peers(rows: list[Row], path: Path) -> None:
+def steps(rows: list[Row], path: Path) -> None:
     """How many times as long as IFShampoo's the step of each peer takes, a line a set of shapes."""
     base = {row["case"]: row["value"] for row in select(rows, provider=OURS)}
     cases = list(base)
@@ -300,23 +239,11 @@ PLOTS = {
         roofline_rows,
         roofline,
     ),
-    "speedup": Plot(
-        "Speed-up against n",
-        "Kernels of IFShampoo in times as fast as the same formula by torch.bmm, line 1.",
-        speed_rows,
-        speed_up,
-    ),
-    "cost": Plot(
-        "Step cost against model size",
-        "Steps that renew the preconditioner, on the layers of networks.",
-        cost_rows,
-        cost,
-    ),
     "steps": Plot(
         "A step of IFShampoo beside its peers",
         "Every optimizer updates its factors in the step, from the same matrices.",
-        peers_rows,
-        peers,
+        steps_rows,
+        steps,
     ),
     "loss": Plot(
         "Loss against steps and time",

@@ -192,8 +192,8 @@ def test_a_point_of_the_roofline_has_the_intensity_of_its_row():
 
 def made_up():
     """Rows that every plot but the curves has something of."""
-    sizes = {"parameters": 64, "flops": 64, "bytes": 8, "p20": 1, "p80": 1}
-    kinds = {"gram speed": "x", "time": "ms", "update step": "ms", "gram rate": "GFLOP/s"}
+    sizes = {"flops": 64, "bytes": 8, "p20": 1, "p80": 1}
+    kinds = {"time": "ms", "gram rate": "GFLOP/s"}
     found = [
         {**row("copy", "bandwidth", 40.0), "unit": "GB/s"},
         {**row("mm, bfloat16", "rate", 100.0), "unit": "GFLOP/s"},
@@ -213,7 +213,7 @@ def test_the_report_of_a_folder_draws_what_has_rows(tmp_path, monkeypatch):
     monkeypatch.setitem(report.TABLES, "matrix", lambda _: "# Made up\n\n## Case\n\ntable")
     assert main(["report", "--rows", str(tmp_path)]) == 0
     page = (tmp_path / "report.md").read_text()
-    kinds = ["roofline", "speedup", "cost", "steps"]
+    kinds = ["roofline", "steps"]
     for kind in kinds:
         plot = tmp_path / f"matrix_{kind}.png"
         assert figures.shows(plot, plots.PLOTS[kind].rows(made_up()))
@@ -244,10 +244,10 @@ def test_a_plot_is_drawn_again_only_where_its_rows_changed(tmp_path, monkeypatch
 
 @needs_extras
 def test_a_plot_does_not_pass_for_one_of_other_rows(tmp_path):
-    shown = plots.cost_rows(made_up())
-    plots.cost(shown, tmp_path / "cost.png")
-    assert figures.shows(tmp_path / "cost.png", shown)
-    assert not figures.shows(tmp_path / "cost.png", [{**shown[0], "value": 3.1}, *shown[1:]])
+    shown = plots.steps_rows(made_up())
+    plots.steps(shown, tmp_path / "steps.png")
+    assert figures.shows(tmp_path / "steps.png", shown)
+    assert not figures.shows(tmp_path / "steps.png", [{**shown[0], "value": 3.1}, *shown[1:]])
 
 
 def test_a_folder_without_rows_is_refused(tmp_path):
