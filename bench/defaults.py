@@ -39,8 +39,6 @@ AVERAGED = 20  # last steps that the training loss is a mean of
 class Mlp(Digits):
     """64-128-64-10."""
 
-    name = "digits, MLP"
-
     def build_model(self) -> nn.Module:
         """17,226 parameters in 6 tensors."""
         sizes = ((64, 128), (128, 64), (64, 10))
@@ -50,8 +48,6 @@ class Mlp(Digits):
 
 class Normalized(Digits):
     """The CNN of `bench train` with a BatchNorm behind each convolution."""
-
-    name = "digits, CNN with BatchNorm"
 
     def build_model(self) -> nn.Module:
         """21,642 parameters in 12 tensors."""
@@ -64,7 +60,6 @@ class Normalized(Digits):
 class Language:
     """A small GPT on a made-up language: each word has four that may follow, some more often."""
 
-    name = "GPT, 2,048 tokens"
     batch_size = 32 * CONTEXT  # the loss is a mean over tokens
 
     def load(self, device: torch.device, *, tuning: bool) -> tuple[Tensor, Tensor]:
@@ -91,28 +86,13 @@ class Language:
         return Text().evaluate(model, held_out)
 
 
-class NamedCnn(Digits):
-    """The CNN of `bench train`."""
-
-    name = "digits, CNN"
-
-
-class NamedText(Text):
-    """The transformer of `bench train`."""
-
-    name = "text, 1,536 tokens"
-
-
-# Problems and how many steps each takes.
+# By name: what is trained, and for how many steps.
 PROBLEMS: dict[str, tuple[Any, int]] = {
-    problem.name: (problem, steps)
-    for problem, steps in (
-        (Mlp(), 330),
-        (NamedCnn(), 132),
-        (Normalized(), 132),
-        (NamedText(), 200),
-        (Language(), 200),
-    )
+    "digits, MLP": (Mlp(), 330),
+    "digits, CNN": (Digits(), 132),
+    "digits, CNN with BatchNorm": (Normalized(), 132),
+    "text, 1,536 tokens": (Text(), 200),
+    "GPT, 2,048 tokens": (Language(), 200),
 }
 
 
