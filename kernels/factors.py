@@ -91,6 +91,37 @@ def _update_momentum_part(ptr, d, stride, copy_ptr, gram, c1, scalars_ptr, part,
 
 
 @triton.jit
+def _update_momentum_tile(
+    job_ptr, scratch_ptr, d, gram, c1, scalars_ptr, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Returns the tile's sum of squares."""
+    momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
+    is_diagonal = tile[0] == tile[1]
+    if tl.load(job_ptr + MOMENTA.spill) == 0:  # rows are aligned
+        parts = quarters(gram)
+        squares = tl.zeros([BLOCK], tl.float32)
+        for i in tl.static_range(4):
+            part = (tile[0], 4 * tile[1] + i)
+            squares += _update_momentum_part(
+                momentum_ptr, d, padded(d), None, parts[i], c1, scalars_ptr, part, is_diagonal
+            )
+        norm = tl.sum(squares, 0)
+    else:
+        spill_ptr = pointer_at(job_ptr + MOMENTA.spill, scratch_ptr, tl.float32)
+        copy_ptr = pointer_at(job_ptr + MOMENTA.copy, scratch_ptr, FACTOR)
+        spill(gram, spill_ptr, (d, d), tile)
+        rows = tl.zeros([LAYOUT.spilled_rows], tl.float32)
+        for i in range(BLOCK // LAYOUT.spilled_rows):
+            part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+            gram_part = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
+            rows += _update_momentum_part(
+                momentum_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
+            )
+        norm = tl.sum(rows, 0)
+    return norm
+
+
+@triton.jit
 def _update_diagonal_momentum(job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, pid, BLOCK):
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     mask = offs < d
@@ -151,30 +182,10 @@ def _factor_momenta_kernel(
             gram = product_tile(m, m, gram, size, tile, False, True, BLOCK_K, PRECISION)
         else:
             gram = product_tile(m, m, gram, size, tile, True, False, BLOCK_K, PRECISION)
-        momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
-        is_diagonal = tile[0] == tile[1]
-        if tl.load(job_ptr + MOMENTA.spill) == 0:  # rows are aligned
-            parts = quarters(gram)
-            squares = tl.zeros([BLOCK], tl.float32)
-            for i in tl.static_range(4):
-                part = (tile[0], 4 * tile[1] + i)
-                squares += _update_momentum_part(
-                    momentum_ptr, d, padded(d), None, parts[i], c1, scalars_ptr, part, is_diagonal
-                )
-            norm = tl.sum(squares, 0)
-        else:
-            spill_ptr = pointer_at(job_ptr + MOMENTA.spill, scratch_ptr, tl.float32)
-            copy_ptr = pointer_at(job_ptr + MOMENTA.copy, scratch_ptr, FACTOR)
-            spill(gram, spill_ptr, (d, d), tile)
-            rows = tl.zeros([LAYOUT.spilled_rows], tl.float32)
-            for i in range(BLOCK // LAYOUT.spilled_rows):
-                part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
-                gram_part = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
-                rows += _update_momentum_part(
-                    momentum_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
-                )
-            norm = tl.sum(rows, 0)
-        tl.store(norm_ptr, norm * tl.where(is_diagonal, 1.0, 2.0))
+        norm = _update_momentum_tile(
+            job_ptr, scratch_ptr, d, gram, c1, scalars_ptr, tile, FACTOR, BLOCK
+        )
+        tl.store(norm_ptr, norm * tl.where(tile[0] == tile[1], 1.0, 2.0))
 
 
 @triton.jit

@@ -6,11 +6,11 @@ For a gradient G (d_C, d_K) with factors C and K (reference/matrix.py is the spe
     left             T = C^T G
     right            M = T K                                   (the sums of squares of its rows or
                                                                columns where a factor is diagonal)
-    momenta          m of each factor, by kernels/factors.py
+    momenta          m of each factor, as kernels/factors.py has it
     factors          K <- K - factor_lr / max(1, ||m||_F) K m, there too
-    products         C C^T and K K^T, by kernels/products.py, as gather, left, right and
+    products         C C^T and K K^T
     precondition     V = (C C^T) G
-    params           P = V (K K^T) and the descent, by kernels/params.py
+    params           P = V (K K^T) and the descent, as kernels/params.py has it
 
 A step between updates is gather, precondition and params. A diagonal factor takes part as a
 row or column scale of its neighbour's GEMM, which is then the only one.
@@ -34,10 +34,10 @@ scalars and everything that has no GEMM float32. A bfloat16 factor is stored wit
 (reference.split) and keeps 24 bits; GEMMs read the bfloat16 half. FLOPs of an n x n weight: 18 n^3
 an update, 4 n^3 else.
 
-Matrices in the scratch have rows padded with zeros (`slots.padded`); state whose rows
-are no such multiples is copied there for GEMMs to read. T, M and V are rounded to the GEMM dtype,
-and so are m and the products when stored; H and P are not. The scratch takes 10 bytes a parameter
-of an n x n bfloat16 weight at an update (G, T or V, M, the old factors) and 4 between.
+Matrices in the scratch have rows padded with zeros (`slots.padded`); state whose rows are of other
+lengths is copied there for GEMMs to read. T, M and V are rounded to the GEMM dtype, and so are m
+and the products when stored; H and P are not. The scratch takes 10 bytes a parameter of an n x n
+bfloat16 weight at an update (G, T or V, M, the old factors) and 4 between.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _is_stacked(bucket: MatrixBucket, tiling: Tiling) -> bool:
-    """Whether a bucket has launches of its own: all rows on 16 bytes, enough tiles to fill them."""
+    """Whether a bucket has launches of its own: all rows aligned, enough tiles to fill them."""
     return (
         tiling == LARGE_HOPPER
         and _large_tiles(bucket) >= ENOUGH_LARGE_TILES
