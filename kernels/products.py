@@ -143,8 +143,8 @@ def _store_scaled(job_ptr, scratch_ptr, out_ptr, value, size, part):
     COLUMNS: tl.constexpr = value.shape[1]
     m, n = size
     rows_ptr = pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32)
-    columns_ptr = pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32)
     rows = scales(rows_ptr, m, part[0], ROWS)
+    columns_ptr = pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32)
     columns = scales(columns_ptr, n, part[1], COLUMNS)
     value *= rows[:, None] * columns[None, :]
     if out_ptr.to(tl.int64) != 0:
