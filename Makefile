@@ -1,5 +1,6 @@
-# make test    ruff, mypy and the tests        make bench    the benchmarks on this machine
-# make docs    the site, into site/     make sanitize    the tests of csrc under ASan and UBSan
+# make test    ruff, mypy and the tests        make bench    how fast it is here, in four minutes
+# make docs    the site, into site/            make bench-all    more cases and more seeds
+# make sanitize    the tests of csrc under ASan and UBSan
 # Each sets up its own virtual environment first; Python >= 3.10, g++ and make are all it needs.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 SANITIZED := build/sanitized
 
-.PHONY: test bench docs sanitize clean
+.PHONY: test bench bench-all docs sanitize clean
 
 test: docs $(VENV)/triton36
 	$(BIN)/ruff check
@@ -24,9 +25,17 @@ test: docs $(VENV)/triton36
 	$(PYTEST)
 	PYTHONPATH=$(VENV)/triton36 $(PYTEST) tests/kernels
 
+# Ends with one table and where the plots lie. Of uncommitted code: make bench FLAGS=--dirty
 bench: $(VENV)/installed
-	$(BIN)/python -m bench diag
-	$(BIN)/python -m bench train --seeds 2
+	$(BIN)/python -m bench diag --short $(FLAGS)
+	$(BIN)/python -m bench matrix --short $(FLAGS)
+	$(BIN)/python -m bench train --problem text --seeds 1 $(FLAGS)
+	$(BIN)/python -m bench report --rows bench/out
+
+bench-all: $(VENV)/installed
+	$(BIN)/python -m bench diag $(FLAGS)
+	$(BIN)/python -m bench matrix $(FLAGS)
+	$(BIN)/python -m bench train --seeds 2 $(FLAGS)
 	$(BIN)/python -m bench report --rows bench/out
 
 # Without a network; a warning is an error (mkdocs.yml).

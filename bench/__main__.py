@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.subcommand is None:
         parser.print_help()
         return 0
-    if "reference" in args:  # it measures on a device
+    if "reference" in args and not getattr(args, "dry_run", False):  # it measures on a device
         require_kernels(pick_device(args.device), args.reference)
         refuse_uncommitted(args.dirty)
     try:

@@ -24,6 +24,7 @@ from .measuring.common import (
     Tensors,
     Timing,
     add_measurement_arguments,
+    add_short_argument,
     available_memory,
     device_timer,
     error_ratio,
@@ -37,12 +38,14 @@ from .measuring.common import (
     time_host,
 )
 from .measuring.rows import Rows, wrong_of_ours
-from .optimizers.diagonal import CHECK_STEPS, PROVIDERS, Provider, replayed
+from .optimizers import PROVIDERS
+from .optimizers.diagonal import CHECK_STEPS, Provider, replayed
 from .report import tables
 from .workloads import networks
 
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
 CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
+SHORT = ("ResNet-50, float32", "1,000 tensors of 1,000, float32")
 CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
 
 
@@ -209,6 +212,7 @@ def _host_times(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench diag`."""
     add_measurement_arguments(parser)
+    add_short_argument(parser, SHORT)
     parser.add_argument(
         "--seconds", type=float, default=4.0, help="timing budget of each of the 15 or 16 cases"
     )
@@ -220,6 +224,7 @@ def run(args: argparse.Namespace) -> int:
     rows = Rows(args.out / "diag.jsonl", "diag", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
     chosen = cases(device, args.quick)
+    chosen = {name: chosen[name] for name in SHORT} if args.short else chosen
     for case in rows.remaining(chosen):
         measure(case, *chosen[case], rows, device, seconds)
     return int(bool(wrong_of_ours(rows.finish(tables.diag))))

@@ -21,8 +21,9 @@ from .measuring.common import (
     time_host,
 )
 from .measuring.rows import Rows
-from .optimizers.diagonal import ALLOWED_ERROR, PROVIDERS, capturable, captured
-from .optimizers.peers import EIGH, PEERS, Peer, ifshampoo, specified
+from .optimizers import PEERS, PROVIDERS
+from .optimizers.diagonal import ALLOWED_ERROR, capturable, captured
+from .optimizers.peers import EIGH, Peer, ifshampoo, specified
 from .workloads.operator import kernel_times
 
 Case = Callable[[Rows, torch.device, float], None]
@@ -127,8 +128,8 @@ def dense_up_to(n: int) -> Peer:
     def build(params: list[Parameter], interval: int) -> Optimizer:
         return ifshampoo([{"params": params, "max_dense_dim": n}], interval, dtype=BF16)
 
-    way = functools.partial(specified, limit=n)
-    return dataclasses.replace(PEERS[OURS], build=build, way=way)
+    displacement = functools.partial(specified, limit=n)
+    return dataclasses.replace(PEERS[OURS], build=build, displacement=displacement)
 
 
 def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:

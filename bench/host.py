@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
 
 @contextmanager
 def stubbed() -> Iterator[None]:
-    """CPU tensors go the way of CUDA tensors, compiled for sm_90, and the driver does nothing."""
+    """CPU tensors go where CUDA tensors go, compiled for sm_90, and the driver does nothing."""
     target = optional("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     driver = optional("triton").runtime.driver
     kept, served = driver._active, dispatch.triton_serves

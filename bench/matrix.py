@@ -18,13 +18,15 @@ from .measuring.common import (
     Call,
     Shape,
     add_measurement_arguments,
+    add_short_argument,
     device_timer,
     interleave,
     pick_device,
     random_tensors,
 )
 from .measuring.rows import Rows, wrong_of_ours
-from .optimizers.peers import PEERS, Peer, judge
+from .optimizers import PEERS
+from .optimizers.peers import Peer, judge
 from .report import tables
 
 # The optimizers whose products are counted.
@@ -46,6 +48,9 @@ CASES: dict[str, list[Shape]] = {
     "513 x 257": [(513, 257)],
     "200 of 64 x 64": [(64, 64)] * 200,
 }
+
+
+SHORT = ("300 x 130", "65 x 777", "513 x 257")
 
 
 def step_flops(shapes: list[Shape]) -> float:
@@ -101,6 +106,7 @@ def measure(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench matrix`."""
     add_measurement_arguments(parser)
+    add_short_argument(parser, SHORT)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -114,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     rows = Rows(args.out / "matrix.jsonl", "matrix", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    cases = dict(list(CASES.items())[3:4]) if args.quick else CASES
-    for case in rows.remaining(cases):
-        measure(case, cases[case], rows, device, seconds)
+    chosen = list(CASES)[3:4] if args.quick else SHORT if args.short else CASES
+    for case in rows.remaining(chosen):
+        measure(case, CASES[case], rows, device, seconds)
     return int(bool(wrong_of_ours(rows.finish(tables.matrix))))

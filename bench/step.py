@@ -34,7 +34,8 @@ from .measuring.common import (
     random_tensors,
 )
 from .measuring.rows import Rows, wrong_of_ours
-from .optimizers.peers import EIGH, LR, MATRIX_PEERS, NEVER, PEERS, Peer, judge
+from .optimizers import PEERS
+from .optimizers.peers import EIGH, LR, MATRIX_PEERS, NEVER, Peer, judge
 from .report import tables
 from .report.tables import FORWARD, INTERVALS
 from .workloads.networks import FULL, QUICK, SCALED, Model, forward_backward, split
@@ -141,9 +142,9 @@ def is_right(
     for _ in range(peer.steps - 2):
         step()
     params = parameters.matrices
-    places = {p.shape: i for i, p in enumerate(params)}.values()
+    indices = {p.shape: i for i, p in enumerate(params)}.values()
     before, after, grads = (
-        [tensors[i] for i in places]
+        [tensors[i] for i in indices]
         for tensors in (parameters.values, params, [p.grad for p in params])
     )
     verdict = judge(peer, before, grads, after, interval)

@@ -29,8 +29,8 @@ from .measuring.common import (
     threads,
 )
 from .measuring.rows import Row, Rows, read_rows, select, wrong
-from .optimizers.peers import PEERS
-from .optimizers.tuned import METHODS, Method, Settings
+from .optimizers import METHODS, PEERS
+from .optimizers.tuned import Method, Settings
 from .report import training as tables
 from .workloads.digits import Digits
 from .workloads.text import Text

@@ -1,4 +1,4 @@
-"""The ways through machine code: loops, the main path, and which accesses are of elements.
+"""The paths through machine code: loops, the main path, and which accesses are of elements.
 
 An access is of elements where its address depends on the thread, or where it is a copy by the
 tensor memory accelerator; the others read tables and scalars, one address for all threads.
@@ -42,8 +42,8 @@ class _Access(NamedTuple):
 
 def _registers(text: str) -> frozenset[str]:
     found = _REGISTER.findall(text)
-    pairs = [(kind, int(place) + i) for kind, place, wide in found for i in range(1 + bool(wide))]
-    return frozenset(f"{kind}{place}" for kind, place in pairs)
+    pairs = [(kind, int(index) + i) for kind, index, wide in found for i in range(1 + bool(wide))]
+    return frozenset(f"{kind}{index}" for kind, index in pairs)
 
 
 def _parsed(line: str) -> _Instruction:
@@ -164,7 +164,7 @@ class ControlFlow:
     def main_blocks(self) -> list[int]:
         """The blocks that aligned matrices and full chunks go through.
 
-        Of the ways through the code past the most loops of products, the one that stores the most
+        Of the paths through the code past the most loops of products, the one that stores the most
         elements 16 bytes at a time and makes the fewest narrower accesses, one of a loop counted
         16 times; of equal ones the shortest.
         """

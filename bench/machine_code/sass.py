@@ -1,7 +1,7 @@
 """Compile every kernel in its launch configurations for sm_80, sm_90 and sm_100; nothing runs.
 
 A row each: registers, spills, shared memory, what a multiprocessor holds of it, and the machine
-code of the main path, the way of aligned matrices and full chunks. Wide: of that path's accesses
+code of the main path, that of aligned matrices and full chunks. Wide: of that path's accesses
 whose address depends on the thread, those of 16 bytes, or by the tensor memory accelerator; each
 instruction counts once, and reads of tables and scalars do not count. Of the loop of products:
 its length and the instructions that make 64-bit addresses. These are counts, never speeds.

@@ -55,6 +55,12 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick_argument(parser)
 
 
+def add_short_argument(parser: argparse.ArgumentParser, cases: Sequence[str]) -> None:
+    """The option of subcommands of which `make bench` takes a part."""
+    help_ = f"as in a full run, but of its cases only {'; '.join(cases)}"
+    parser.add_argument("--short", action="store_true", help=help_)
+
+
 def add_quick_argument(parser: argparse.ArgumentParser) -> None:
     """The option of every subcommand that takes long."""
     parser.add_argument(

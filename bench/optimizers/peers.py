@@ -3,7 +3,7 @@
 Those with the mathematics of this package are held to its specification in float64. A peer whose
 steps rounding changes little is held to its own steps on float64 parameters. SOAP and PSGD, which
 decompose what rounding decides (the null space of G G^T) or are random, are checked to descend: by
-the cosine of their way with the negative gradient.
+the cosine of their displacement with the negative gradient.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LR, MOMENTUM, DAMPING, BATCH = 1e-3, 0.9, 1e-4, 8
 FACTOR_LR, FACTOR_MOMENTUM = 0.1, 0.5
 # Preconditioners are renewed at the first step or never.
 NEVER = 10**9
-# Allowed distance from the float64 way: several roundings of the products' dtype.
+# Allowed distance from the float64 displacement: several roundings of the products' dtype.
 ROUNDINGS = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-16}
 # A float32 inverse root multiplies roundings by the condition of what it is taken of, 1e6 and more
 # for a square of noise. Seen: 0.0018 by eigh at 2048 x 2048, 0.014 in pytorch-optimizer at 512.
@@ -48,13 +48,13 @@ DESCENT = 0.01
 class Peer:
     """An optimizer of matrices that renews its preconditioner every so many steps.
 
-    `way` is the float64 truth: what `steps` steps at an interval add to one parameter under one
-    gradient. None means that it is checked to descend.
+    `displacement` is the float64 truth: what `steps` steps at an interval add to one parameter
+    under one gradient. None means that it is checked to descend.
     """
 
     build: Build
     package: str = "rootfree_fused"
-    way: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    displacement: Callable[[Tensor, Tensor, int], Tensor] | None = None
     allowed: float = DESCENT
     steps: int = CHECK_STEPS
     renews: bool = True  # False where no step differs from another
@@ -95,7 +95,7 @@ def ifshampoo(
 
 
 def specified(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) -> Tensor:
-    """The way of IF-Shampoo on a matrix, an axis above `limit` having a diagonal factor."""
+    """IF-Shampoo's displacement of a matrix, an axis above `limit` having a diagonal factor."""
     p, g, buffer = _copy64(param), grad.double(), torch.zeros_like(param, dtype=torch.float64)
     settings = {"merge_axes": True, "structures": "auto", "max_dense_dim": limit}
     layout = layout_of(p.shape, {**settings, "vector_method": "factor"})
@@ -128,17 +128,19 @@ def _diagonal(name: str) -> Peer:
     def build(params: list[Parameter], interval: int) -> Optimizer:
         return provider.build(params)
 
-    def way(param: Tensor, grad: Tensor, interval: int) -> Tensor:
+    def displacement(param: Tensor, grad: Tensor, interval: int) -> Tensor:
         return provider.eager(_copy64(param), grad.double())["param"] - param.double()
 
-    return Peer(build, package, way, ROUNDINGS[torch.float32], steps=DIAGONAL_STEPS, renews=False)
+    return Peer(
+        build, package, displacement, ROUNDINGS[torch.float32], steps=DIAGONAL_STEPS, renews=False
+    )
 
 
 # Others ---------------------------------------------------------------------------------------
 
 
-def own_way(build: Build, param: Tensor, grad: Tensor, interval: int) -> Tensor:
-    """The way of the same optimizer on a float64 copy of the parameter."""
+def own_displacement(build: Build, param: Tensor, grad: Tensor, interval: int) -> Tensor:
+    """The displacement of the same optimizer on a float64 copy of the parameter."""
     p = Parameter(_copy64(param))
     p.grad = grad.double()
     optimizer = build([p], interval)
@@ -217,16 +219,16 @@ def _eigh_shampoo(params: list[Parameter], interval: int) -> Optimizer:
 
 
 def _held_to_itself(build: Build, package: str, allowed: float, renews: bool = True) -> Peer:
-    way = functools.partial(own_way, build)
-    return Peer(build, package, way, allowed, renews=renews)
+    displacement = functools.partial(own_displacement, build)
+    return Peer(build, package, displacement, allowed, renews=renews)
 
 
 def _preconditioned(
     build: Callable[..., Optimizer], dtype: torch.dtype, package: str, limit: int
 ) -> Peer:
-    way = functools.partial(specified, limit=limit)
+    displacement = functools.partial(specified, limit=limit)
     build = functools.partial(build, dtype=dtype)
-    return Peer(build, package, way, ROUNDINGS[dtype], dense=limit)
+    return Peer(build, package, displacement, ROUNDINGS[dtype], dense=limit)
 
 
 BASE = "sirfshampoo, bfloat16"
@@ -278,17 +280,17 @@ def judge(
     after: Sequence[Tensor],
     interval: int,
 ) -> Verdict:
-    """Judge the way from `before` to `after` in `peer.steps` steps, in float64.
+    """Judge the displacement from `before` to `after` in `peer.steps` steps, in float64.
 
-    The error is relative to the true way, over all tensors together; NaN anywhere is wrong. A true
-    way of nothing (Shampoo before its first roots) must be one of nothing.
+    The error is relative to the true one, over all tensors together; NaN anywhere is wrong. A true
+    displacement of nothing (Shampoo before its first roots) must be one of nothing.
     """
     moved = [q.detach().double() - p.double() for p, q in zip(before, after, strict=True)]
-    if peer.way is None:
+    if peer.displacement is None:
         along = -sum((m * g).sum() for m, g in zip(moved, grads, strict=True))
         cosine = float(along) / (_size(moved) * _size(grads))
         return Verdict(cosine, "cosine with descent", cosine >= peer.allowed)
-    truth = [peer.way(p, g, interval) for p, g in zip(before, grads, strict=True)]
+    truth = [peer.displacement(p, g, interval) for p, g in zip(before, grads, strict=True)]
     error = _size([m - t for m, t in zip(moved, truth, strict=True)]) / (_size(truth) or 1.0)
     return Verdict(error, "of the way", error <= peer.allowed)
 

@@ -173,9 +173,9 @@ def steps(rows: list[Row], path: Path) -> None:
     axis.set_yticks(range(len(cases)), labels=cases)
     axis.set_ylim(len(cases) - 0.5, -0.5)
     for words, side in (("IFShampoo is faster \u2192", "left"), ("\u2190 slower", "right")):
-        place, shift = (1, 1), (4 if side == "left" else -4, 3)
+        corner, shift = (1, 1), (4 if side == "left" else -4, 3)
         axis.annotate(
-            words, place, shift, ("data", "axes fraction"), "offset points", ha=side, fontsize=8
+            words, corner, shift, ("data", "axes fraction"), "offset points", ha=side, fontsize=8
         )
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
     save(

@@ -75,7 +75,7 @@ def matrix(rows: list[Row]) -> str:
         "Rates count 18 n^3 FLOPs for a square, symmetric products at half price, for IFShampoo "
         "and sirfshampoo alike. SOAP, Shampoo and ScalableShampoo are those of pytorch-optimizer; "
         "HeavyBall runs compiled on a GPU alone. The error of IFShampoo and sirfshampoo is that "
-        f"of {CHECK_STEPS} steps against float64, relative to the way that they went; above "
+        f"of {CHECK_STEPS} steps against float64, relative to their displacement; above "
         f"{limits} it is WRONG. Other methods are held to themselves in float64 in the same way, "
         "and where rounding or chance decides (cos), to a descent."
     )
@@ -190,7 +190,7 @@ def step(rows: list[Row]) -> str:
         "and heads beside them, in the same time. An update step renews the preconditioner; the "
         "mean at an interval of k is one of them and k - 1 steps between. IFShampoo has diagonal "
         "factors on axes above 2048. forward-backward is a stand-in: the products with the "
-        "weights, 6 FLOP a parameter and place, in bfloat16 where the device multiplies it "
+        "weights, 6 FLOP a parameter and position, in bfloat16 where the device multiplies it "
         "natively, without attention scores, norms and activations. The error is that of the first "
         "steps on one tensor of every shape against float64, as optimizers/peers.py says; what is "
         "WRONG has no time. State is all that an optimizer holds between steps, caches too."

@@ -130,7 +130,7 @@ def stacks(count: int, n: int, dtype: torch.dtype, device: torch.device) -> Tens
 def error_of(name: str, before: Tensors, after: Tensors) -> float:
     """The largest error of a kernel's results on the last matrix, each relative to its size.
 
-    Of what moves, relative to the way. The truth is the formula in float64.
+    Of what moves, relative to the displacement. The truth is the formula in float64.
     """
     kernel = KERNELS[name]
     truth = kernel.formula(*(before[key][-1:].double() for key in kernel.takes))

@@ -1,8 +1,8 @@
 """The parameters of well-known networks, and the products that train them.
 
-A layer that is multiplied at `positions` places a sample takes 6 FLOP a parameter and place in a
-forward and backward: three products of the weight's size. Convolutions are the products of their
-unfolded inputs.
+A layer that is multiplied at so many `positions` of a sample takes 6 FLOP a parameter and position
+in a forward and backward: three products of the weight's size. Convolutions are the products of
+their unfolded inputs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Model:
     samples: int
 
     def flops(self) -> float:
-        """FLOPs of a forward and backward in products with weights: 6 a parameter and place."""
+        """FLOPs of a forward and backward in products with weights: 6 a parameter and position."""
         return 6 * self.samples * sum(math.prod(a.shape) * a.positions for a in self.layers)
 
 
@@ -144,21 +144,21 @@ QUICK: dict[str, Callable[[], Model]] = {
 def forward_backward(model: Model, dtype: torch.dtype, device: torch.device) -> Call:
     """The products of a forward and backward on random numbers, a stand-in for training.
 
-    For a weight W (m, n) at T places: X W^T, dY W and dY^T X. Attention scores, activations and
+    For a weight W (m, n) at T positions: X W^T, dY W and dY^T X. Attention scores, activations and
     norms are not in it, so that a step's share of it is an upper bound.
     """
     products = Counter(
         (layer.matrix, layer.positions * model.samples) for layer in model.layers if layer.positions
     )
     numbers = functools.partial(torch.randn, dtype=dtype, device=device)
-    widest = max(max(shape) * places for shape, places in products)
+    widest = max(max(shape) * positions for shape, positions in products)
     inputs, outputs = numbers(widest), numbers(widest)  # shared: only one layer is at work
     weights = {shape: numbers(shape) for shape, _ in products}
 
     def run() -> None:
-        for (shape, places), count in products.items():
-            x = inputs[: places * shape[1]].view(places, shape[1])
-            dy = outputs[: places * shape[0]].view(places, shape[0])
+        for (shape, positions), count in products.items():
+            x = inputs[: positions * shape[1]].view(positions, shape[1])
+            dy = outputs[: positions * shape[0]].view(positions, shape[0])
             for _ in range(count):
                 x @ weights[shape].T
                 dy @ weights[shape]

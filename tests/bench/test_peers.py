@@ -36,7 +36,7 @@ def test_every_peer_that_is_here_is_right(name, interval):
     assert verdict.right, verdict
 
 
-@pytest.mark.parametrize("name", [n for n in HERE if peers.PEERS[n].way is not None])
+@pytest.mark.parametrize("name", [n for n in HERE if peers.PEERS[n].displacement is not None])
 def test_a_learning_rate_that_is_a_fifth_off_is_wrong(name):
     peer = peers.PEERS[name]
 
@@ -60,15 +60,15 @@ def test_an_ascent_and_a_value_that_is_not_finite_are_wrong():
 @pytest.mark.parametrize("name", [n for n in HERE if peers.PEERS[n].renews])
 def test_an_interval_decides_how_often_a_preconditioner_is_renewed(name):
     peer = peers.PEERS[name]
-    ways = []
+    found = []
     for interval in (1, peers.NEVER):
         params = owned(tensors(0.05, 0), tensors(0.1, 1))
         torch.manual_seed(0)
         optimizer = peer.build(params, interval)
         for _ in range(4):
             optimizer.step()
-        ways.append(params[2].detach())  # ScalableShampoo sees the others as vectors
-    assert not torch.equal(*ways)
+        found.append(params[2].detach())  # ScalableShampoo sees the others as vectors
+    assert not torch.equal(*found)
 
 
 def test_a_diagonal_factor_stands_in_for_an_axis_that_is_too_long():

@@ -194,7 +194,9 @@ def test_step_end_to_end(tmp_path, monkeypatch):
 @needs_extras
 def test_a_wrong_step_of_ours_ends_in_red(tmp_path, monkeypatch):
     right = peers.PEERS["RootFreeAdamW"]
-    wrong = replace(right, way=lambda p, g, interval: right.way(p, 2 * g, interval))
+    wrong = replace(
+        right, displacement=lambda p, g, interval: right.displacement(p, 2 * g, interval)
+    )
     monkeypatch.setattr(step, "PEERS", {"RootFreeAdamW": wrong})
     monkeypatch.setattr(step, "GROWING", ())
     monkeypatch.setattr(step, "QUICK", {"tiny": lambda: TINY})

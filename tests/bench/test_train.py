@@ -235,7 +235,9 @@ def test_train_end_to_end(problem, tmp_path, monkeypatch):
 @needs_extras
 def test_an_optimizer_with_a_wrong_step_is_red_and_not_trained(tmp_path, monkeypatch):
     right = train.PEERS["RootFreeAdamW"]
-    off = replace(right, way=lambda p, g, interval: 1.1 * right.way(p, g, interval))
+    off = replace(
+        right, displacement=lambda p, g, interval: 1.1 * right.displacement(p, g, interval)
+    )
     monkeypatch.setitem(train.PEERS, "RootFreeAdamW", off)
     options = ["--problem", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["train", *options]) == 1
