@@ -29,7 +29,7 @@ test: docs $(VENV)/triton36
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag --short $(FLAGS)
 	$(BIN)/python -m bench matrix --short $(FLAGS)
-	$(BIN)/python -m bench train --problem text --seeds 1 $(FLAGS)
+	$(BIN)/python -m bench train --problem digits --seeds 2 $(FLAGS)
 	$(BIN)/python -m bench report --rows bench/out
 
 bench-all: $(VENV)/installed
