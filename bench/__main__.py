@@ -44,9 +44,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; 0 if every result was right."""
-    argv = sys.argv[1:] if argv is None else argv
+def parser_of(argv: list[str]) -> argparse.ArgumentParser:
+    """A parser of this command; only the subcommand that it names is imported."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     subparsers = parser.add_subparsers(dest="subcommand", title="subcommands")
     for name, summary in SUBCOMMANDS.items():
@@ -58,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         if of:
             of.add_arguments(sub)
             sub.set_defaults(run=of.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; 0 if every result was right."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = parser_of(argv)
     args = parser.parse_args(argv)
     if args.subcommand is None:
         parser.print_help()
@@ -69,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted")
-        if args.out:
+        if getattr(args, "out", None):
             print(
                 f"the rows so far are in {args.out}; the same command, on the same commit, goes on "
                 "after the last whole case"

@@ -13,7 +13,7 @@ import torch
 from helpers.bench import CPU, ROOT, needs_extras, row
 
 from bench import diag, host, matrix
-from bench.__main__ import SUBCOMMANDS, main, module
+from bench.__main__ import SUBCOMMANDS, main, module, parser_of
 from bench.measuring import common, rows
 from bench.optimizers import diagonal, peers
 from bench.report import tables
@@ -216,6 +216,25 @@ def test_the_help_names_defaults_cases_methods_and_where_it_runs(capsys):
     assert "this optimizer alone: IFShampoo, Muon, RootFreeAdamW," in shown["train"]
     main([])
     assert "pip install --no-build-isolation -e" in capsys.readouterr().out
+
+
+def test_make_bench_takes_a_part_of_the_cases(tmp_path, monkeypatch):
+    assert set(diag.SHORT) < set(diag.cases(CPU, False))
+    assert set(matrix.SHORT) < set(matrix.CASES)
+    tiny = {name: TINY["tiny, float32"] for name in (*TINY, *diag.SHORT)}
+    monkeypatch.setattr(diag, "cases", lambda *_: tiny)
+    command = ["diag", "--short", "--seconds", "0", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert tuple(rows.unique(rows.read_rows(tmp_path / "diag.jsonl"), "case")) == diag.SHORT
+
+
+def test_the_commands_of_the_makefile_are_understood():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    commands = [line.partition("-m bench ")[2] for line in lines if "-m bench " in line]
+    assert len(commands) == 8
+    for command in commands:
+        words = command.replace("$(FLAGS)", "--dirty" * ("report" not in command)).split()
+        assert parser_of(words).parse_args(words).subcommand == words[0]
 
 
 @needs_extras
