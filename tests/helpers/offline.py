@@ -1,4 +1,4 @@
-"""Triton without a GPU: kernels interpreted on the CPU. To compile them: bench/offline.py."""
+"""Triton without a GPU: kernels interpreted on the CPU. To compile them: bench/machine_code."""
 
 from __future__ import annotations
 
