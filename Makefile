@@ -28,7 +28,7 @@ test: docs $(VENV)/triton36
 # Ends with one table and where the plots lie. Of uncommitted code: make bench FLAGS=--dirty
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag --short $(FLAGS)
-	$(BIN)/python -m bench matrix --short $(FLAGS)
+	$(BIN)/python -m bench matrix --short --seconds 4 $(FLAGS)
 	$(BIN)/python -m bench train --problem digits --seeds 2 $(FLAGS)
 	$(BIN)/python -m bench report --rows bench/out
 
