@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import rootfree_fused
 from bench.__main__ import SUBCOMMANDS
@@ -141,3 +142,14 @@ def test_the_signatures_of_interface_are_those_of_the_code(name):
     required = {"params", "batch_size"}  # the latter here or in every group
     found = [p.default for n, p in parameters.items() if n not in required]
     assert [ast.literal_eval(default) for default in defaults] == found
+
+
+def test_the_lines_of_readme_train():
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    torch.manual_seed(0)
+    x = torch.randn(128, 8)
+    y = (x[:, 0] > 0).long()
+    model, loss_fn = torch.nn.Linear(8, 2), torch.nn.functional.cross_entropy
+    before = loss_fn(model(x), y).item()
+    exec(code, {"model": model, "loss_fn": loss_fn, "loader": [(x, y)] * 200})
+    assert loss_fn(model(x), y).item() < 0.9 * before
