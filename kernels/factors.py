@@ -95,6 +95,7 @@ def _update_momentum_tile(
     job_ptr, scratch_ptr, d, gram, c1, scalars_ptr, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Returns the tile's sum of squares."""
+    ROWS: tl.constexpr = LAYOUT.spilled_rows
     momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]
     if tl.load(job_ptr + MOMENTA.spill) == 0:  # rows are aligned
@@ -110,10 +111,10 @@ def _update_momentum_tile(
         spill_ptr = pointer_at(job_ptr + MOMENTA.spill, scratch_ptr, tl.float32)
         copy_ptr = pointer_at(job_ptr + MOMENTA.copy, scratch_ptr, FACTOR)
         spill(gram, spill_ptr, (d, d), tile)
-        rows = tl.zeros([LAYOUT.spilled_rows], tl.float32)
-        for i in range(BLOCK // LAYOUT.spilled_rows):
-            part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
-            gram_part = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
+        rows = tl.zeros([ROWS], tl.float32)
+        for i in range(BLOCK // ROWS):
+            part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
+            gram_part = spilled(spill_ptr, (d, d), part, ROWS, BLOCK)
             rows += _update_momentum_part(
                 momentum_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
             )

@@ -20,7 +20,11 @@ Column = Tensor | int  # an entry a job, or one for all
 
 
 class Names(tl.constexpr):
-    """Numbers by name: in kernels a constexpr, on the host attributes. `len` is their count."""
+    """Numbers by name, on the host and in kernels; `len` is their count.
+
+    They are ints there too: where Triton asks for a constexpr, as it does for a shape, annotate a
+    name as one.
+    """
 
     def __init__(self, numbers: Any) -> None:
         super().__init__(numbers)
