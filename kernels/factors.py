@@ -94,7 +94,7 @@ def _update_momentum_part(ptr, d, stride, copy_ptr, gram, c1, scalars_ptr, part,
 def _update_momentum_tile(
     job_ptr, scratch_ptr, d, gram, c1, scalars_ptr, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Returns the tile's sum of squares."""
+    """Returns what the tile and its mirror image add to ||m||^2."""
     ROWS: tl.constexpr = LAYOUT.spilled_rows
     momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]
@@ -119,7 +119,7 @@ def _update_momentum_tile(
                 momentum_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
             )
         norm = tl.sum(rows, 0)
-    return norm
+    return norm * tl.where(is_diagonal, 1.0, 2.0)
 
 
 @triton.jit
@@ -186,7 +186,7 @@ def _factor_momenta_kernel(
         norm = _update_momentum_tile(
             job_ptr, scratch_ptr, d, gram, c1, scalars_ptr, tile, FACTOR, BLOCK
         )
-        tl.store(norm_ptr, norm * tl.where(tile[0] == tile[1], 1.0, 2.0))
+        tl.store(norm_ptr, norm)
 
 
 @triton.jit
