@@ -24,7 +24,7 @@ from .measuring.rows import Rows
 from .optimizers import PEERS, PROVIDERS
 from .optimizers.diagonal import ALLOWED_ERROR, capturable, captured
 from .optimizers.peers import EIGH, Peer, ifshampoo, specified
-from .workloads.operator import kernel_times
+from .workloads.operator import GEMMS, kernel_times
 
 Case = Callable[[Rows, torch.device, float], None]
 BF16 = torch.bfloat16
@@ -113,13 +113,11 @@ def products(rows: Rows, device: torch.device, seconds: float) -> None:
         runs = {"torch.bmm": lambda stack=stack: torch.bmm(stack, stack.mT)}
         bmm = interleave(runs, device_timer(device), seconds=seconds / 8)["torch.bmm"]
         rows.add_time(case, "torch.bmm", "time", bmm, gemms=count)
-        # GEMMs of n x n in each launch, for both factors, at full price.
-        gemms = {"products": 2, "factor_momenta": 4, "factors": 2, "product": 3, "params": 1}
         for name, each in times.items():
             rows.add(case, name, "time", 1e3 * each, "ms")
-            if name in gemms:
-                ratio = gemms[name] * bmm.median / each
-                rows.add(case, name, "speed", ratio, "x torch.bmm", gemms=gemms[name] * count)
+            if name in GEMMS:
+                ratio = GEMMS[name] * bmm.median / each
+                rows.add(case, name, "speed", ratio, "x torch.bmm", gemms=GEMMS[name] * count)
 
 
 def dense_up_to(n: int) -> Peer:

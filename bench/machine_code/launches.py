@@ -83,15 +83,16 @@ TILINGS: dict[str, Tiling] = {
     "small": matrix.SMALL,
     "float32": matrix.FLOAT32,
 }
-MATRIX_KERNELS = (
-    "gather",
-    "product left",
-    "product right",
-    "factor_momenta",
-    "factors",
-    "products",
-    "params",
-)
+# FLOPs an element of an n x n weight, over n: 18 in one update, which has "product right" twice.
+FLOPS = {
+    "product left": 2,
+    "product right": 2,
+    "factor_momenta": 4,
+    "factors": 4,
+    "products": 2,
+    "params": 2,
+}
+MATRIX_KERNELS = ("gather", *FLOPS)
 MATRIX_DTYPES: tuple[Dtypes, ...] = ((F32, F32), (BF16, BF16), (F16, F32))
 ONE_SQUARE: tuple[Bucket, ...] = (((256, 256), (True, True), 1),)
 _IFSHAMPOO = {

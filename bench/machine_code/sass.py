@@ -38,15 +38,6 @@ COLUMNS = {
     "loop_wide_addresses": "64-bit addresses",
     "conversions": "conversions",
 }
-# FLOPs an element of an n x n weight, over n: 18 in one update, which has "product right" twice.
-FLOPS = {
-    "product left": 2,
-    "product right": 2,
-    "factor_momenta": 4,
-    "factors": 4,
-    "products": 2,
-    "params": 2,
-}
 
 
 class Entry(NamedTuple):
@@ -116,8 +107,8 @@ def matrix_entry(
     param, grad = dtypes
     stored = 4 if tiling == "float32" else 2
     modelled = f"{grad.itemsize + 5 * stored} bytes an element"
-    if name in FLOPS:
-        modelled = f"{FLOPS[name]} n FLOPs an element"
+    if name in launches.FLOPS:
+        modelled = f"{launches.FLOPS[name]} n FLOPs an element"
     configuration = tiling
     if name == "gather":  # one tiling for all
         factor = "float32" if tiling == "float32" else "bfloat16"

@@ -69,7 +69,8 @@ PARTS = {
 }
 # Kernels on a GPU, by the profiler; each launch serves both factors.
 LAUNCHES = {"gram": "products", "factor momentum": "factor_momenta", "factor update": "factors"}
-PROFILED = ("gather", "product", "factor_momenta", "factors", "products", "params")
+# GEMMs of n x n in each launch, for both factors, at full price.
+GEMMS = {"product": 3, "factor_momenta": 4, "factors": 2, "products": 2, "params": 1}
 CUBLAS = ("nvjet", "gemm")  # in the names of its kernels, which take `product` for stacks
 
 
@@ -88,6 +89,6 @@ def kernel_times(run: Call, rounds: int = 10) -> dict[str, float]:
             name = "product"
         elif not event.name.startswith("_"):
             continue
-        if name in PROFILED:
+        if name == "gather" or name in GEMMS:
             times[name] += event.time_range.elapsed_us() / 1e6 / rounds
     return dict(times)

@@ -227,5 +227,5 @@ def test_the_tilings_are_those_that_the_launcher_chooses(architecture, monkeypat
 
 
 def test_the_modelled_flops_are_those_of_an_update_step():
-    total = sum(sass.FLOPS.values()) + sass.FLOPS["product right"]  # T = C^T G, T K, and V
+    total = sum(launches.FLOPS.values()) + launches.FLOPS["product right"]  # T = C^T G, T K, and V
     assert total * 7**3 == matrix.step_flops([(7, 7)])
