@@ -150,6 +150,18 @@ def test_products_and_momenta_are_symmetric(device):
         assert torch.equal(tensor, tensor.mT)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_factor_step_below_the_bound_is_not_lengthened(dtype, device):
+    """max(1, ||m||) is 1: everywhere else ||m|| is above it."""
+    model = Model(device, "momentum", dtype, [((9, 16), DENSE, 1), ((8, 5), NEITHER, 1)])
+    kinds = [model.momenta, *model.eager["momenta"], *model.truth["momenta"]]
+    for m in (m for momenta in kinds for m in momenta):
+        m.mul_(2**-10)
+    model.step(grads=[grad / 64 for grad in model.fresh_grads()])
+    assert all(m.norm() < 0.9 for momenta in model.truth["momenta"] for m in momenta)
+    model.check()
+
+
 @pytest.mark.parametrize("size", [9, 16])
 def test_factors_never_freeze(size, device):
     """Steps far below the last place of bfloat16 add up in the residual."""
