@@ -8,9 +8,8 @@ one.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, Final
 
 from ..reference import diag
@@ -69,12 +68,12 @@ class DiagonalMethod:
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's settings as the operator takes them, but for lr and batch_size."""
-        return settings_of(group, *self.numbers, *self.switches)
+        return settings_of(group, (*self.numbers, *self.switches))
 
 
-def settings_of(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """The settings of these names as the operators take them."""
-    return {name: _TAKEN.get(name, itemgetter(name))(group) for name in names}
+    return {name: _TAKEN[name](group) if name in _TAKEN else group[name] for name in names}
 
 
 RMSPROP = DiagonalMethod(

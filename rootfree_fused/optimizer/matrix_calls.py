@@ -110,7 +110,7 @@ class _Matrices:
             as_scalar_tensor(group["lr"]),
         )
         scalars = {
-            **settings_of(group, *_SETTINGS),
+            **settings_of(group, _SETTINGS),
             "update_factors": self._update_factors,
             "refresh_products": refresh_products,
             "batch_size": float(group["batch_size"]),
