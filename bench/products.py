@@ -213,7 +213,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="timing budget of each of the 9 to 12 cases"
     )
-    parser.add_argument("--largest", type=int, help="n; 8192, and 2048 on a CPU, if left out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -222,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     rows = Rows(args.out / "products.jsonl", "products", device, arguments=args)
     on_gpu = device.type == "cuda"
     seconds = 0.1 if args.quick else args.seconds
-    largest = args.largest or (128 if args.quick else 8192 if on_gpu else 2048)
+    largest = 128 if args.quick else 8192 if on_gpu else 2048
     compiled, why = compiled_formulas(args.quick)
     stacks_ = {f"{count} of {n}": (count, n) for count, n in cases(device, largest)}
     for case in rows.remaining((LIMITS, *stacks_)):

@@ -4,7 +4,7 @@ Every optimizer sees the same parameters and gradients. Those of matrices take t
 they are not meant for (vectors, lookups, axes above 10,000) goes to torch's fused AdamW beside
 them, which is in their time. A step that renews the preconditioner and one between are timed
 apart; the mean at an interval of k is (update + (k - 1) between) / k. On a CPU the networks are
-smaller than their models, as their names say; --full takes them as they are.
+smaller than their models, as their names say.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from .report.tables import FORWARD, INTERVALS
 from .workloads.networks import FULL, QUICK, SCALED, Model, forward_backward, split
 
 LONGEST = 10_000
+LIMIT = 10.0  # seconds that a step may take
 # At least so many, also where they take longer than their time; one when nobody reads it.
 ROUNDS = (3, 1)
 UPDATE, BETWEEN = "update step", "step between"
@@ -90,9 +91,9 @@ class Parameters:
 
 
 def checked(
-    case: str, name: str, peer: Peer, parameters: Parameters, rows: Rows, limit: float
+    case: str, name: str, peer: Peer, parameters: Parameters, rows: Rows
 ) -> dict[str, Call]:
-    """The steps of an optimizer that is here, fits, is right and takes at most `limit` seconds.
+    """The steps of an optimizer that is here, fits, is right and takes at most LIMIT seconds.
 
     None of them where it is not. The last tensor of every shape is compared, and all must be
     finite.
@@ -101,9 +102,9 @@ def checked(
     timer = device_timer(device)
     if not why and parameters.need(peer) > 0.8 * available_memory(device):
         why = f"its state may need {parameters.need(peer) / 1e9:.0f} GB"
-    kinds = {UPDATE: 1, BETWEEN: NEVER} if peer.renews else {UPDATE: 1}
+    intervals = {UPDATE: 1, BETWEEN: NEVER} if peer.renews else {UPDATE: 1}
     found = {}
-    for kind, interval in kinds.items():
+    for metric, interval in intervals.items():
         if not why:
             try:
                 optimizers = parameters.optimizers(name, peer, interval)
@@ -114,14 +115,14 @@ def checked(
                 if peer.package == "rootfree_fused":
                     raise
                 why = f"{type(error).__name__}: {error}"[:200]
-        if why or seconds > limit:
-            why = why or f"a step took {seconds:.1f} s, more than the limit of {limit:g} s"
+        if why or seconds > LIMIT:
+            why = why or f"a step took {seconds:.1f} s, more than the limit of {LIMIT:g} s"
             rows.add(case, name, "absent", None, "", why=why)
             parameters.restore()
             return {}
-        if not is_right(case, name, kind, peer, parameters, step, interval, rows):
+        if not is_right(case, name, metric, peer, parameters, step, interval, rows):
             return {}
-        found[kind] = step
+        found[metric] = step
     size = held_bytes(optimizers, [*parameters.matrices, *parameters.others])
     elements = sum(value.numel() for value in parameters.values)
     rows.add(case, name, "state", size / elements, "bytes a parameter", bytes=size)
@@ -131,7 +132,7 @@ def checked(
 def is_right(
     case: str,
     name: str,
-    kind: str,
+    metric: str,
     peer: Peer,
     parameters: Parameters,
     step: Call,
@@ -150,7 +151,7 @@ def is_right(
     verdict = judge(peer, before, grads, after, interval)
     finite = all(bool(p.isfinite().all()) for p in [*params, *parameters.others])
     right = verdict.right and finite
-    rows.add(case, name, f"error, {kind}", verdict.value, verdict.unit, right=right)
+    rows.add(case, name, f"error, {metric}", verdict.value, verdict.unit, right=right)
     parameters.restore()
     return right
 
@@ -171,16 +172,11 @@ def measure(
     rows: Rows,
     device: torch.device,
     seconds: float,
-    limit: float,
-    chosen: dict[str, Peer] | None = None,
 ) -> None:
-    """Time every optimizer, or those chosen, and the products of a forward and backward."""
-    chosen = PEERS if chosen is None else chosen
+    """Time every optimizer, and the products of a forward and backward."""
     parameters = Parameters.of(*split(model.layers, LONGEST), device)
-    steps = {
-        name: checked(case, name, peer, parameters, rows, limit) for name, peer in chosen.items()
-    }
-    runs = {(name, kind): step for name, of in steps.items() for kind, step in of.items()}
+    steps = {name: checked(case, name, peer, parameters, rows) for name, peer in PEERS.items()}
+    runs = {(name, metric): step for name, of in steps.items() for metric, step in of.items()}
     dtype = default_dtype(parameters.values[0])
     runs[FORWARD, "time"] = forward_backward(model, dtype, device)
     times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=ROUNDS[seconds < 1])
@@ -188,8 +184,8 @@ def measure(
     elements = sum(value.numel() for value in parameters.values)
     rows.add_time(case, FORWARD, "time", base, flops=model.flops(), dtype=str(dtype))
     for name, of in steps.items():
-        for kind in of:
-            rows.add_time(case, name, kind, times[name, kind], parameters=elements)
+        for metric in of:
+            rows.add_time(case, name, metric, times[name, metric], parameters=elements)
         if not of:
             continue
         update = times[name, UPDATE].median
@@ -238,7 +234,7 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     return float((x * y).sum() / x.square().sum())
 
 
-def grow(rows: Rows, device: torch.device, seconds: float, quick: bool, limit: float) -> None:
+def grow(rows: Rows, device: torch.device, seconds: float, quick: bool) -> None:
     """Time update steps as a network grows; a case a sweep."""
     for what, sweep in sweeps(device, quick).items():
         case = f"against {what}"
@@ -246,7 +242,7 @@ def grow(rows: Rows, device: torch.device, seconds: float, quick: bool, limit: f
         for size, shapes in sweep.items():
             for name in GROWING:
                 parameters = Parameters.of(shapes, [], device)
-                found = checked(f"{case} {size}", name, PEERS[name], parameters, rows, limit)
+                found = checked(f"{case} {size}", name, PEERS[name], parameters, rows)
                 if found:
                     runs[name, size] = found[UPDATE]
         timings = interleave(
@@ -270,14 +266,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=20.0,
         help=f"timing budget of each of the {len(SCALED) + 1} cases",
     )
-    parser.add_argument("--limit", type=float, default=10.0, help="seconds that a step may take")
-    parser.add_argument("--full", action="store_true", help="networks as they are, on a CPU too")
 
 
-def networks(device: torch.device, quick: bool, full: bool) -> dict[str, Callable[[], Model]]:
+def networks(device: torch.device, quick: bool) -> dict[str, Callable[[], Model]]:
     if quick:
         return QUICK
-    return FULL if full or device.type == "cuda" else SCALED
+    return FULL if device.type == "cuda" else SCALED
 
 
 def run(args: argparse.Namespace) -> int:
@@ -285,10 +279,10 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     rows = Rows(args.out / "step.jsonl", "step", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    builders = networks(device, args.quick, args.full)
+    builders = networks(device, args.quick)
     for case in rows.remaining((*builders, GROWTH)):
         if case == GROWTH:
-            grow(rows, device, seconds, args.quick, args.limit)
+            grow(rows, device, seconds, args.quick)
         else:
-            measure(case, builders[case](), rows, device, seconds, args.limit)
+            measure(case, builders[case](), rows, device, seconds)
     return int(bool(wrong_of_ours(rows.finish(tables.step))))

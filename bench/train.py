@@ -64,12 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problem", choices=PROBLEMS, help="one of them; both if left out")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train")
     parser.add_argument(
-        "--method",
-        choices=sorted({name for methods in METHODS.values() for name in methods}),
-        metavar="METHOD",
-        help="with --tune: search this optimizer alone: %(choices)s",
-    )
-    parser.add_argument(
         "--tune",
         action="store_true",
         help="search the settings again: 9 minutes on digits, 40 on text, on two cores",
@@ -79,11 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare the tuned optimizers, or tune them; 1 if a step was WRONG."""
     names = [args.problem] if args.problem else list(PROBLEMS)
-    if args.method:
-        names = [name for name in names if args.method in METHODS[name]]
-        if not names or not args.tune:
-            searched = {name: ", ".join(METHODS[name]) for name in PROBLEMS}
-            raise SystemExit(f"--method goes with --tune and one that is searched: {searched}")
     for module in ("tqdm", "matplotlib", *itertools.chain(*(NEEDED[name] for name in names))):
         optional(module)  # now, not after the training
     written: list[Row] = []
@@ -180,8 +169,6 @@ def tune(problem: Problem, methods: dict[str, Method], args: argparse.Namespace)
     device = pick_device(args.device)
     rounds = 2 if args.quick else problem.rounds
     seeds = TUNING_SEEDS[problem.name][: 1 if args.quick else None]
-    if args.method:
-        methods = {args.method: methods[args.method]}
     sets = problem.load(device, tuning=True)
     rows = Rows(args.out / f"train_{problem.name}_tuning.jsonl", "train", device, arguments=args)
     for name in rows.remaining(methods):

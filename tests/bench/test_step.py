@@ -110,10 +110,10 @@ def test_growth_is_the_slope_in_logarithms():
 # Checks ---------------------------------------------------------------------------------------
 
 
-def check(peer, tmp_path, limit=60.0):
+def check(peer, tmp_path):
     written = rows.Rows(tmp_path / "step.jsonl", "step", CPU)
     parameters = step.Parameters.of(*networks.split(TINY.layers, 32), CPU)
-    found = step.checked("c", "IFShampoo, float32", peer, parameters, written, limit)
+    found = step.checked("c", "IFShampoo, float32", peer, parameters, written)
     tensors = [*parameters.matrices, *parameters.others]
     restored = all(map(torch.equal, tensors, parameters.values))
     return found, rows.read_rows(written.path), restored
@@ -151,7 +151,9 @@ def test_a_slow_a_failing_and_a_large_optimizer_are_absent_with_the_reason(tmp_p
         return written["detail"]["why"]
 
     right = peers.PEERS["IFShampoo, float32"]
-    assert "more than the limit of 0 s" in why(right, tmp_path, 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "LIMIT", 0.0)
+        assert "more than the limit of 0 s" in why(right, tmp_path)
     assert why(peers.Peer(fail, "torch"), tmp_path) == "RuntimeError: out of luck"
     with pytest.raises(RuntimeError, match="out of luck"):
         check(peers.Peer(fail), tmp_path)
