@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,15 @@ def test_a_name_hides_nothing(table):
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_has_room_for_the_index_of_its_matrix(job):
     assert len(ROWS[job]) <= LAYOUT.matrix < LAYOUT.job_columns
+
+
+def test_names_are_unequal_where_a_number_is():
+    """Triton asks this at every launch, of a copy that it made when the kernel was compiled."""
+    for names in TABLES.values():
+        assert (names != copy.deepcopy(names)) is False
+        first = names.value._fields[0]
+        assert names != Names(names.value._replace(**{first: -1}))
+        assert names != object()
 
 
 def test_a_row_is_refused_by_the_name_of_its_column():
