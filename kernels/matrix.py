@@ -316,7 +316,7 @@ def _run(
         args = numbers, found_inf
         launch("momenta", _factor_momenta_kernel, *args)
         launch("factors", _factors_kernel, *args, stacked=_stacked_factors_kernel)
-        launch("products", _products_kernel, stacked=_stacked_products_kernel)
+        launch("products", _products_kernel, found_inf, stacked=_stacked_products_kernel)
         launch("precondition", _product_kernel, TRANS_A=False)
         multiply("precondition")
         lr = numbers if lr.is_cpu else readable(lr, device)

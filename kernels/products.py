@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import inverse_of
+from .arithmetic import inverse_of, skips
 from .slots import GATHER, GATHERED, LAYOUT, MEMBER, PRODUCT, SQUARE
 from .tiles import (
     find_tile,
@@ -204,16 +204,20 @@ def _product_kernel(
             tl.store(sums_ptr + offs_n, sums, mask=offs_n < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
 def _products_kernel(
     tiles_ptr,
     jobs_ptr,
     scratch_ptr,
+    found_inf_ptr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    # Factors that were skipped have left no operand in the scratch.
+    if skips(found_inf_ptr):
+        return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + SQUARE.size)
     factor = (pointer_at(job_ptr + SQUARE.factor, scratch_ptr, FACTOR), d)
@@ -234,17 +238,20 @@ def _products_kernel(
             store_symmetric(copy_ptr, d, padded(d), product, part, is_diagonal)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["found_inf_ptr"])
 def _stacked_products_kernel(
     tiles_ptr,
     jobs_ptr,
     scratch_ptr,
     count,
     factors,
+    found_inf_ptr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if skips(found_inf_ptr):
+        return
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         job_ptr, tile, _ = tile_at(tiles_ptr, jobs_ptr, index)
         matrix = size_at(job_ptr + LAYOUT.matrix)

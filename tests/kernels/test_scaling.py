@@ -37,7 +37,10 @@ def diagonal(case, device, dtypes):
 
 def matrices(device, dtype, grad_dtype):
     model = Model(device, "momentum", dtype, FEW, grad_dtype=grad_dtype)
+    for product in model.products:
+        product.fill_(3)
     written = [*model.params, *model.factors, *model.residuals, *model.momenta, *model.buffers]
+    written += model.products
 
     def launch(grads, lr, **scaling):
         model.launch(grads, lr, update=True, **scaling)

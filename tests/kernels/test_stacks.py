@@ -125,16 +125,14 @@ def test_a_zero_gradient_leaves_its_factors_of_a_stack_alone(stacks, device):
 
 def test_found_inf_leaves_stacks_alone(stacks, device):
     model = Model(device, "momentum", BF16, [((136, 24), DENSE, 2)])
-    names = ("params", "buffers", "factors", "residuals", "momenta")
+    names = ("params", "buffers", "factors", "residuals", "momenta", "products")
+    for product in model.products:
+        product.fill_(3)
     before = {name: [t.clone() for t in getattr(model, name)] for name in names}
     found = torch.ones(1, device=device)
     model.launch(model.fresh_grads(), torch.tensor(0.1), update=True, found_inf=found)
     for name, tensors in before.items():
         assert all(map(torch.equal, tensors, getattr(model, name))), name
-    high = model.factors[0].double()
-    truth, terms = high @ high.mT, high.abs() @ high.abs().mT
-    bound = 2**-8 * truth.abs() + high.shape[-1] * 2**-24 * terms  # a rounding, and the sum's
-    assert ((model.products[0].double() - truth).abs() <= bound).all()
 
 
 def test_the_users_setting_of_reductions_changes_nothing_and_stays(device, monkeypatch):
