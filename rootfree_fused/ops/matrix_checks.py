@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,10 +54,11 @@ def check_buckets(
         for i, stack in zip(indices, stacks, strict=True):
             _check_belongings(i, stack, per_axis, products_are_given=products_are_given)
         for i, param in enumerate(own, start=member):
-            if param.numel() != math.prod(sizes):
+            if not _merges(param.shape, sizes):
                 raise ValueError(
                     f"params[{i}] has shape {tuple(param.shape)} but its bucket has axes of "
-                    f"{sizes}; put it into a bucket of its own axes"
+                    f"{sizes}, which are not its own in their order, nor neighbours of them merged;"
+                    " put it into a bucket of its own axes"
                 )
             if param.device != own[0].device:
                 raise ValueError(
@@ -71,6 +71,18 @@ def check_buckets(
             f"params has {len(params)} tensors but the factors stack {member}; pass one factor an "
             "axis for each parameter"
         )
+
+
+def _merges(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether the sizes are those of a tensor's axes, in order, with neighbours merged."""
+    axes = [size for size in shape if size != 1]
+    for size in sizes:
+        merged = 1
+        while axes and merged < size:
+            merged *= axes.pop(0)
+        if merged != size:
+            return False
+    return not axes
 
 
 def _checked_factor(name: str, factor: Tensor | None) -> Tensor:

@@ -230,6 +230,27 @@ def test_lists_of_other_lengths(missing):
         call(tensors, axes)
 
 
+def test_axes_in_another_order_are_refused():
+    """They have as many elements, and would precondition other ones together."""
+    tensors, axes = lists(buckets=[(2, (4, 6), (6, 4), (True, True))])
+    before = copied(tensors)
+    with pytest.raises(ValueError, match=r"params\[0\] has shape \(4, 6\) but its bucket has axes"):
+        call(tensors, axes)
+    assert_bits_equal(tensors["params"], before["params"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [((4, 1, 6), (4, 6)), ((2, 3, 4), (6, 4)), ((2, 3, 4), (2, 3, 4))]
+)
+def test_axes_of_one_and_merged_neighbours_are_taken(shape, sizes):
+    tensors, axes = lists(buckets=[(2, shape, sizes, (True,) * len(sizes))])
+    expected = copied(tensors)
+    call(tensors, axes)
+    specified_step(expected, axes)
+    for actual, truth in zip(tensors["params"], expected["params"], strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-12)
+
+
 def test_momentum_needs_buffers():
     tensors, axes = lists()
     tensors["momentum_buffers"] = []

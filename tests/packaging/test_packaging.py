@@ -48,7 +48,7 @@ SCRIPT = """
 
 
 def test_where_one_extension_is_built_so_is_the_other():
-    """Without it its tests are skipped (test_prepared.py), which must not hide a failed build."""
+    """Without it test_known_tensors.py is skipped, which must not hide a failed build."""
     if ops.backends()["cpu"].startswith("C++"):
         assert extensions.known_tensors() is not None
 
