@@ -26,9 +26,11 @@ _library = torch.library.Library("rootfree_fused", "DEF")
 
 def register(method: DiagonalMethod) -> None:
     """Make the operator of a diagonal method; C++ registers its body under the same name."""
-    METHODS[method.name] = method
+    if method.name in METHODS:
+        raise ValueError(f"there is a method {method.name} already; name this one otherwise")
     _library.define(method.schema)
     dispatch.give_bodies(_library, method)
+    METHODS[method.name] = method
 
 
 def as_scalar_tensor(value: float | Tensor) -> Tensor:

@@ -7,6 +7,7 @@ of its declaration.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def operator():
     schemas.register(ADAGRAD)
     yield
     del METHODS[ADAGRAD.name]
+
+
+def test_a_name_is_taken_once():
+    before = dict(METHODS)
+    with pytest.raises(ValueError, match="there is a method rmsprop_ already"):
+        schemas.register(dataclasses.replace(ADAGRAD, name="rmsprop_"))
+    assert before == METHODS
 
 
 def test_it_takes_fewer_than_60_lines():
