@@ -1,0 +1,210 @@
+"""Root-free Shampoo on one parameter: the specification.
+
+Shampoo's preconditioner without a root, an inverse or a decomposition: averaged grams S, of which
+Newton-Schulz steps keep K with K K^T near (S + lam I)^-1, by matrix products alone, at every step.
+
+From IF-Shampoo (Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML
+2024): the root-free exponent -1, K learned by products, its start at the gradient's scale. From the
+Kullback-Leibler form of Shampoo (Lin et al., arXiv 2509.03378): each gram is taken through the
+other axis's K. Ours: the bounded Newton-Schulz step in place of a decomposition; gradients and
+updates of a fixed scale, so that neither a batch size nor a loss scale enters; rows that are
+balanced, as NorMuon balances those of Muon's update.
+
+A gradient is seen as a matrix G (m, n), axis A its rows and axis B its columns; S and K of an axis
+of d entries are dense, (d, d), or diagonal, (d,). All state is zero until the first gradient that
+is not. Everything is computed in the dtype of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .structures import structure_of
+
+# Added to the mean square of a row before it divides: no row grows by more than 0.1^(-1/2).
+ROW_DAMPING = 0.1
+
+
+def scaled(x: Tensor, rms: float) -> Tensor:
+    """x at this root mean square; zero stays zero.
+
+    The largest entry is taken out first, so that no square leaves the range of the dtype.
+    """
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax().clamp_min(tiny)
+    return x * (rms / x.square().mean().sqrt().clamp_min(tiny))
+
+
+def update_roots_(
+    grad: Tensor, grams: Sequence[Tensor], roots: Sequence[Tensor], *, beta2: float, damping: float
+) -> None:
+    """One update of S and K of both axes, for a G of mean square 1, each from the old K's.
+
+    S_hat_A = Y Y^T / n with Y = G K_B,     S_hat_B = Z^T Z / m with Z = K_A^T G
+    S      <- S + (1 - beta2) (S_hat - S),  lam = damping mean(diag S)
+    E       = K^T (S + lam I) K - I
+    K      <- K - (b / 2) K E,              b = 1 / max(1, min(||E||_F, sqrt(||E^2||_F)))
+
+    ||E||_2 is at most either norm, so the eigenvalues of I - b E / 2 lie in [1/2, 3/2] whatever the
+    gradient. A diagonal K is (s + lam)^(-1/2) itself. Where G is exactly zero nothing changes.
+
+    Starts at the first G that is not zero, at the fixed points for a gradient of mean square 1:
+    S_A = I, K_A = I / sqrt(1 + damping), S_B = I / (1 + damping), K_B = I.
+    """
+    if not grad.any():
+        return
+    if not any(root.any() for root in roots):
+        _start_(grams, roots, damping)
+    a, b = map(structure_of, roots)
+    through_columns = b.right(grad, roots[1])
+    through_rows = a.left(a.transposed(roots[0]), grad).mT
+    for gram, root, seen in zip(grams, roots, (through_columns, through_rows), strict=True):
+        structure = structure_of(root)
+        gram.lerp_(structure.gram(seen) / seen.shape[1], 1 - beta2)
+        lam = damping * structure.diagonal(gram).mean()
+        if not structure.is_dense:
+            root.copy_((gram + lam).rsqrt())
+            continue
+        residual = root.mT @ (gram @ root + lam * root)
+        residual.diagonal().sub_(1)
+        # A NaN of the second, whose squares overflow before those of the first, is ignored.
+        bound = torch.fmin(residual.norm(), (residual @ residual).norm().sqrt())
+        root.sub_(root @ residual * (0.5 / bound.clamp_min(1)))
+
+
+def direction(ahead: Tensor, roots: Sequence[Tensor]) -> Tensor:
+    """P = K_A K_A^T N K_B K_B^T, with the newest K."""
+    a, b = (structure_of(root) for root in roots)
+    squares = [s.product(root, s.transposed(root)) for s, root in zip((a, b), roots, strict=True)]
+    return b.right(a.left(squares[0], ahead), squares[1])
+
+
+def balance_rows_(update: Tensor, row_square_avg: Tensor, step: float, row_beta: float) -> Tensor:
+    """P with its rows divided by the root of the average of their mean squares.
+
+    P  <- P / rms(P)
+    v  <- v + max(1 - row_beta, 1 / step) (r - v),   r_i = mean_j P_ij^2
+    P_i / sqrt(v_i + 0.1)
+    """
+    update = scaled(update, 1.0)
+    row_square_avg.lerp_(update.square().mean(1), max(1 - row_beta, 1 / step))
+    return update / (row_square_avg + ROW_DAMPING).sqrt().unsqueeze(1)
+
+
+def rootfree_shampoo_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    grams: Sequence[Tensor],
+    roots: Sequence[Tensor],
+    row_square_avg: Tensor | None,
+    step: float,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    damping: float,
+    weight_decay: float,
+    update_rms: float,
+    row_beta: float | None,
+    maximize: bool = False,
+) -> None:
+    """One step of one matrix, in place; `step` counts this one.
+
+    G <- G / rms(G);  S and K as in `update_roots_`
+    M <- beta1 M + (1 - beta1) G,   N = beta1 M + (1 - beta1) G
+    P = K_A K_A^T N K_B K_B^T, rows balanced unless row_beta is None, at RMS update_rms
+    p <- (1 - lr weight_decay) p - lr P
+
+    param: of any shape with the elements of the momentum buffer, which is (m, n), as is G.
+    """
+    g = scaled(grad.reshape(momentum_buffer.shape).to(momentum_buffer.dtype), 1.0)
+    g = -g if maximize else g
+    momentum_buffer.lerp_(g, 1 - beta1)
+    update_roots_(g, grams, roots, beta2=beta2, damping=damping)
+    update = direction(_ahead(momentum_buffer, g, beta1), roots)
+    if row_square_avg is not None and row_beta is not None:
+        update = balance_rows_(update, row_square_avg, step, row_beta)
+    _descend_(param, scaled(update, update_rms), lr, weight_decay)
+
+
+def vector_adam_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    update_rms: float,
+    maximize: bool = False,
+) -> None:
+    """One step of a vector by Adam with Nesterov's momentum, of RMS about `update_rms`.
+
+    m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
+    p <- (1 - lr weight_decay) p
+         - lr update_rms (beta1 m + (1 - beta1) g) / (1 - beta1^(t+1)) / sqrt(v / (1 - beta2^t))
+    """
+    g = grad.to(exp_avg.dtype)
+    g = -g if maximize else g
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.lerp_(g.square(), 1 - beta2)
+    root = (exp_avg_sq / (1 - beta2**step)).sqrt().clamp_min(torch.finfo(g.dtype).tiny)
+    update = _ahead(exp_avg, g, beta1) / (1 - beta1 ** (step + 1)) / root
+    _descend_(param, update_rms * update, lr, weight_decay)
+
+
+def vector_rootfree_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    vector_damping: float,
+    weight_decay: float,
+    update_rms: float,
+    maximize: bool = False,
+) -> None:
+    """One step of a vector by the diagonal case of the matrices' update.
+
+    g <- g / rms(g),   m <- beta1 m + (1 - beta1) g
+    v <- v + max(1 - beta2, 1 / t) (g^2 - v)
+    u  = (beta1 m + (1 - beta1) g) / (v + vector_damping mean(v)),   at RMS update_rms
+    p <- (1 - lr weight_decay) p - lr u
+    """
+    g = scaled(grad.to(exp_avg.dtype), 1.0)
+    g = -g if maximize else g
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.lerp_(g.square(), max(1 - beta2, 1 / step))
+    divisor = exp_avg_sq + vector_damping * exp_avg_sq.mean()
+    update = _ahead(exp_avg, g, beta1) / divisor.clamp_min(torch.finfo(g.dtype).tiny)
+    _descend_(param, scaled(update, update_rms), lr, weight_decay)
+
+
+def _start_(grams: Sequence[Tensor], roots: Sequence[Tensor], damping: float) -> None:
+    for tensors, values in (
+        (grams, (1.0, 1 / (1 + damping))),
+        (roots, (1 / (1 + damping) ** 0.5, 1.0)),
+    ):
+        for tensor, value in zip(tensors, values, strict=True):
+            structure_of(tensor).diagonal(tensor).fill_(value)
+
+
+def _ahead(momentum: Tensor, g: Tensor, beta1: float) -> Tensor:
+    """The momentum of the next step if its gradient were this one's (Nesterov)."""
+    return momentum * beta1 + g * (1 - beta1)
+
+
+def _descend_(param: Tensor, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
+    p = param.to(update.dtype)
+    param.copy_(p - lr * weight_decay * p - lr * update.reshape(param.shape))
