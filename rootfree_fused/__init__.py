@@ -4,6 +4,14 @@ from .batch_size import BatchSizeCounter
 from .capture import CapturedStep
 from .diag import RootFreeAdamW, RootFreeRMSprop
 from .matrix import IFShampoo
+from .shampoo import RootFreeShampoo
 
-__all__ = ["BatchSizeCounter", "CapturedStep", "IFShampoo", "RootFreeAdamW", "RootFreeRMSprop"]
+__all__ = [
+    "BatchSizeCounter",
+    "CapturedStep",
+    "IFShampoo",
+    "RootFreeAdamW",
+    "RootFreeRMSprop",
+    "RootFreeShampoo",
+]
 __version__ = "0.1.0"

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Hashable
 from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import ParamsT
 
 from .ops import WeightDecayMode
-from .ops.by_reference import skips
-from .optimizer.amp_and_graphs import Scaling
-from .optimizer.base import RootFreeOptimizer, Work
-from .optimizer.checks import check_state, check_whole, name_of
 from .optimizer.groups import Group
-from .optimizer.known_tensors import PreparedUpdate, on_gradients
-from .optimizer.layouts import BucketPlan, Stacks, default_dtype, factor_state, layout_of
-from .optimizer.matrix_calls import Call, KnownCalls, planned_calls
-from .optimizer.schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
+from .optimizer.layouts import default_dtype, factor_state, layout_of
+from .optimizer.matrix import MatrixOptimizer
+from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
-from .optimizer.state import Initial, State, full_like
+from .optimizer.state import Initial, full_like
 
 Structure = Literal["auto", "dense", "diagonal"]
 
 
-class IFShampoo(RootFreeOptimizer):
+class IFShampoo(MatrixOptimizer):
     r"""Inverse-free Shampoo without roots (IF-Shampoo).
 
     A parameter of N axes of sizes d_1 .. d_N has a factor K_n an axis, starting at a multiple of
@@ -111,6 +102,7 @@ class IFShampoo(RootFreeOptimizer):
     Fig. 3, and its released code.
     """
 
+    _matrix_method = IFSHAMPOO
     _shaping = (
         "factor_dtype",
         "structures",
@@ -119,7 +111,6 @@ class IFShampoo(RootFreeOptimizer):
         "vector_method",
         "initial_square_avg",
     )
-    _fixed = ("factor_dtype",)
 
     def __init__(
         self,
@@ -173,18 +164,6 @@ class IFShampoo(RootFreeOptimizer):
         }
         super().__init__(params, defaults, unknown)
 
-    def _check_group(self, group: Group) -> None:
-        super()._check_group(group)
-        if group["damping"] == 0:
-            raise ValueError(
-                "damping is 0; pass a number > 0: factors grow for ever where there is no gradient"
-            )
-
-    def _complete(self, group: Group) -> None:
-        params = [p for p in group["params"] if isinstance(p, Tensor) and not p.is_meta]
-        if group["factor_dtype"] is None and params:
-            group["factor_dtype"] = default_dtype(params[0])
-
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         layout, start = layout_of(param.shape, group), declared_start(group)
         if layout is None:
@@ -193,122 +172,3 @@ class IFShampoo(RootFreeOptimizer):
             dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
             own = factor_state(layout, dtype, start)
         return {**own, "momentum_buffer": full_like(param, 0.0)}
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._schedule = FactorSchedule()
-
-    def _reset_caches(self) -> None:
-        super()._reset_caches()
-        self._plans: dict[int, BucketPlan] = {}
-        self._stacks: dict[int, Stacks] = {}
-        self._had_matrices: dict[int, bool] = {}
-
-    def add_param_group(self, param_group: Group) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        self._had_matrices[len(self.param_groups) - 1] = _has_matrices(group["params"])
-
-    def _gather(self, index: int, group: Group) -> list[Tensor]:
-        params = super()._gather(index, group)
-        if params and self._had_matrices.get(index) and not _has_matrices(group["params"]):
-            raise TypeError(
-                f"the parameters of group {index} were exchanged for vectors (the first of shape "
-                f"{tuple(params[0].shape)}), as sharding flattened parameters does (DeepSpeed "
-                "ZeRO): without their axes they have no factors, and the method would be another "
-                "one; use DistributedDataParallel, or ZeroRedundancyOptimizer to shard the state, "
-                "or RootFreeRMSprop"
-            )
-        return params
-
-    def _check_taken(self, index: int, position: int, group: Group) -> None:
-        super()._check_taken(index, position, group)
-        check_whole(name_of(index, position, group), group["params"][position])
-
-    _start_traced = _disable_dynamo(RootFreeOptimizer._start_traced)
-
-    @_disable_dynamo
-    def _update(self, index: int, work: Work) -> None:
-        group = self.param_groups[index]
-        for param, state in zip(work.params, work.states, strict=True):
-            check_state("a parameter", param, state, self._spec(param, group))
-        self._step(index, work, KnownCalls())
-
-    def _prepare(self, index: int, work: Work) -> PreparedUpdate:
-        params, states, steps = work.params, work.states, work.steps  # and not the gradients
-        known = KnownCalls()
-        group = self.param_groups[index]
-        if not _waits(group, work.scaling):
-            self._calls(index, self._schedule.after(index, group, steps), work, known)
-        optimizer = weakref.ref(self)  # which will own the launch
-
-        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-            owner = optimizer()
-            assert owner is not None
-            owner._step(index, Work(params, grads, states, steps, scaling), known)
-
-        return on_gradients(params, update)
-
-    def _step(self, index: int, work: Work, known: KnownCalls) -> None:
-        """Update a group; `known` are the calls on these tensors."""
-        group = self.param_groups[index]
-        if _waits(group, work.scaling):
-            return  # what is updates_factors next and which K K^T are stale stays as it was
-        updates_factors = self._schedule.at(index, group, work.steps)
-        for call in self._calls(index, updates_factors, work, known):
-            call(work.grads, group, work.scaling)
-
-    def _calls(
-        self, index: int, updates_factors: UpdatesFactors, work: Work, known: KnownCalls
-    ) -> list[Call]:
-        """The operator's calls of such a step, from those known for the group's stacks."""
-        if known.stacks is not self._stacks.get(index):
-            known.by_kind.clear()
-        if updates_factors not in known.by_kind:
-            stacks = self._stacked(index, work.states)
-            if stacks is not known.stacks:
-                known.by_kind.clear()
-            plan = stacks.plan(work.states, updates_factors)
-            calls = planned_calls(self.param_groups[index], updates_factors, work, plan)
-            known.stacks, known.by_kind[updates_factors] = stacks, (plan, calls)
-        self._plans[index], calls = known.by_kind[updates_factors]
-        return calls
-
-    def _stacked(self, index: int, states: list[State]) -> Stacks:
-        """The stacks of a group's state, as long as its tensors are what they were."""
-        stacks = self._stacks.get(index)
-        if stacks is None or not stacks.hold(states):
-            group = self.param_groups[index]
-            owned = [state for p in group["params"] if (state := dict.get(self.state, p))]
-            stacks = self._stacks[index] = Stacks(owned, group["update_interval"])
-        return stacks
-
-    def _next_kind(self) -> Hashable:
-        kinds: list[Hashable] = []
-        for index, group in enumerate(self.param_groups):
-            plan = self._plans.get(index)
-            if plan is None:
-                return None
-            if group["update_interval"] > 1:
-                updates_factors = self._schedule.after_last(index, group)
-                stale = any(bucket.products_are_stale() for bucket in plan.buckets)
-                if stale or updates_factors is None:
-                    return None
-                kinds.append(updates_factors)
-        return tuple(kinds)
-
-    def _count_replay(self) -> None:
-        self._schedule.count_replay()
-
-    def _check_capture(self) -> None:
-        super()._check_capture()
-        check_capturable_schedules(self.param_groups, by_kind=self._captured_by_kind)
-
-
-def _has_matrices(params: list[Tensor]) -> bool:
-    return any(is_lazy(p) or sum(size != 1 for size in p.shape) > 1 for p in params)
-
-
-def _waits(group: Group, scaling: Scaling) -> bool:
-    """Whether a step that the scaler skips leaves the schedule as it is."""
-    return group["update_interval"] > 1 and skips(scaling.get("found_inf"))

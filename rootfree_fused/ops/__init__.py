@@ -8,5 +8,13 @@ specification (reference/) on every other device and wherever one of the two is 
 from .diagonal import WeightDecayMode, adamw_, rmsprop_
 from .dispatch import backends
 from .matrix import ifshampoo_
+from .rootfree_shampoo import rootfree_shampoo_
 
-__all__ = ["WeightDecayMode", "adamw_", "backends", "ifshampoo_", "rmsprop_"]
+__all__ = [
+    "WeightDecayMode",
+    "adamw_",
+    "backends",
+    "ifshampoo_",
+    "rmsprop_",
+    "rootfree_shampoo_",
+]

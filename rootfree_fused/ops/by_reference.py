@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference import matrix
+from ..reference import matrix, rootfree_shampoo
 from .methods import DiagonalMethod
 
 
@@ -105,12 +105,7 @@ def ifshampoo_(
                     batch_size=batch_size,
                 )
                 for value, factor, residual in zip(values, stored, kept, strict=True):
-                    if residual is None:
-                        factor.copy_(value)
-                    else:
-                        high, low = matrix.split(value)
-                        factor.copy_(high)
-                        residual.copy_(low)
+                    store(value, factor, residual)
                 for value, m in zip(momenta, factor_momenta[first:last], strict=True):
                     m[i].copy_(value)
             update = matrix.precondition(-g if maximize else g, values)
@@ -125,6 +120,68 @@ def ifshampoo_(
                 bound=math.inf if bound is None else bound,
             )
         first = last
+
+
+def rootfree_shampoo_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    row_square_avgs: list[Tensor],
+    grams: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    products: list[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+    *,
+    refresh_products: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **scalars: Any,
+) -> None:
+    """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused."""
+    if skips(found_inf):
+        return
+    rows: Sequence[Tensor | None] = row_square_avgs or [None] * len(params)
+    members = zip(
+        params, unscaled(grads, grad_scale), momentum_buffers, rows, steps.tolist(), strict=True
+    )
+    for first in range(0, len(factors), 2):
+        pair = slice(first, first + 2)
+        for i in range(factors[first].shape[0]):
+            param, grad, buffer, row, step = next(members)
+            stored = [factor[i] for factor in factors[pair]]
+            kept = [residual[i] if residual.numel() else None for residual in residuals[pair]]
+            roots = [
+                factor.clone() if residual is None else matrix.join(factor, residual)
+                for factor, residual in zip(stored, kept, strict=True)
+            ]
+            sizes = [root.shape[0] for root in roots]
+            momentum = buffer.reshape(sizes)
+            rootfree_shampoo.rootfree_shampoo_(
+                param,
+                grad.reshape(sizes),
+                momentum,
+                [gram[i] for gram in grams[pair]],
+                roots,
+                row,
+                step,
+                lr=lr.double(),
+                **scalars,
+            )
+            buffer.copy_(momentum.view(buffer.shape))
+            for root, factor, residual in zip(roots, stored, kept, strict=True):
+                store(root, factor, residual)
+
+
+def store(value: Tensor, factor: Tensor, residual: Tensor | None) -> None:
+    """A factor in its dtype, in two parts where it has a residual."""
+    if residual is None:
+        factor.copy_(value)
+    else:
+        high, low = matrix.split(value)
+        factor.copy_(high)
+        residual.copy_(low)
 
 
 def take_bucket(

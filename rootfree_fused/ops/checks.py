@@ -31,6 +31,13 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "tokens, 1 for a summed loss",
     ),
     "max_update": (lambda x: x > 0, "a number > 0, or None for no bound"),
+    "update_rms": (lambda x: 0 < x <= LARGEST, "a number > 0 that is finite in float32"),
+    "row_beta": (
+        lambda x: 0 <= x < 1,
+        "a number of at least 0 and below 1, or None to leave the rows of the update as they are",
+    ),
+    "vector_beta2": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
+    "vector_rms": (lambda x: 0 < x <= LARGEST, "a number > 0 that is finite in float32"),
     "initial_square_avg": (
         lambda x: 0 < x <= LARGEST,
         "'auto', which takes the scale of the first gradient, or a finite number > 0 (1 is the "
@@ -43,12 +50,13 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "bias_correction": (False, True),
     "update_schedule": ("constant", "log4"),
     "merge_axes": (False, True),
-    "vector_method": ("rmsprop", "factor"),
+    "vector_method": ("rmsprop", "factor", "adam", "rootfree"),
     "factor_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
     "maximize": (False, True),
     "capturable": (False, True),
     "amp_scaling": (False, True),
 }
+_OPTIONAL = ("max_update", "row_beta")
 HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
 
@@ -69,7 +77,7 @@ def check_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
             _check_structures(value)
         elif name in ("update_interval", "max_dense_dim"):
             _check_count(name, value)
-        elif value is not None or name != "max_update":
+        elif value is not None or name not in _OPTIONAL:
             contains, meaning = _DOMAINS[name]
             for number in _numbers(name, value, meaning):
                 if not contains(number):
@@ -124,6 +132,13 @@ def _check_structures(value: Any) -> None:
             f"structures is {value!r}; supported are {', '.join(map(repr, _STRUCTURES))}: pass one "
             "of them, or a tuple with one an axis"
         )
+
+
+def check_switches(**switches: object) -> None:
+    """Raise a TypeError for what is neither True nor False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass True or False")
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ def ifshampoo_(
     for bucket, count in enumerate(axes):
         *lists, lr = by_reference.take_bucket(bucket, *tensors, axes=axes)
         stacks = _Stacks(*lists)
-        if kernel_serves(stacks.params, stacks.residuals):
+        if kernel_serves("_ifshampoo_bf16_", stacks.params, stacks.residuals):
             _in_the_kernel(stacks, lr, scalars)
         elif count == 2:
             _stacked(stacks, lr, **scalars)
@@ -60,7 +61,7 @@ def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]
     by_reference.ifshampoo_(
         stacks.params,
         stacks.grads,
-        _unversioned(stacks.factors),
+        unversioned(stacks.factors),
         stacks.residuals,
         stacks.momenta,
         stacks.products,
@@ -71,34 +72,41 @@ def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]
     )
 
 
-def kernel_serves(params: list[Tensor], residuals: list[Tensor]) -> bool:
+def kernel_serves(name: str, params: list[Tensor], residuals: list[Tensor]) -> bool:
     """Whether the C++ kernel serves a bucket of these parameters; `residuals` has one an axis."""
     return (
         len(residuals) == 2
         and all(residual.numel() for residual in residuals)
         and all(p.dtype != torch.float64 for p in params)
-        and hasattr(torch.ops.rootfree_fused, "_bf16_kernel_runs")  # the extension is built
+        and hasattr(torch.ops.rootfree_fused, name)  # the extension is built
         and torch.ops.rootfree_fused._bf16_kernel_runs()
     )
 
 
-def _in_the_kernel(stacks: _Stacks, lr: Tensor, scalars: dict[str, Any]) -> None:
-    params, buffers = ([t.contiguous() for t in ts] for ts in (stacks.params, stacks.buffers))
-    torch.ops.rootfree_fused._ifshampoo_bf16_(
-        params,
-        [g.contiguous() for g in stacks.grads],
-        stacks.factors,
-        stacks.residuals,
-        stacks.momenta,
-        stacks.products,
-        buffers,
-        lr,
-        **scalars,
-    )
-    for originals, updated in ((stacks.params, params), (stacks.buffers, buffers)):
+@contextmanager
+def contiguous_copies(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """The tensors, with a copy of each that is not contiguous, which is written back at the end."""
+    copies = [[t.contiguous() for t in tensors] for tensors in lists]
+    yield copies
+    for originals, updated in zip(lists, copies, strict=True):
         for original, result in zip(originals, updated, strict=True):
             if result is not original:
                 original.copy_(result)
+
+
+def _in_the_kernel(stacks: _Stacks, lr: Tensor, scalars: dict[str, Any]) -> None:
+    with contiguous_copies(stacks.params, stacks.buffers) as (params, buffers):
+        torch.ops.rootfree_fused._ifshampoo_bf16_(
+            params,
+            [g.contiguous() for g in stacks.grads],
+            stacks.factors,
+            stacks.residuals,
+            stacks.momenta,
+            stacks.products,
+            buffers,
+            lr,
+            **scalars,
+        )
 
 
 def _stacked(
@@ -122,7 +130,7 @@ def _stacked(
     if bool((torch.maximum(-lowest, highest) > matrix.LARGEST_GRADIENT).any()):
         grad = matrix.limited(grad)
     grad = grad.to(dtype)
-    factors = _unversioned(stacks.factors)
+    factors = unversioned(stacks.factors)
     if update_factors:
         untold = (lowest == 0) & (highest == 0)
         kept = _rows(untold, factors, stacks.residuals, stacks.momenta)
@@ -137,10 +145,10 @@ def _stacked(
     update = -grad if maximize else grad
     for axis, (factor, product) in enumerate(zip(factors, stacks.products, strict=True)):
         if product.numel():
-            update = _times(update, product, axis)
+            update = times(update, product, axis)
         else:
             transposed = structure_of_stack(factor).transposed(factor)
-            update = _times(_times(update, factor, axis), transposed, axis)
+            update = times(times(update, factor, axis), transposed, axis)
     p = torch.stack([param.reshape(sizes) for param in stacks.params])
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     buffer = None
@@ -156,9 +164,9 @@ def _stacked(
         decoupled=decoupled,
         bound=math.inf if bound is None else bound,
     )
-    _scatter(p, stacks.params)
+    scatter(p, stacks.params)
     if buffer is not None:
-        _scatter(buffer, stacks.buffers)
+        scatter(buffer, stacks.buffers)
 
 
 def _rows(chosen: Tensor, *lists: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -167,7 +175,7 @@ def _rows(chosen: Tensor, *lists: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(stack, stack[chosen]) for stack in stacks] if chosen.any() else []
 
 
-def _unversioned(factors: list[Tensor]) -> list[Tensor]:
+def unversioned(factors: list[Tensor]) -> list[Tensor]:
     """Aliases through which the factors change without a sign that the products are stale."""
     return [factor.data for factor in factors]
 
@@ -187,8 +195,8 @@ def _update_factors(
         matrix.join(factor, residual) if residual.numel() else factor
         for factor, residual in zip(factors, residuals, strict=True)
     ]
-    mean_squares = [_square_sums(value) / value.shape[1] for value in values]
-    transformed = _times(_times(grad, factors[0], 0), factors[1], 1)
+    mean_squares = [square_sums(value) / value.shape[1] for value in values]
+    transformed = times(times(grad, factors[0], 0), factors[1], 1)
     decay, weight = factor_momentum, (1 - factor_momentum) / 2  # of the old m and of 2 H
     for axis, (factor, value, m) in enumerate(zip(factors, values, momenta, strict=True)):
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
@@ -204,7 +212,7 @@ def _update_factors(
         structure.diagonal(new).sub_(weight)
         new.clamp_(-matrix.LARGEST_MOMENTUM, matrix.LARGEST_MOMENTUM)
         m.copy_(new)
-        step = factor_lr / _square_sums(new).sqrt().clamp_min(1)
+        step = factor_lr / square_sums(new).sqrt().clamp_min(1)
         product = structure.product(factor, m).to(value.dtype)
         value.addcmul_(product, step.view(each), value=-1)
     for factor, residual, value in zip(factors, residuals, values, strict=True):
@@ -214,7 +222,7 @@ def _update_factors(
             residual.copy_(low)
 
 
-def _square_sums(stack: Tensor) -> Tensor:
+def square_sums(stack: Tensor) -> Tensor:
     """||m||_F^2 of each.
 
     torch's norm adds float32 squares one by one, 1.5e-5 off at 1024 x 1024; its sum of all at once
@@ -224,7 +232,7 @@ def _square_sums(stack: Tensor) -> Tensor:
     return rows.sum(-1) if rows.dim() == 2 else rows
 
 
-def _times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
+def times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
     """F^T X on axis 0, X F on axis 1."""
     structure = structure_of_stack(factor)
     if axis == 0:
@@ -232,6 +240,6 @@ def _times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
     return structure.right(x, factor).to(x.dtype)
 
 
-def _scatter(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
+def scatter(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
     parts = [part.view(t.shape) for part, t in zip(stacked.unbind(), tensors, strict=True)]
     torch._foreach_copy_(list(tensors), parts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import by_reference, cpu_matrix, extensions, install
+from . import by_reference, cpu_matrix, cpu_rootfree_shampoo, extensions, install
 from .methods import DiagonalMethod
 
 
@@ -43,12 +43,21 @@ def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
 
 
 def give_matrix_bodies(library: torch.library.Library) -> None:
-    """Give IF-Shampoo's operator its bodies."""
-    slowly = _warned("matrix", by_reference.ifshampoo_)
-    library.impl("ifshampoo_", slowly, "CompositeExplicitAutograd")
-    library.impl("ifshampoo_", _warned("matrix", cpu_matrix.ifshampoo_), "CPU")
-    library.impl("ifshampoo_", _matrices_on_cuda(slowly), "CUDA")
-    torch.library.register_fake("rootfree_fused::ifshampoo_", _trace, lib=library)
+    """Give the operators on stacks of matrices their bodies."""
+    for name, specified, on_cpu, on_cuda in (
+        ("ifshampoo_", by_reference.ifshampoo_, cpu_matrix.ifshampoo_, _matrices_on_cuda),
+        (
+            "rootfree_shampoo_",
+            by_reference.rootfree_shampoo_,
+            cpu_rootfree_shampoo.rootfree_shampoo_,
+            _unchanged,
+        ),
+    ):
+        slowly = _warned("matrix", specified)
+        library.impl(name, slowly, "CompositeExplicitAutograd")
+        library.impl(name, _warned("matrix", on_cpu), "CPU")
+        library.impl(name, on_cuda(slowly), "CUDA")
+        torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
     extensions.cpp()
 
 
@@ -78,14 +87,16 @@ def diagonal_kernels(params: list[Tensor]) -> DiagonalKernels | None:
     return None if isinstance(kernels, ImportError) else cast(DiagonalKernels, kernels)
 
 
-def matrix_kernel(params: list[Tensor], residuals: list[Tensor]) -> Callable[..., None] | None:
-    """What a step on the CPU may call for a bucket instead of `ifshampoo_`, which would find it.
+def matrix_kernel(
+    name: str, params: list[Tensor], residuals: list[Tensor]
+) -> Callable[..., None] | None:
+    """What a step on the CPU may call for a bucket instead of the operator, which would find it.
 
-    It takes contiguous tensors, no `axes` and no scaler's tensors. residuals: one an axis. None
-    where the C++ kernel does not serve these parameters.
+    name: of the C++ kernel. It takes contiguous tensors, no `axes` and no scaler's tensors.
+    residuals: one an axis. None where the C++ kernel does not serve these parameters.
     """
-    if params[0].is_cpu and cpu_matrix.kernel_serves(params, residuals):
-        return cast(Callable[..., None], torch.ops.rootfree_fused._ifshampoo_bf16_)
+    if params[0].is_cpu and cpu_matrix.kernel_serves(name, params, residuals):
+        return cast(Callable[..., None], getattr(torch.ops.rootfree_fused, name))
     return None
 
 
@@ -174,6 +185,10 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
                 f"params[{i}] is on {param.device} but a tensor of the call is on meta, where it "
                 f"has no values; move it with .to({str(param.device)!r})"
             )
+
+
+def _unchanged(slow: Callable[..., None]) -> Callable[..., None]:
+    return slow
 
 
 def _matrices_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:

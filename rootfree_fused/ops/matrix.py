@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,10 +117,10 @@ def ifshampoo_(
         "products": [None] * len(factors) if products is None else list(products),
     }
     check_buckets(params, axes, per_axis, products_are_given=products is not None)
-    _check_apart(params, grads, buffers, per_axis)
+    check_lists_apart(params, grads, {"momentum_buffers": buffers, **per_axis})
 
     if products is None:
-        per_axis["products"] = [_room(factor) for factor in factors]
+        per_axis["products"] = room_for_products(per_axis["factors"])
     torch.ops.rootfree_fused.ifshampoo_(
         params,
         grads,
@@ -156,26 +156,23 @@ def _checked_settings(**settings: Any) -> dict[str, Any]:
     return checked
 
 
-def _room(factor: Tensor) -> Tensor | None:
+def room_for_products(factors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """For K K^T: the Triton kernels apply it alone; on the CPU K^T then K cost as little."""
-    return torch.empty_like(factor) if factor.is_cuda and factor.dim() == 3 else None
+    return [
+        torch.empty_like(f) if f is not None and f.is_cuda and f.dim() == 3 else None
+        for f in factors
+    ]
 
 
-def _check_apart(
+def check_lists_apart(
     params: list[Tensor],
     grads: list[Tensor],
-    buffers: list[Tensor],
-    per_axis: dict[str, list[Tensor | None]],
+    written: Mapping[str, Sequence[Tensor | None]],
 ) -> None:
-    lists: dict[str, Sequence[Tensor | None]] = {
-        "params": params,
-        "grads": grads,
-        "momentum_buffers": buffers,
-        **per_axis,
-    }
+    """Raise a ValueError where tensors of a call share memory and one of them is written."""
     check_apart(
         (f"{name}[{i}]", tensor, name != "grads")
-        for name, tensors in lists.items()
+        for name, tensors in {"params": params, "grads": grads, **written}.items()
         for i, tensor in enumerate(tensors)
         if tensor is not None
     )

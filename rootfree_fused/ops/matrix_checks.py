@@ -21,7 +21,8 @@ def check_buckets(
 ) -> None:
     """Raise unless the factors and what belongs to them fit each other and their parameters.
 
-    per_axis: factors, residuals, factor_momenta and products, one an axis, bucket by bucket.
+    per_axis: factors, residuals, products, and factor_momenta or grams, one an axis, bucket by
+        bucket.
     """
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in axes):
         raise ValueError(f"axes is {list(axes)}; pass how many axes each bucket has, 1 or more")
@@ -126,10 +127,13 @@ def _check_belongings(
     needed = {
         "residuals": torch.int16 if dense and factor.dtype == torch.bfloat16 else None,
         "factor_momenta": factor.dtype,
+        "grams": torch.float64 if factor.dtype == torch.float64 else torch.float32,
         "products": factor.dtype if dense and products_are_given else None,
     }
-    for name, dtype in needed.items():
-        tensor = per_axis[name][i]
+    for name in needed:
+        if name not in per_axis:
+            continue
+        dtype, tensor = needed[name], per_axis[name][i]
         if dtype is None or (name == "products" and tensor is None):
             if tensor is not None:
                 raise ValueError(

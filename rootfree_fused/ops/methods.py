@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..reference import diag
+from ..reference import diag, rootfree_shampoo
 
 # Fills a state that starts where the setting initial_square_avg says; see optimizer/starts.py.
 SECOND_MOMENT: Final = None
@@ -88,6 +88,35 @@ ADAMW = DiagonalMethod(
     diag.adamw_,
     states={"exp_avg": 0.0, "exp_avg_sq": SECOND_MOMENT},
     numbers=("beta1", "beta2", "damping", "weight_decay"),
+    switches=("maximize",),
+    counts=True,
+)
+
+
+def _of_gradients_as_they_are(update: Callable[..., None]) -> Callable[..., None]:
+    """A method that does not ask how many terms a gradient averages."""
+
+    def run(*tensors: Any, batch_size: float, **settings: Any) -> None:
+        update(*tensors, **settings)
+
+    return run
+
+
+# What root-free Shampoo does to vectors and scalars. The second sums over a tensor, so that the
+# specification is its one body.
+VECTOR_ADAM = DiagonalMethod(
+    "vector_adam_",
+    _of_gradients_as_they_are(rootfree_shampoo.vector_adam_),
+    states={"exp_avg": 0.0, "exp_avg_sq": 0.0},
+    numbers=("beta1", "vector_beta2", "weight_decay", "vector_rms"),
+    switches=("maximize",),
+    counts=True,
+)
+VECTOR_ROOTFREE = DiagonalMethod(
+    "vector_rootfree_",
+    _of_gradients_as_they_are(rootfree_shampoo.vector_rootfree_),
+    states={"exp_avg": 0.0, "exp_avg_sq": 0.0},
+    numbers=("beta1", "vector_beta2", "weight_decay", "update_rms"),
     switches=("maximize",),
     counts=True,
 )

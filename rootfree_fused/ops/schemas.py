@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .methods import ADAMW, METHODS, RMSPROP, DiagonalMethod
+from .methods import ADAMW, METHODS, RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod
 
 IFSHAMPOO = (
     "ifshampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
@@ -20,6 +20,14 @@ IFSHAMPOO = (
     "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
     "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize, "
     "float? bound=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+)
+ROOTFREE_SHAMPOO = (
+    "rootfree_shampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] row_square_avgs, Tensor(d!)[] grams, Tensor(e!)[] factors, "
+    "Tensor(f!)[] residuals, Tensor(g!)[] products, Tensor steps, Tensor lr, *, "
+    "bool update_factors, bool refresh_products, float beta1, float beta2, float damping, "
+    "float weight_decay, float update_rms, float? row_beta, bool maximize, "
+    "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 _library = torch.library.Library("rootfree_fused", "DEF")
 
@@ -49,5 +57,8 @@ def mark_changed(params: Sequence[Tensor]) -> None:
 
 register(RMSPROP)
 register(ADAMW)
+register(VECTOR_ADAM)
+register(VECTOR_ROOTFREE)
 _library.define(IFSHAMPOO)
+_library.define(ROOTFREE_SHAMPOO)
 dispatch.give_matrix_bodies(_library)

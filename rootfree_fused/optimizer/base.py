@@ -236,7 +236,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
             own_scaling = on_host(scaling) if params[0].is_cpu else scaling
             torch._foreach_add_(counts, steps_taken(own_scaling, counts[0].device))
             grads = usable_gradients(params)
-            if group["initial_square_avg"] == AUTO:  # what has started, only the device knows
+            if group.get("initial_square_avg") == AUTO:  # what has started, only the device knows
                 self._start_traced(states, grads, group, own_scaling)
             self._update(index, Work(params, grads, states, torch.stack(counts), own_scaling))
 

@@ -175,7 +175,7 @@ def _write_states(
             else:
                 state[key] = value
     written = [optimizer.state[param] for param, _ in loaded if param.numel()]
-    if group["initial_square_avg"] == AUTO and optimizer._starts.forget(index, written):
+    if group.get("initial_square_avg") == AUTO and optimizer._starts.forget(index, written):
         optimizer._prepared.forget(index)
 
 

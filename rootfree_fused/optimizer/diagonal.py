@@ -68,7 +68,7 @@ def update_(method: DiagonalMethod, group: Group, scaling: Scaling, *tensors: An
         *tensors,
         as_scalar_tensor(group["lr"]),
         **method.settings(group),
-        batch_size=as_scalar_tensor(group["batch_size"]),
+        batch_size=as_scalar_tensor(group.get("batch_size", 1.0)),
         **scaling,
     )
 

@@ -103,7 +103,7 @@ class DeclaringOptimizer(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Check the hyperparameters of a group and require all; they become Python's numbers."""
-        if group.get("batch_size") is None:
+        if "batch_size" in self.defaults and group.get("batch_size") is None:
             raise ValueError(
                 "batch_size is missing; pass it to the constructor or in every group: the number "
                 "of loss terms that the gradient averages (the global batch size for a loss "
@@ -114,7 +114,7 @@ class DeclaringOptimizer(Optimizer):
             name = min(missing)
             raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
         group.update(check_hyperparameters(group))
-        if group["damping"] == 0 and group["initial_square_avg"] == AUTO:
+        if group["damping"] == 0 and group.get("initial_square_avg") == AUTO:
             raise ValueError(
                 "damping is 0 and initial_square_avg is 'auto': a first gradient of zero would be "
                 "divided by 0; pass a damping > 0, or initial_square_avg=1"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.matrix import initial_scale, split
+from ..reference.rootfree_shampoo import start_values
 from ..reference.structures import (
     DENSE,
     DIAGONAL,
@@ -22,19 +23,19 @@ from ..reference.structures import (
     structure_of_stack,
 )
 from .stacks import as_stack, follows, runs
-from .state import Initial, State
+from .state import STACKED, Initial, State
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How IF-Shampoo sees a parameter: the sizes of its axes and their factors' structures."""
+    """How a parameter is seen: the sizes of its axes and their factors' structures."""
 
     sizes: tuple[int, ...]
     structures: tuple[Structure, ...]
 
 
 def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
-    """The axes of a parameter, or None for one that root-free RMSProp updates.
+    """The axes of a parameter, or None for one without factors.
 
     Axes of size 1 are dropped; a scalar is a vector of 1. With merge_axes, three axes or more are
     seen as the matrix (first axis, all others).
@@ -43,9 +44,9 @@ def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
         ValueError: the group's structures do not fit the shape.
     """
     sizes = tuple(d for d in shape if d != 1) or (1,)
-    if math.prod(sizes) == 0 or (len(sizes) == 1 and group["vector_method"] == "rmsprop"):
+    if math.prod(sizes) == 0 or (len(sizes) == 1 and group["vector_method"] != "factor"):
         return None
-    if group["merge_axes"] and len(sizes) > 2:
+    if group.get("merge_axes", True) and len(sizes) > 2:
         sizes = (sizes[0], math.prod(sizes[1:]))
     structures = group["structures"]
     if isinstance(structures, str):
@@ -126,19 +127,44 @@ def factor_state(layout: Layout, dtype: torch.dtype, start: float) -> dict[str, 
     return spec
 
 
+def gram_state(layout: Layout, dtype: torch.dtype, damping: float) -> dict[str, Initial]:
+    """How S and K of root-free Shampoo start: at `reference.start_values` times the identity.
+
+    K has the dtype of the products, in bfloat16 with a residual, as IF-Shampoo's factors; S has the
+    dtype of a sum.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    spec: dict[str, Initial] = {}
+    starts = start_values(damping)
+    for axis, (size, structure) in enumerate(zip(layout.sizes, layout.structures, strict=True)):
+        shape, (gram, factor) = structure.shape(size), starts[axis]
+        spec[f"gram_{axis}"] = Initial(shape, wide, gram, structure)
+        if structure.is_dense and dtype == torch.bfloat16:
+            high, residual = split(torch.tensor(factor, dtype=torch.float32, device="cpu"))
+            spec[f"factor_{axis}"] = Initial(shape, dtype, high.item(), structure)
+            spec[f"factor_{axis}_residual"] = Initial(
+                shape, torch.int16, residual.item(), structure
+            )
+        else:
+            kept = dtype if structure.is_dense else wide
+            spec[f"factor_{axis}"] = Initial(shape, kept, factor, structure)
+    return spec
+
+
 @dataclass
 class Bucket:
     """Parameters of one layout that are stepped as one, with their factor state stacked.
 
-    Each list has one tensor an axis: `factors` and `momenta` of shape (members, d, d), or
-    (members, d) for a diagonal factor; `residuals` (`reference.split`) and `products` K K^T of
+    Each list has one tensor an axis: `factors` and `averages`, what they learn from (m of
+    IF-Shampoo, S of root-free Shampoo), of shape (members, d, d), or (members, d) for a diagonal
+    factor; `residuals` (`reference.split`) and `products` K K^T of
     shape (members, d, d), or empty where there is none. members: positions in the lists of a step.
     """
 
     members: list[int]
     factors: list[Tensor]
     residuals: list[Tensor]
-    momenta: list[Tensor]
+    averages: list[Tensor]
     products: list[Tensor]
     versions: list[int] | None = None
 
@@ -154,7 +180,7 @@ class Bucket:
             members,
             cut(self.factors),
             cut(self.residuals),
-            cut(self.momenta),
+            cut(self.averages),
             cut(self.products),
         )
 
@@ -171,7 +197,7 @@ class Bucket:
 
 @dataclass
 class BucketPlan:
-    """Which parameters root-free RMSProp updates (`vectors`), and the others by bucket."""
+    """Which parameters have no factors (`vectors`), and the others by bucket."""
 
     vectors: list[int]
     buckets: list[Bucket]
@@ -184,7 +210,7 @@ class Stacks:
     step of one bucket must not leave behind in another.
     """
 
-    def __init__(self, states: Sequence[State], interval: int) -> None:
+    def __init__(self, states: Sequence[State], average: str, interval: int) -> None:
         self._views: list[tuple[State, str, Tensor]] = []
         self._positions: dict[int, tuple[Bucket, int]] = {}
         alike: dict[Any, list[State]] = defaultdict(list)
@@ -195,7 +221,7 @@ class Stacks:
         for kind, members in alike.items():
             keys = [key for key, *_ in kind]
             for run in runs(members, functools.partial(_follow, keys)):
-                bucket = _stacked(run, interval)
+                bucket = _stacked(run, average, interval)
                 for position, state in enumerate(run):
                     self._positions[id(state)] = bucket, position
                     self._views += [(state, key, state[key]) for key in keys]
@@ -224,15 +250,15 @@ class Stacks:
 
 
 def _is_factor(key: str) -> bool:
-    return key.startswith("factor_")
+    return key.startswith(STACKED)
 
 
 def _follow(keys: Sequence[str], last: State, state: State) -> bool:
     return all(follows(last[key], state[key]) for key in keys)
 
 
-def _stacked(states: Sequence[State], interval: int) -> Bucket:
-    axes = range(sum(f"factor_momentum_{axis}" in states[0] for axis in range(len(states[0]))))
+def _stacked(states: Sequence[State], average: str, interval: int) -> Bucket:
+    axes = range(sum(average.format(axis) in states[0] for axis in range(len(states[0]))))
 
     def stacks(key: str) -> list[Tensor]:
         names = [key.format(axis) for axis in axes]
@@ -252,5 +278,5 @@ def _stacked(states: Sequence[State], interval: int) -> Bucket:
         else empty[axis]
         for axis, factor in enumerate(factors)
     ]
-    residuals, momenta = stacks("factor_{}_residual"), stacks("factor_momentum_{}")
-    return Bucket(list(range(len(states))), factors, residuals, momenta, products)
+    residuals, averages = stacks("factor_{}_residual"), stacks(average)
+    return Bucket(list(range(len(states))), factors, residuals, averages, products)

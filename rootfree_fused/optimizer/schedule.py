@@ -92,6 +92,6 @@ def _exact(steps: Tensor, counted: list[int]) -> list[int]:
 
 def _at(counts: list[int], group: Group) -> UpdatesFactors:
     """Which of the parameters update their factors at these steps, counted from 1."""
-    interval, schedule = group["update_interval"], group["update_schedule"]
+    interval, schedule = group["update_interval"], group.get("update_schedule", "constant")
     updates = {count: is_update_step(count - 1, interval, schedule) for count in set(counts)}
     return tuple(updates[count] for count in counts)

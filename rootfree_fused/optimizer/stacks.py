@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .amp_and_graphs import Scaling, steps_taken
-from .state import Initial, State
+from .state import STACKED, Initial, State
 
 T = TypeVar("T")
 # What a state tensor's memory looks like: key, shape, dtype and device.
@@ -48,7 +48,7 @@ def restack(states: Sequence[State]) -> None:
         [
             (key, tuple(value.shape), value.dtype, value.device)
             for key, value in state.items()
-            if key == "step" or str(key).startswith("factor_")
+            if key == "step" or str(key).startswith(STACKED)
         ]
         for state in states
     ]

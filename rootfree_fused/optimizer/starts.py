@@ -54,7 +54,7 @@ class Starts:
     ) -> list[Waiting]:
         """Those that may not have started; `start_` takes from the list what it starts."""
         found: list[Waiting] = []
-        if group["initial_square_avg"] == AUTO:
+        if group.get("initial_square_avg") == AUTO:
             found += [Waiting(*one) for one in zip(params, states, strict=True) if one[0].numel()]
         self._waiting[index] = found
         self._drop_started(found)

@@ -19,14 +19,19 @@ State = dict[str, Tensor]
 # The state that a group without momentum does without, and that a change of settings may ask for
 # after the first step.
 MOMENTUM = "momentum_buffer"
+ROWS = "row_square_avg"  # v of root-free Shampoo
 ADDED_LATER = frozenset({MOMENTUM})
+
+
+# What the keys of an axis start with, whose tensors are stacked over parameters.
+STACKED = ("factor_", "gram_")
 
 
 def is_own(key: Any) -> bool:
     """Whether a key of `state[param]` is of an optimizer here, and not of a wrapper around it."""
     if not isinstance(key, str):
         return False
-    return key == "step" or key.startswith("factor_") or key in state_keys()
+    return key in ("step", ROWS) or key.startswith(STACKED) or key in state_keys()
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +136,7 @@ class DeclaredState(defaultdict[Any, Any]):
 
 def unused_state(group: Mapping[str, Any]) -> frozenset[str]:
     """Declared state that need not exist under a group's present settings."""
-    return frozenset() if group.get("momentum") else ADDED_LATER
+    return frozenset() if group.get("momentum", True) else ADDED_LATER
 
 
 def momentum_buffers(states: Sequence[State], momentum: float) -> list[Tensor]:

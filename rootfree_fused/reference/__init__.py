@@ -11,6 +11,12 @@ from .matrix import (
     split,
     update_factors_,
 )
+from .rootfree_shampoo import (
+    rootfree_shampoo_,
+    start_values,
+    vector_adam_,
+    vector_rootfree_,
+)
 
 __all__ = [
     "adamw_",
@@ -22,6 +28,10 @@ __all__ = [
     "mean_square",
     "precondition",
     "rmsprop_",
+    "rootfree_shampoo_",
     "split",
+    "start_values",
     "update_factors_",
+    "vector_adam_",
+    "vector_rootfree_",
 ]

@@ -58,7 +58,7 @@ def rmsprop_(
     """
     g, p = _operands(param, grad, square_avg, maximize)
 
-    square_avg.lerp_(_square(g, batch_size), 1 - alpha)
+    square_avg.lerp_(square(g, batch_size), 1 - alpha)
     u = g / (square_avg + damping)
     if decoupled:
         p = p - lr * weight_decay * p
@@ -95,12 +95,12 @@ def adamw_(
     is no bias correction: bc1 = bc2 = 1.
     """
     g, p = _operands(param, grad, exp_avg_sq, maximize)
-    bias_correction1 = _bias_correction(beta1, step)
-    bias_correction2 = _bias_correction(beta2, step)
+    bias_correction1 = bias_correction(beta1, step)
+    bias_correction2 = bias_correction(beta2, step)
 
     p = p - lr * weight_decay * p
-    exp_avg.copy_(_average(exp_avg, g, 1 - beta1))
-    exp_avg_sq.lerp_(_square(g, batch_size), 1 - beta2)
+    exp_avg.copy_(average(exp_avg, g, 1 - beta1))
+    exp_avg_sq.lerp_(square(g, batch_size), 1 - beta2)
     denominator = exp_avg_sq / bias_correction2 + damping
     param.copy_(p - (lr / bias_correction1) * exp_avg / denominator)
 
@@ -111,20 +111,22 @@ def _operands(param: Tensor, grad: Tensor, state: Tensor, maximize: bool) -> tup
     return (-g if maximize else g), param.to(state.dtype)
 
 
-def _average(m: Tensor, g: Tensor, weight: float) -> Tensor:
+def average(m: Tensor, g: Tensor, weight: float) -> Tensor:
     """As lerp, by halves where g - m of finite g is beyond the largest number."""
     beyond = (g - m).isinf() & g.isfinite()
     return torch.where(beyond, 2 * torch.lerp(m / 2, g / 2, weight), torch.lerp(m, g, weight))
 
 
-def _square(g: Tensor, batch_size: float) -> Tensor:
+def square(g: Tensor, batch_size: float) -> Tensor:
     return (batch_size * g * g).clamp_max(torch.finfo(g.dtype).max)
 
 
-def _bias_correction(beta: float, step: Tensor | None) -> float | Tensor:
+def bias_correction(beta: float, step: float | Tensor | None) -> float | Tensor:
     """1 - beta^step, in float64 and without cancellation."""
     if step is None:
         return 1.0
     if beta == 0.0:
         return 1.0
-    return -torch.expm1(step.double() * math.log(beta))
+    if isinstance(step, Tensor):
+        return -torch.expm1(step.double() * math.log(beta))
+    return -math.expm1(step * math.log(beta))

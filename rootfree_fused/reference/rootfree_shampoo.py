@@ -11,8 +11,8 @@ updates of a fixed scale, so that neither a batch size nor a loss scale enters; 
 balanced, as NorMuon balances those of Muon's update.
 
 A gradient is seen as a matrix G (m, n), axis A its rows and axis B its columns; S and K of an axis
-of d entries are dense, (d, d), or diagonal, (d,). All state is zero until the first gradient that
-is not. Everything is computed in the dtype of the state.
+of d entries are dense, (d, d), or diagonal, (d,); both start at `start_values` times the identity,
+M and v at zero. Everything is computed in the dtype of the state.
 """
 
 from __future__ import annotations
@@ -22,10 +22,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .diag import average, bias_correction, square
 from .structures import structure_of
 
 # Added to the mean square of a row before it divides: no row grows by more than 0.1^(-1/2).
 ROW_DAMPING = 0.1
+
+
+def start_values(damping: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """What times the identity S and K start at, of axis A and of axis B.
+
+    S_A = I, K_A = I / sqrt(1 + damping);  S_B = I / (1 + damping), K_B = I: the fixed points for a
+    gradient of mean square 1 without structure, where A was seen first and B through that K_A.
+    """
+    return (1.0, (1 + damping) ** -0.5), (1 / (1 + damping), 1.0)
 
 
 def scaled(x: Tensor, rms: float) -> Tensor:
@@ -50,14 +60,9 @@ def update_roots_(
 
     ||E||_2 is at most either norm, so the eigenvalues of I - b E / 2 lie in [1/2, 3/2] whatever the
     gradient. A diagonal K is (s + lam)^(-1/2) itself. Where G is exactly zero nothing changes.
-
-    Starts at the first G that is not zero, at the fixed points for a gradient of mean square 1:
-    S_A = I, K_A = I / sqrt(1 + damping), S_B = I / (1 + damping), K_B = I.
     """
     if not grad.any():
         return
-    if not any(root.any() for root in roots):
-        _start_(grams, roots, damping)
     a, b = map(structure_of, roots)
     through_columns = b.right(grad, roots[1])
     through_rows = a.left(a.transposed(roots[0]), grad).mT
@@ -111,10 +116,11 @@ def rootfree_shampoo_(
     update_rms: float,
     row_beta: float | None,
     maximize: bool = False,
+    update_factors: bool = True,
 ) -> None:
     """One step of one matrix, in place; `step` counts this one.
 
-    G <- G / rms(G);  S and K as in `update_roots_`
+    G <- G / rms(G);  S and K as in `update_roots_`, unless update_factors is False
     M <- beta1 M + (1 - beta1) G,   N = beta1 M + (1 - beta1) G
     P = K_A K_A^T N K_B K_B^T, rows balanced unless row_beta is None, at RMS update_rms
     p <- (1 - lr weight_decay) p - lr P
@@ -124,7 +130,8 @@ def rootfree_shampoo_(
     g = scaled(grad.reshape(momentum_buffer.shape).to(momentum_buffer.dtype), 1.0)
     g = -g if maximize else g
     momentum_buffer.lerp_(g, 1 - beta1)
-    update_roots_(g, grams, roots, beta2=beta2, damping=damping)
+    if update_factors:
+        update_roots_(g, grams, roots, beta2=beta2, damping=damping)
     update = direction(_ahead(momentum_buffer, g, beta1), roots)
     if row_square_avg is not None and row_beta is not None:
         update = balance_rows_(update, row_square_avg, step, row_beta)
@@ -136,28 +143,32 @@ def vector_adam_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: float,
+    step: float | Tensor,
     *,
     lr: float | Tensor,
     beta1: float,
-    beta2: float,
+    vector_beta2: float,
     weight_decay: float,
-    update_rms: float,
+    vector_rms: float,
     maximize: bool = False,
 ) -> None:
-    """One step of a vector by Adam with Nesterov's momentum, of RMS about `update_rms`.
+    """One step of a vector by Adam with Nesterov's momentum, of RMS about `vector_rms`.
 
-    m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2
-    p <- (1 - lr weight_decay) p
-         - lr update_rms (beta1 m + (1 - beta1) g) / (1 - beta1^(t+1)) / sqrt(v / (1 - beta2^t))
+    m <- beta1 m + (1 - beta1) g,   v <- vector_beta2 v + (1 - vector_beta2) g^2
+    p <- (1 - lr weight_decay) p - lr vector_rms
+         (beta1 m + (1 - beta1) g) / (1 - beta1^(t+1)) / sqrt(v / (1 - vector_beta2^t))
+
+    Squares end at the largest number of the dtype, and the root that divides at the root of the
+    smallest, where a square has no bits left.
     """
     g = grad.to(exp_avg.dtype)
     g = -g if maximize else g
-    exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.lerp_(g.square(), 1 - beta2)
-    root = (exp_avg_sq / (1 - beta2**step)).sqrt().clamp_min(torch.finfo(g.dtype).tiny)
-    update = _ahead(exp_avg, g, beta1) / (1 - beta1 ** (step + 1)) / root
-    _descend_(param, update_rms * update, lr, weight_decay)
+    exp_avg.copy_(average(exp_avg, g, 1 - beta1))
+    exp_avg_sq.lerp_(square(g, 1.0), 1 - vector_beta2)
+    smallest = torch.finfo(g.dtype).tiny ** 0.5
+    root = (exp_avg_sq / bias_correction(vector_beta2, step)).sqrt().clamp_min(smallest)
+    update = average(exp_avg, g, 1 - beta1) / bias_correction(beta1, step + 1) / root
+    _descend_(param, vector_rms * update, lr, weight_decay)
 
 
 def vector_rootfree_(
@@ -165,12 +176,11 @@ def vector_rootfree_(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: float,
+    step: float | Tensor,
     *,
     lr: float | Tensor,
     beta1: float,
-    beta2: float,
-    vector_damping: float,
+    vector_beta2: float,
     weight_decay: float,
     update_rms: float,
     maximize: bool = False,
@@ -178,26 +188,18 @@ def vector_rootfree_(
     """One step of a vector by the diagonal case of the matrices' update.
 
     g <- g / rms(g),   m <- beta1 m + (1 - beta1) g
-    v <- v + max(1 - beta2, 1 / t) (g^2 - v)
-    u  = (beta1 m + (1 - beta1) g) / (v + vector_damping mean(v)),   at RMS update_rms
+    v <- v + max(1 - vector_beta2, 1 / t) (g^2 - v)
+    u  = (beta1 m + (1 - beta1) g) / (v + mean(v)),   at RMS update_rms
     p <- (1 - lr weight_decay) p - lr u
     """
     g = scaled(grad.to(exp_avg.dtype), 1.0)
     g = -g if maximize else g
     exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.lerp_(g.square(), max(1 - beta2, 1 / step))
-    divisor = exp_avg_sq + vector_damping * exp_avg_sq.mean()
+    weight = torch.as_tensor(1 / step, dtype=g.dtype, device=g.device).clamp_min(1 - vector_beta2)
+    exp_avg_sq.lerp_(g.square(), weight)
+    divisor = exp_avg_sq + exp_avg_sq.mean()
     update = _ahead(exp_avg, g, beta1) / divisor.clamp_min(torch.finfo(g.dtype).tiny)
     _descend_(param, scaled(update, update_rms), lr, weight_decay)
-
-
-def _start_(grams: Sequence[Tensor], roots: Sequence[Tensor], damping: float) -> None:
-    for tensors, values in (
-        (grams, (1.0, 1 / (1 + damping))),
-        (roots, (1 / (1 + damping) ** 0.5, 1.0)),
-    ):
-        for tensor, value in zip(tensors, values, strict=True):
-            structure_of(tensor).diagonal(tensor).fill_(value)
 
 
 def _ahead(momentum: Tensor, g: Tensor, beta1: float) -> Tensor:

@@ -29,8 +29,10 @@ class Parameter:
             self.averages = zeros(param.shape), zeros(param.shape)
             return
         self.momentum, self.rows = zeros(self.size), zeros(self.size[0])
-        self.grams = [zeros(d, d) for d in self.size]
-        self.roots = [zeros(d, d) for d in self.size]
+        starts = spec.start_values(settings["damping"])
+        eyes = [torch.eye(d, dtype=param.dtype) for d in self.size]
+        self.grams = [eye * gram for eye, (gram, _) in zip(eyes, starts, strict=True)]
+        self.roots = [eye * root for eye, (_, root) in zip(eyes, starts, strict=True)]
 
     def update(self, grad):
         self.step += 1
@@ -44,11 +46,11 @@ class Parameter:
                 **{key: meta[key] for key in ("damping", "update_rms", "row_beta")},
             )
         elif meta["vector_method"] == "adam":
-            rms = {"beta2": meta["vector_beta2"], "update_rms": meta["vector_rms"]}
-            spec.vector_adam_(self.param, grad, *self.averages, self.step, **common, **rms)
+            own = {key: meta[key] for key in ("vector_beta2", "vector_rms")}
+            spec.vector_adam_(self.param, grad, *self.averages, self.step, **common, **own)
         else:
-            own = {key: meta[key] for key in ("vector_damping", "update_rms")}
-            own["beta2"] = meta["vector_beta2"]
+            assert meta["vector_damping"] == 1
+            own = {key: meta[key] for key in ("vector_beta2", "update_rms")}
             spec.vector_rootfree_(self.param, grad, *self.averages, self.step, **common, **own)
 
 
@@ -180,7 +182,6 @@ def test_nothing_moves_before_the_first_gradient():
     before = parameter.param.clone()
     parameter.update(torch.zeros(4, 3, dtype=F64))
     assert torch.equal(parameter.param, before)
-    assert not parameter.roots[0].any()
 
 
 def test_a_diagonal_axis_keeps_the_diagonal_of_the_gram_and_its_exact_root():

@@ -1,0 +1,175 @@
+"""Root-free Shampoo on the CPU: the C++ kernel for bfloat16 matrices, else products of stacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import matrix
+from ..reference.rootfree_shampoo import ROW_DAMPING
+from ..reference.structures import structure_of_stack
+from . import by_reference
+from .cpu_matrix import contiguous_copies, kernel_serves, scatter, square_sums, times, unversioned
+
+
+@dataclass
+class _Stacks:
+    """The arguments that belong to one bucket; see `layouts.Bucket`."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+    rows: list[Tensor]
+    grams: list[Tensor]
+    factors: list[Tensor]
+    residuals: list[Tensor]
+    products: list[Tensor]
+    steps: Tensor
+
+
+def rootfree_shampoo_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    *tensors: Any,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **scalars: Any,
+) -> None:
+    """The operator on CPU tensors, one bucket after the other.
+
+    In bfloat16 the kernel counts 24 n^3 a step for an n x n matrix, its symmetric products being
+    half as dear, and stacks count 36 n^3.
+    """
+    if by_reference.skips(found_inf):
+        return
+    buffers, rows, grams, factors, residuals, products, steps, lr = tensors
+    grads = by_reference.unscaled(grads, grad_scale)
+    first = 0
+    for axis in range(0, len(factors), 2):
+        pair, here = slice(axis, axis + 2), slice(first, first + factors[axis].shape[0])
+        first = here.stop
+        stacks = _Stacks(
+            *(params[here], grads[here], buffers[here], rows[here]),
+            *(grams[pair], factors[pair], residuals[pair], products[pair], steps[here]),
+        )
+        if kernel_serves("_rootfree_shampoo_bf16_", stacks.params, stacks.residuals):
+            _in_the_kernel(stacks, lr, scalars)
+        else:
+            _stacked(stacks, lr, **scalars)
+
+
+def _in_the_kernel(stacks: _Stacks, lr: Tensor, scalars: dict[str, Any]) -> None:
+    with contiguous_copies(stacks.params, stacks.buffers) as (params, buffers):
+        torch.ops.rootfree_fused._rootfree_shampoo_bf16_(
+            params,
+            [g.contiguous() for g in stacks.grads],
+            buffers,
+            *(getattr(stacks, field.name) for field in fields(stacks)[3:]),
+            lr,
+            **scalars,
+        )
+
+
+def _stacked(
+    stacks: _Stacks,
+    lr: Tensor,
+    *,
+    update_factors: bool,
+    refresh_products: bool,
+    beta1: float,
+    beta2: float,
+    damping: float,
+    weight_decay: float,
+    update_rms: float,
+    row_beta: float | None,
+    maximize: bool,
+) -> None:
+    factors = unversioned(stacks.factors)
+    sizes = [factor.shape[1] for factor in factors]
+    dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
+    wide = stacks.grams[0].dtype
+    grad = _scaled(torch.stack([g.reshape(sizes) for g in stacks.grads]).to(wide), 1.0)
+    grad = -grad if maximize else grad
+    buffer = torch.stack([b.reshape(sizes) for b in stacks.buffers])
+    buffer.lerp_(grad.to(buffer.dtype), 1 - beta1)
+    ahead = buffer * beta1 + grad * (1 - beta1)
+    scatter(buffer, stacks.buffers)
+
+    if update_factors:
+        told = grad.flatten(1).any(1)
+        _update_roots(grad, told, stacks.grams, factors, stacks.residuals, beta2, damping)
+    if update_factors or refresh_products:
+        for factor, product in zip(factors, stacks.products, strict=True):
+            if product.numel():
+                torch.bmm(factor, factor.mT, out=product.data)
+    update = ahead.to(dtype)
+    for axis, (factor, product) in enumerate(zip(factors, stacks.products, strict=True)):
+        if product.numel():
+            update = times(update, product, axis)
+        else:
+            transposed = structure_of_stack(factor).transposed(factor)
+            update = times(times(update, factor, axis), transposed, axis)
+    update = update.to(wide)
+    if row_beta is not None:
+        update = _scaled(update, 1.0)
+        rows = torch.stack(stacks.rows)
+        weights = stacks.steps.to(rows.dtype).reciprocal().clamp_min(1 - row_beta).unsqueeze(1)
+        rows.lerp_(update.square().mean(2), weights)
+        scatter(rows, stacks.rows)
+        update = update / (rows + ROW_DAMPING).sqrt().unsqueeze(2)
+    update = _scaled(update, update_rms)
+
+    p = torch.stack([param.reshape(sizes) for param in stacks.params])
+    p = p.to(torch.promote_types(p.dtype, wide))
+    scatter(p - lr.double() * weight_decay * p - lr.double() * update, stacks.params)
+
+
+def _update_roots(
+    grad: Tensor,
+    told: Tensor,
+    grams: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    beta2: float,
+    damping: float,
+) -> None:
+    """`reference.update_roots_` of a stack, where `told` says whose gradient is not zero."""
+    dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), grad.dtype)
+    seen = times(grad.to(dtype), factors[1], 1), times(grad.to(dtype), factors[0], 0).mT
+    for gram, factor, residual, unfolded in zip(grams, factors, residuals, seen, strict=True):
+        structure = structure_of_stack(factor)
+        each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
+        new = structure.gram(unfolded if structure.is_dense else unfolded.to(gram.dtype))
+        weight = torch.where(told, 1 - beta2, 0.0).to(gram.dtype).view(each)
+        _lerp(gram, new.to(gram.dtype) / unfolded.shape[2], weight)
+        lam = (damping * structure.diagonal(gram).mean(1)).view(each)
+        if not structure.is_dense:
+            factor.copy_(torch.where(told.view(each), (gram + lam).rsqrt(), factor))
+            continue
+        value = matrix.join(factor, residual) if residual.numel() else factor
+        ahead = torch.baddbmm((lam * value).to(dtype), gram.to(dtype), factor)
+        residue = (factor.mT @ ahead).to(gram.dtype)
+        structure.diagonal(residue).sub_(1)
+        error = residue.to(dtype)
+        bound = torch.fmin(
+            square_sums(residue).sqrt(), square_sums((error @ error).to(gram.dtype)).sqrt().sqrt()
+        )
+        step = torch.where(told, 0.5 / bound.clamp_min(1), 0.0).view(each)
+        moved = value - step * (factor @ error).to(value.dtype)
+        value = torch.where(told.view(each), moved, value)
+        by_reference.store(value, factor, residual if residual.numel() else None)
+
+
+def _lerp(average: Tensor, new: Tensor, weight: Tensor) -> None:
+    """Towards the new, which need not be finite where the weight is 0."""
+    average.copy_(torch.where(weight == 0, average, torch.lerp(average, new, weight)))
+
+
+def _scaled(x: Tensor, rms: float) -> Tensor:
+    """`reference.rootfree_shampoo.scaled` of each matrix of a stack."""
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(tiny)
+    return x * (rms / x.square().mean((1, 2), keepdim=True).sqrt().clamp_min(tiny))

@@ -1,0 +1,138 @@
+"""RootFreeShampoo: Shampoo without a root or a decomposition, and without a batch size."""
+
+from __future__ import annotations
+
+from typing import Literal, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .matrix import Structure
+from .optimizer.groups import Group
+from .optimizer.layouts import default_dtype, gram_state, layout_of
+from .optimizer.matrix import MatrixOptimizer
+from .optimizer.matrix_calls import ROOTFREE_SHAMPOO
+from .optimizer.state import MOMENTUM, ROWS, Initial, full_like
+
+
+class RootFreeShampoo(MatrixOptimizer):
+    r"""Shampoo without roots or decompositions (root-free Shampoo): the one to train with.
+
+    A parameter is seen as a matrix, its first axis by all others. Each axis of d entries, A the
+    rows and B the columns, has an average S of the gradients' second moments and a factor K such
+    that K K^T is near (S + lam I)^-1, which matrix products alone keep so, at every step. With the
+    gradient G of a matrix (m, n), brought to a mean square of 1:
+
+        S_A <- S_A + (1 - beta2) (G K_B (G K_B)^T / n - S_A)
+        S_B <- S_B + (1 - beta2) ((K_A^T G)^T K_A^T G / m - S_B)
+        E    = K^T (S + lam I) K - I,   lam = damping mean(diag S)
+        K   <- K - (b / 2) K E,         b = 1 / max(1, min(||E||_F, sqrt(||E^2||_F)))
+        M   <- beta1 M + (1 - beta1) G
+        P    = K_A K_A^T (beta1 M + (1 - beta1) G) K_B K_B^T
+        p   <- (1 - lr weight_decay) p - lr P,   P with balanced rows and an RMS of update_rms
+
+    The rows of P are balanced by the root of an average of their mean squares (``row_beta``). No
+    scale of a gradient matters: it needs no batch size, no clipping and no loss scale, and lr is
+    what an entry moves in units of update_rms. A gradient that is exactly zero leaves S and K
+    alone. Vectors and scalars take Adam's update with Nesterov's momentum.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
+            float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
+            ``factor_dtype``, ``structures``, ``max_dense_dim`` and ``vector_method``, which decide
+            what state there is, may change between steps.
+        lr: step size. A 0-d tensor is read, never written.
+        betas: decay per step of M and of S, each in [0, 1).
+        damping: lam in units of the mean of S's diagonal, above 0.
+        weight_decay: decoupled, per unit of lr.
+        update_rms: root mean square of a matrix' update, above 0. AdamW's is 0.2 to 0.4 in
+            training, so that an lr of AdamW's size is a start.
+        update_interval: update S and K every so many steps; above 1 costs quality.
+        structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
+            pair of them, of the rows and the columns.
+        max_dense_dim: the largest axis that may have a dense factor.
+        vector_method: "adam", or "rootfree", the matrices' update with one diagonal factor, which
+            plain PyTorch computes.
+        vector_beta2: decay of the vectors' second moment, in [0, 1).
+        vector_rms: multiplies Adam's update of vectors, above 0.
+        row_beta: decay of the average by which rows are balanced, in [0, 1); None leaves the rows
+            as they are.
+        factor_dtype: dtype of the products: torch.bfloat16, torch.float32 or torch.float64. None
+            chooses bfloat16 where the device multiplies it natively, float64 for float64
+            parameters, and float32 elsewhere; the group then shows which.
+        maximize: ascend instead of descend.
+        capturable: keep ``step`` on the parameter's device.
+        amp_scaling: as in ``RootFreeRMSprop``. With an update_interval above 1 the host reads
+            whether there were infs at every step, since a skipped step leaves the schedule.
+
+    State of a matrix: ``step`` (0-d float32), ``momentum_buffer`` (M, of the parameter's shape),
+    ``row_square_avg`` (of length m), and per axis ``gram_N`` (S) and ``factor_N`` (K), of shape
+    (d, d), or (d,) where diagonal. M, S and the averages of rows are float32, or float64 for
+    float64 parameters. A bfloat16 factor has the bits that its products do not read in
+    ``factor_N_residual`` (int16). Vectors have ``exp_avg`` and ``exp_avg_sq``.
+
+    Raises:
+        ValueError: a hyperparameter out of its range, a structure that is not supported or does
+            not fit a shape, an axis too large for a dense factor.
+        TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
+            FullyShardedDataParallel, a sparse gradient, or an argument that this class has not.
+
+    Source: ours, on the root-free factors of Lin et al., "Can We Remove the Square-Root in Adaptive
+    Gradient Methods?", ICML 2024, and the Kullback-Leibler form of Shampoo, arXiv 2509.03378;
+    docs/method.md has the derivation and what was measured.
+    """
+
+    _matrix_method = ROOTFREE_SHAMPOO
+    _shaping = ("factor_dtype", "structures", "max_dense_dim", "vector_method")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        damping: float = 0.1,
+        weight_decay: float = 0.0,
+        *,
+        update_rms: float = 0.4,
+        update_interval: int = 1,
+        structures: Structure | tuple[Structure, Structure] = "auto",
+        max_dense_dim: int = 2048,
+        vector_method: Literal["adam", "rootfree"] = "adam",
+        vector_beta2: float = 0.95,
+        vector_rms: float = 1.0,
+        row_beta: float | None = 0.95,
+        factor_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        amp_scaling: bool = False,
+        **unknown: NoReturn,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "damping": damping,
+            "weight_decay": weight_decay,
+            "update_rms": update_rms,
+            "update_interval": update_interval,
+            "structures": structures,
+            "max_dense_dim": max_dense_dim,
+            "vector_method": vector_method,
+            "vector_beta2": vector_beta2,
+            "vector_rms": vector_rms,
+            "row_beta": row_beta,
+            "factor_dtype": factor_dtype,
+            "maximize": maximize,
+            "capturable": capturable,
+            "amp_scaling": amp_scaling,
+        }
+        super().__init__(params, defaults, unknown)
+
+    def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        layout = layout_of(param.shape, group)
+        if layout is None:
+            return {key: full_like(param, 0.0) for key in ("exp_avg", "exp_avg_sq")}
+        dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
+        momentum = full_like(param, 0.0)
+        rows = Initial(layout.sizes[:1], momentum.dtype)
+        return {MOMENTUM: momentum, ROWS: rows, **gram_state(layout, dtype, group["damping"])}
