@@ -14,7 +14,7 @@ from .optimizer.layouts import default_dtype, factor_state, layout_of
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
-from .optimizer.state import Initial, full_like
+from .optimizer.state import MOMENTUM, Initial, full_like
 
 Structure = Literal["auto", "dense", "diagonal"]
 
@@ -171,4 +171,4 @@ class IFShampoo(MatrixOptimizer):
         else:
             dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
             own = factor_state(layout, dtype, start)
-        return {**own, "momentum_buffer": full_like(param, 0.0)}
+        return {**own, MOMENTUM: full_like(param, 0.0, optional=True)}

@@ -152,17 +152,19 @@ def rootfree_shampoo_(
             param, grad, buffer, row, step = next(members)
             stored = [factor[i] for factor in factors[pair]]
             kept = [residual[i] if residual.numel() else None for residual in residuals[pair]]
+            sizes = [factor.shape[0] for factor in stored]
+            averages = [gram[i] for gram in grams[pair]]
+            wide = torch.promote_types(buffer.dtype, averages[0].dtype)
             roots = [
-                factor.clone() if residual is None else matrix.join(factor, residual)
+                (factor.clone() if residual is None else matrix.join(factor, residual)).to(wide)
                 for factor, residual in zip(stored, kept, strict=True)
             ]
-            sizes = [root.shape[0] for root in roots]
-            momentum = buffer.reshape(sizes)
+            momentum, widened = buffer.reshape(sizes).to(wide), [s.to(wide) for s in averages]
             rootfree_shampoo.rootfree_shampoo_(
                 param,
                 grad.reshape(sizes),
                 momentum,
-                [gram[i] for gram in grams[pair]],
+                widened,
                 roots,
                 row,
                 step,
@@ -170,6 +172,8 @@ def rootfree_shampoo_(
                 **scalars,
             )
             buffer.copy_(momentum.view(buffer.shape))
+            for average, new in zip(averages, widened, strict=True):
+                average.copy_(new)
             for root, factor, residual in zip(roots, stored, kept, strict=True):
                 store(root, factor, residual)
 

@@ -90,11 +90,11 @@ def _stacked(
     factors = unversioned(stacks.factors)
     sizes = [factor.shape[1] for factor in factors]
     dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
-    wide = stacks.grams[0].dtype
+    wide = torch.promote_types(stacks.grams[0].dtype, stacks.buffers[0].dtype)
     grad = _scaled(torch.stack([g.reshape(sizes) for g in stacks.grads]).to(wide), 1.0)
     grad = -grad if maximize else grad
-    buffer = torch.stack([b.reshape(sizes) for b in stacks.buffers])
-    buffer.lerp_(grad.to(buffer.dtype), 1 - beta1)
+    buffer = torch.stack([b.reshape(sizes) for b in stacks.buffers]).to(wide)
+    buffer.lerp_(grad, 1 - beta1)
     ahead = buffer * beta1 + grad * (1 - beta1)
     scatter(buffer, stacks.buffers)
 
@@ -115,7 +115,7 @@ def _stacked(
     update = update.to(wide)
     if row_beta is not None:
         update = _scaled(update, 1.0)
-        rows = torch.stack(stacks.rows)
+        rows = torch.stack(stacks.rows).to(wide)
         weights = stacks.steps.to(rows.dtype).reciprocal().clamp_min(1 - row_beta).unsqueeze(1)
         rows.lerp_(update.square().mean(2), weights)
         scatter(rows, stacks.rows)
@@ -137,7 +137,7 @@ def _update_roots(
     damping: float,
 ) -> None:
     """`reference.update_roots_` of a stack, where `told` says whose gradient is not zero."""
-    dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), grad.dtype)
+    dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
     seen = times(grad.to(dtype), factors[1], 1), times(grad.to(dtype), factors[0], 0).mT
     for gram, factor, residual, unfolded in zip(grams, factors, residuals, seen, strict=True):
         structure = structure_of_stack(factor)

@@ -28,7 +28,7 @@ from .checkpoint_checks import (
 from .checks import check_state
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
-from .state import ADDED_LATER, Initial, State, is_own, unused_state
+from .state import Initial, State, is_own, unused_state
 
 
 def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def _write_states(
         spec = optimizer._full_spec(param, group)
         # Other structures, merged axes: the checkpoint's settings come with its shapes.
         fits = all(
-            takes(state[key], values[key]) if key in state else key in ADDED_LATER
+            takes(state[key], values[key]) if key in state else spec[key].optional
             for key in spec
             if key in values
         )

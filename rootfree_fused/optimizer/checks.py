@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.checks import check_param
 from ..ops.overlap import Named
-from .state import ADDED_LATER, Initial, is_own
+from .state import Initial, is_own
 
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
 
@@ -103,7 +103,7 @@ def lacks(name: str, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> l
         ValueError: some of those that it was allocated with.
     """
     missing = [key for key in spec if key not in state]
-    lost = [key for key in missing if key not in ADDED_LATER]
+    lost = [key for key in missing if not spec[key].optional]
     if lost and len(missing) < len(spec):
         raise ValueError(
             f"the state of {name} lacks {', '.join(map(repr, lost))} and has "

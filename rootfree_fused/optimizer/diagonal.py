@@ -28,7 +28,9 @@ class DiagonalOptimizer(RootFreeOptimizer):
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         start = declared_start(group)
         return {
-            key: full_like(param, start if value is SECOND_MOMENT else value)
+            key: full_like(
+                param, start if value is SECOND_MOMENT else value, optional=key == MOMENTUM
+            )
             for key, value in self._method.states.items()
         }
 

@@ -41,6 +41,7 @@ class Initial:
 
     A call builds it on a device; with `count`, so many of them as one tensor of one axis more.
     like: the parameter whose strides it has; such a tensor is never stacked.
+    optional: whether a group does without it until a change of settings asks for it.
     """
 
     shape: tuple[int, ...]
@@ -48,6 +49,7 @@ class Initial:
     value: float = 0.0
     structure: Structure | None = None
     like: Tensor | None = None
+    optional: bool = False
 
     def __call__(self, device: torch.device, count: int | None = None) -> Tensor:
         if self.like is not None:
@@ -66,9 +68,10 @@ class Initial:
 initial_step = Initial((), torch.float32)
 
 
-def full_like(param: Tensor, value: float) -> Initial:
+def full_like(param: Tensor, value: float, *, optional: bool = False) -> Initial:
     """State of a parameter's shape and strides, in its `state_dtype`."""
-    return Initial(tuple(param.shape), state_dtype(param), value, like=param)
+    dtype = state_dtype(param)
+    return Initial(tuple(param.shape), dtype, value, like=param, optional=optional)
 
 
 class DeclaredState(defaultdict[Any, Any]):

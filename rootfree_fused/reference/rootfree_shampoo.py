@@ -43,6 +43,8 @@ def scaled(x: Tensor, rms: float) -> Tensor:
 
     The largest entry is taken out first, so that no square leaves the range of the dtype.
     """
+    if not x.numel():
+        return x
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax().clamp_min(tiny)
     return x * (rms / x.square().mean().sqrt().clamp_min(tiny))

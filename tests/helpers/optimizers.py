@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
 
 # For 1,000 steps on random gradients, where the defaults amplify every rounding.
 TAME = {"damping": 1e-3, "factor_lr": 0.4}
@@ -56,13 +56,28 @@ SETTINGS = {
             "factor_dtype": torch.float32,
         },
     ),
+    "shampoo": (
+        RootFreeShampoo,
+        {"lr": 0.05, "weight_decay": 0.1, "factor_dtype": torch.bfloat16},
+    ),
+    "shampoo-interval": (
+        RootFreeShampoo,
+        {
+            "lr": 0.05,
+            "update_interval": 3,
+            "max_dense_dim": 5,
+            "vector_method": "rootfree",
+            "factor_dtype": torch.float32,
+        },
+    ),
 }
-DIAGONAL = [name for name in SETTINGS if not name.startswith("ifshampoo")]
+DIAGONAL = [name for name in SETTINGS if "shampoo" not in name]
 
 
 def build(name, params, **overrides):
     cls, settings = SETTINGS[name]
-    return cls(params, **{"batch_size": 8, **settings, **overrides})
+    needed = {} if cls is RootFreeShampoo else {"batch_size": 8}
+    return cls(params, **{**needed, **settings, **overrides})
 
 
 def parameters(*shapes, dtype=torch.float32, device="cpu", seed=0) -> list[torch.nn.Parameter]:

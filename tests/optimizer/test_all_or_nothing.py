@@ -292,6 +292,8 @@ def shaping(name, value):
     def damage(case):
         if name not in case.group or not case.allocated or case.group[name] == value:
             return None
+        if name == "vector_method" and value not in case.optimizer._matrix_method.vectors:
+            return None
         case.group[name] = value
         return (
             f"group {case.index}",
@@ -335,6 +337,12 @@ DAMAGES = [
     shaping("structures", "diagonal"),
     shaping("max_dense_dim", 3),
     shaping("vector_method", "factor"),
+    shaping("vector_method", "rootfree"),
+    setting("vector_method", "sgd", "sgd", "pass"),
+    setting("update_rms", 0.0, "0.0", "pass"),
+    setting("row_beta", 1.0, "1.0", "None"),
+    setting("vector_beta2", None, "NoneType", "pass"),
+    setting("vector_rms", -1.0, "-1.0", "pass"),
     shaping("factor_dtype", torch.float64),
     scaler("grad_scale", torch.ones(1, dtype=torch.bfloat16), "bfloat16", "pass"),
     scaler("grad_scale", torch.ones(2), r"\(2,\)", "pass"),

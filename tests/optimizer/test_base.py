@@ -33,7 +33,7 @@ def test_state_is_there_before_the_first_step_and_keeps_its_keys(name, device):
         for key, value in optimizer.state[p].items():
             assert isinstance(value, torch.Tensor)
             assert value.device == (torch.device("cpu") if key == "step" else p.device)
-            if not key.startswith("factor"):
+            if not key.startswith(("factor", "gram", "row")):
                 assert value.shape == (() if key == "step" else p.shape)
                 assert value.dtype == torch.float32
             assert not value.requires_grad
@@ -228,6 +228,9 @@ def test_every_batch_size_is_the_group_s_own(name, device):
     params[1].grad = params[0].grad.clone()
     optimizer.step()
     key = {"rmsprop": "square_avg", "adamw": "exp_avg_sq", "ifshampoo": "square_avg"}
+    if "batch_size" not in optimizer.defaults:
+        assert torch.equal(*(optimizer.state[p]["exp_avg_sq"] for p in params))
+        return
     key = "factor_0" if name == "ifshampoo-axes" else key[name.split("-")[0]]
     small, large = (optimizer.state[p][key] for p in params)
     if key == "factor_0":  # the inverse factor: larger where less was seen
@@ -245,7 +248,7 @@ def test_named_parameters_added_groups_and_repr(name, device):
     run(optimizer, [*model.parameters(), extra], 2)
     assert optimizer.state[extra]["step"].item() == 2
     assert optimizer.state[model.weight]["step"].item() == 3
-    assert "batch_size: 8" in repr(optimizer)
+    assert "maximize: False" in repr(optimizer)
 
 
 def test_schedulers_and_hooks_work(name, device):
