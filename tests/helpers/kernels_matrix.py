@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.comparison import assert_no_worse_than
 from helpers.kernels_diag import assert_guards_untouched, in_guarded_memory
 from helpers.offline import on_its_device
+from helpers.tensor_cores import ThreeTF32Products
 
 from rootfree_fused.kernels import matrix
 from rootfree_fused.reference import join, split
@@ -79,6 +81,8 @@ def squeezed(shape):
 
 def eager_step(grad, factors, momenta, products, *, update, scalars):
     """The kernels' computation in plain torch: their dtypes, their roundings, their order.
+
+    But for float32's products, which are the caller's to choose.
 
     Factors are float32 values; returns P. `products` are updated where they are due.
     """
@@ -241,9 +245,12 @@ class Model:
                 update_ = reference.precondition(g, factors)
             else:
                 products = lists["products"][i]
-                if refresh:
-                    refresh_products(factors, products)
-                update_ = eager_step(g, factors, momenta, products, update=update, scalars=scalars)
+                with ThreeTF32Products() if self.dtype == F32 else nullcontext():
+                    if refresh:
+                        refresh_products(factors, products)
+                    update_ = eager_step(
+                        g, factors, momenta, products, update=update, scalars=scalars
+                    )
             reference.apply_(
                 param,
                 (-update_ if scalars["maximize"] else update_).reshape(param.shape),

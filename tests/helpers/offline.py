@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.experimental.gluon  # the interpreter imports it: it must not see rebound functions
+from helpers import tensor_cores
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -29,7 +30,7 @@ def interpreted():
 
     TRITON_INTERPRET=1 does the same for a whole process, which then cannot compile anything. Here
     bfloat16 is also rounded to nearest and multiplied as numbers, as a GPU does; the interpreter
-    alone truncates, and multiplies the bit patterns.
+    alone truncates, and multiplies the bit patterns. Three TF32 products are three, too.
     """
     changed = [
         (module, name, value, interpreter.InterpretedFunction(value.fn))
@@ -45,7 +46,7 @@ def interpreted():
     convert = interpreter._convert_float
     changed.append((interpreter, convert.__name__, convert, _rounding_to_nearest(convert)))
     dot = interpreter.InterpreterBuilder.create_dot
-    changed.append((interpreter.InterpreterBuilder, dot.__name__, dot, _multiplying_numbers(dot)))
+    changed.append((interpreter.InterpreterBuilder, dot.__name__, dot, _multiplying_as_a_gpu(dot)))
     patch, scopes = interpreter._patch_lang, []
     changed.append((interpreter, patch.__name__, patch, _patching_once(patch, scopes)))
     for module, name, _, replacement in changed:
@@ -101,14 +102,17 @@ def _patching_once(patch_lang, scopes):
     return patch
 
 
-def _multiplying_numbers(create_dot):
+def _multiplying_as_a_gpu(create_dot):
     def widened(operand):
         if operand.dtype.scalar != triton.language.bfloat16:
             return operand
         data = (operand.data.astype("uint32") << 16).view("float32")
         return interpreter.TensorHandle(data, triton.language.float32)
 
-    def dot(self, a, b, *args):
-        return create_dot(self, widened(a), widened(b), *args)
+    def dot(self, a, b, total, precision, *args):
+        if precision.name == "TF32x3":
+            block = tensor_cores.product(*(torch.from_numpy(operand.data) for operand in (a, b)))
+            return interpreter.TensorHandle(total.data + block.numpy(), total.dtype.scalar)
+        return create_dot(self, widened(a), widened(b), total, precision, *args)
 
     return dot

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 
 import torch
+from helpers.tensor_cores import float32_products
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, reference
 
@@ -89,12 +91,18 @@ def step_(cls, param, grad, state, group):
 
 
 def stepped(cls, param, state, group, dtype=None):
-    """Copies of a parameter and its state after one step, in their own dtypes or in another."""
+    """Copies of a parameter and its state after one step, in their own dtypes or in another.
+
+    float32 products of a matrix are those of its device's kernels.
+    """
 
     def copied(tensor):
         return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
     after = {key: v.clone() if key == "step" else copied(v) for key, v in state.items()}
     after["param"] = copied(param)
-    step_(cls, after["param"], copied(param.grad), after, group)
+    axes = axes_of(param.shape, group) if cls is IFShampoo else None
+    is_matrix = axes is not None and len(axes[0]) == 2
+    with float32_products(param.device) if is_matrix else nullcontext():
+        step_(cls, after["param"], copied(param.grad), after, group)
     return after
