@@ -140,11 +140,11 @@ def _update_chunk(
     tl.debug_barrier()
     if unscale is not None:
         g *= unscale
-    p, first, second = UPDATE(p, g, first, second, lr, scalars_ptr, step_ptr)
-    tl.store(param_ptr + offs, p.to(param_ptr.dtype.element_ty), mask=mask)
-    tl.store(first_ptr + offs, first, mask=mask)
+    updated = UPDATE(p, g, first, second, lr, scalars_ptr, step_ptr)
+    tl.store(param_ptr + offs, updated[0].to(param_ptr.dtype.element_ty), mask=mask)
+    tl.store(first_ptr + offs, updated[1], mask=mask)
     if second_ptr is not None:
-        tl.store(second_ptr + offs, second, mask=mask)
+        tl.store(second_ptr + offs, updated[2], mask=mask)
 
 
 @triton.jit(
@@ -273,7 +273,8 @@ class Body(NamedTuple):
     """The Triton body of a diagonal method: all that it adds to the launch.
 
     update: jit function of p, g, the first state, the second or None (registers), lr, scalars_ptr
-        and step_ptr, or None without steps; returns p and the states, in the schema's order.
+        and step_ptr, or None without steps; returns p and the states, in the schema's order, but no
+        None, which Triton 3.6 cannot return.
     scalars: lr and the operator's settings to the row of `slots` that `update` reads.
     counts: whether the operator has step counts.
     """

@@ -27,7 +27,7 @@ def update(p, g, s, unused, lr, scalars_ptr, step_ptr):
     g *= tl.load(scalars_ptr + ADAGRAD.sign)
     s += tl.load(scalars_ptr + ADAGRAD.batch_size) * g * g
     p -= lr * tl.load(scalars_ptr + ADAGRAD.weight_decay) * p
-    return p - lr * (g / (s + tl.load(scalars_ptr + ADAGRAD.damping))), s, unused
+    return p - lr * (g / (s + tl.load(scalars_ptr + ADAGRAD.damping))), s
 
 
 def scalars(lr, *, damping, weight_decay, batch_size, maximize):

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from helpers import adagrad_kernel
 from triton.runtime.jit import JITFunction
 
 from bench.machine_code import sass
@@ -19,7 +20,7 @@ from bench.machine_code.launches import (
     diag_call,
     diag_program,
 )
-from bench.machine_code.offline import compile_call
+from bench.machine_code.offline import Recorder, compile_call
 from rootfree_fused.kernels import diag
 
 pytestmark = pytest.mark.skipif(
@@ -166,3 +167,19 @@ def test_a_scheduled_lr_is_no_argument():
     assert first[2] == second[2]
     assert all(arg is None or isinstance(arg, torch.Tensor) for arg in first[1])
     assert not torch.equal(first[1][2], second[1][2])
+
+
+def test_a_method_of_one_state_compiles(architecture, monkeypatch):
+    """As tests/optimizer/test_new_method.py launches it."""
+    recorder, kernel = Recorder(), diag._diag_kernel
+    monkeypatch.setattr(diag, "_diag_kernel", recorder)
+    monkeypatch.setitem(diag.BODIES, "adagrad_", adagrad_kernel.BODY)
+    settings = {"damping": 0.1, "weight_decay": 0.1, "batch_size": 4.0, "maximize": False}
+    params, grads, sums = ([torch.zeros(diag.BLOCK)] for _ in range(3))
+    diag.update_("adagrad_", params, grads, sums, torch.tensor(0.1), **settings)
+    (call,) = recorder.calls
+    program = compile_call(kernel, call, architecture)
+    assert program.spill_bytes == 0
+    main, _ = program.paths
+    start = first_index(main, r"\bBRA\b")
+    assert widths(main[start:], "STG") == expected_widths([4, 4], diag.VECTOR)
