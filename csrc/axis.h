@@ -1,4 +1,4 @@
-// One axis of IF-Shampoo on a matrix: its factor K and momentum m, and how they are packed.
+// One axis of a matrix with a dense bfloat16 factor K, and how K is packed for products.
 #pragma once
 
 #if defined(__x86_64__)
@@ -33,21 +33,19 @@ struct Arena {
 
 constexpr int64_t strip_size = block_depth;  // rows that are packed at once
 
-// One axis of one matrix. With a cached product P = ... K K^T, else P = ... K^T then K.
-struct Axis {
+// What the methods share of an axis. With a cached product P = ... K K^T, else P = ... K^T then K.
+struct FactorAxis {
   int64_t size, tiles;
   bool on_rows, cached, has_gradient;  // the gradient is not exactly zero
-  BFloat16 *factor, *momentum, *product;
+  BFloat16 *factor, *product;
   int16_t* residual;
 
   // K^T and K: before K's update the operands of K^T K, after it those of `pack_updated_factor`.
   PackedSquare packed_transpose, packed_factor;
-  Left left_factor;  // K before its update, for K m
-  // m as a right operand; once K has been updated K K^T, a left operand on rows, a right one on
-  // columns.
-  PackedSquare momentum_then_product;
-  // Partial sums of squares: over strips of the factor, over tiles of the momentum.
-  double *factor_squares, *momentum_squares;
+  Left left_factor;  // K before its update, to be multiplied by the change
+  // The change of K, a symmetric right operand; once K has been updated K K^T, a left operand on
+  // rows, a right one on columns.
+  PackedSquare change_then_product;
 
   Gram transpose_times_factor() const {
     return {packed_transpose.as_left(), packed_factor.as_right()};
@@ -64,21 +62,26 @@ struct Axis {
     packed_transpose = arena.take_square(size);
     packed_factor = arena.take_square(size);
     left_factor = arena.take_left(size, size);
-    momentum_then_product = arena.take_square(size);
-    factor_squares = arena.take<double>(strips());
-    momentum_squares = arena.take<double>(pairs_of_tiles());
+    change_then_product = arena.take_square(size);
   }
 };
 
 // The rows of a strip of a matrix of the axis' size.
-inline Submatrix<BFloat16> strip_of(const Axis& axis, const BFloat16* matrix, int64_t strip) {
+inline Submatrix<BFloat16> strip_of(const FactorAxis& axis, const BFloat16* matrix, int64_t strip) {
   const int64_t d = axis.size, row = strip * strip_size;
   return {row, 0, std::min(strip_size, d - row), d, matrix + row * d, d};
 }
 
+// A strip of K before its update: for products with K from either side.
+inline void pack_factor(const FactorAxis& axis, int64_t strip) {
+  const Submatrix<BFloat16> factor = strip_of(axis, axis.factor, strip);
+  pack(axis.left_factor, factor);
+  pack_transposed(axis.transpose_times_factor(), factor);
+}
+
 // A part of K after its update: for K K^T, or for the two products that take its place.
 template <class T>
-void pack_updated_factor(const Axis& axis, const Submatrix<T>& part) {
+void pack_updated_factor(const FactorAxis& axis, const Submatrix<T>& part) {
   if (axis.cached) {
     pack(axis.factor_times_transpose(), part);
   } else if (axis.on_rows) {
@@ -92,31 +95,28 @@ void pack_updated_factor(const Axis& axis, const Submatrix<T>& part) {
 
 // K K^T, or a part of it.
 template <class T>
-void pack_product(const Axis& axis, const Submatrix<T>& part) {
+void pack_product(const FactorAxis& axis, const Submatrix<T>& part) {
   if (axis.on_rows) {
-    pack(axis.momentum_then_product.as_left(), part);
+    pack(axis.change_then_product.as_left(), part);
   } else {
-    pack(axis.momentum_then_product.as_right(), part);
+    pack(axis.change_then_product.as_right(), part);
   }
 }
 
-ROOTFREE_BF16 inline void write(const Tile& tile, BFloat16* to, int64_t stride) {
+template <class T>
+ROOTFREE_BF16 inline void write(const Tile& tile, T* to, int64_t stride) {
   for (int64_t i = 0; i < tile.rows; ++i) {
-    BFloat16* row = to + (tile.row + i) * stride + tile.column;
+    T* row = to + (tile.row + i) * stride + tile.column;
     ROOTFREE_INDEPENDENT_ITERATIONS
     for (int64_t j = 0; j < tile.columns; ++j) row[j] = tile.values[i][j];
   }
 }
 
-// Writes a tile of a symmetric matrix, and its mirror image; `pack_part` packs either.
-template <class PackPart>
-void write_symmetric(const Tile& tile, BFloat16* to, int64_t stride, const PackPart& pack_part) {
-  write(tile, to, stride);
-  pack_part(tile.submatrix());
-  if (tile.row == tile.column) return;
-  const Tile mirrored = transposed(tile);
-  write(mirrored, to, stride);
-  pack_part(mirrored.submatrix());
+// Visits a tile of the lower triangle of a symmetric matrix, and its mirror image.
+template <class Visit>
+void visit_both(const Tile& tile, const Visit& visit) {
+  visit(tile);
+  if (tile.row != tile.column) visit(transposed(tile));
 }
 
 }  // namespace rootfree_fused

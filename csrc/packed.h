@@ -144,11 +144,24 @@ ROOTFREE_BF16 inline void scale(Tile& tile, float by) {
   }
 }
 
-// Completes a tile on the diagonal, of which `multiply` skips the blocks above the diagonal. Blocks
-// on it are whole, and symmetric to the bit: x y = y x, and the sums have one order.
+// Mirrors what is below the diagonal of a block of 16 x 16 to above it.
+ROOTFREE_BF16 inline void mirror_block(float* block) {
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(block + i * tile_size);
+  transpose(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    _mm512_mask_store_epi32(block + i * tile_size, __mmask16(0xfffe << i), r[i]);
+  }
+}
+
+// Completes a tile on the diagonal of a symmetric matrix, of which `multiply` skips the blocks above
+// the diagonal, so that it is symmetric to the bit.
 ROOTFREE_BF16 inline void mirror(Tile& tile) {
   for (int64_t i = 0; i < tile.rows; i += lanes) {
     for (int64_t j = 0; j < i; j += lanes) transpose_block(&tile.values[i][j], &tile.values[j][i]);
+    mirror_block(&tile.values[i][i]);
   }
 }
 

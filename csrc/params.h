@@ -1,4 +1,4 @@
-// IF-Shampoo's preconditioned gradient P = C C^T G K K^T, and the parameters' descent along it.
+// The preconditioned P = C C^T N K K^T of an N, and IF-Shampoo's descent along it.
 #pragma once
 
 #if defined(__x86_64__)
@@ -6,6 +6,44 @@
 #include "update.h"
 
 namespace rootfree_fused {
+
+// Gives each tile of P to `take(matrix, tile, task)`.
+template <class Matrix, class Take>
+void precondition(Matrix* matrices, int64_t count, const Take& take) {
+  const int64_t tiles = matrices->tiles();
+  if (!matrices->rows.cached) {
+    for_each(matrices, count, tiles, cost_on_rows<Matrix>, [](Matrix& m, int64_t task) {
+      Tile tile = m.tile(task);
+      multiply(tile, m.rows.packed_transpose.as_left(), m.packed_update);
+      pack(m.between_on_rows, tile.submatrix());
+    });
+  }
+  for_each(matrices, count, tiles, cost_on_rows<Matrix>, [](Matrix& m, int64_t task) {
+    Tile tile = m.tile(task);
+    if (m.rows.cached) {
+      multiply(tile, m.rows.change_then_product.as_left(), m.packed_update);
+    } else {
+      multiply(tile, m.rows.packed_factor.as_left(), m.between_on_rows);
+    }
+    pack(m.rows_applied, tile.submatrix());
+  });
+  if (!matrices->columns.cached) {
+    for_each(matrices, count, tiles, cost_on_columns<Matrix>, [](Matrix& m, int64_t task) {
+      Tile tile = m.tile(task);
+      multiply(tile, m.rows_applied, m.columns.packed_factor.as_right());
+      pack(m.between_on_columns, tile.submatrix());
+    });
+  }
+  for_each(matrices, count, tiles, cost_on_columns<Matrix>, [&](Matrix& m, int64_t task) {
+    Tile tile = m.tile(task);
+    if (m.columns.cached) {
+      multiply(tile, m.rows_applied, m.columns.change_then_product.as_right());
+    } else {
+      multiply(tile, m.between_on_columns, m.columns.packed_transpose.as_right());
+    }
+    take(m, tile, task);
+  });
+}
 
 template <class P>
 ROOTFREE_BF16 void update_tile(const Descent<float>& descent, P* params, float* momentum_buffer,
@@ -33,39 +71,10 @@ ROOTFREE_BF16 void update_tile(const Descent<float>& descent, P* params, float* 
   }
 }
 
-inline void update_params(Matrix* matrices, int64_t count, const DescentOptions& options) {
-  const int64_t tiles = matrices->tiles();
+template <class Matrix>
+void update_params(Matrix* matrices, int64_t count, const DescentOptions& options) {
   const Descent<float> descent(options);
-  if (!matrices->rows.cached) {
-    for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-      Tile tile = m.tile(task);
-      multiply(tile, m.rows.packed_transpose.as_left(), m.packed_grad);
-      pack(m.between_on_rows, tile.submatrix());
-    });
-  }
-  for_each(matrices, count, tiles, cost_on_rows, [](Matrix& m, int64_t task) {
-    Tile tile = m.tile(task);
-    if (m.rows.cached) {
-      multiply(tile, m.rows.momentum_then_product.as_left(), m.packed_grad);
-    } else {
-      multiply(tile, m.rows.packed_factor.as_left(), m.between_on_rows);
-    }
-    pack(m.rows_applied, tile.submatrix());
-  });
-  if (!matrices->columns.cached) {
-    for_each(matrices, count, tiles, cost_on_columns, [](Matrix& m, int64_t task) {
-      Tile tile = m.tile(task);
-      multiply(tile, m.rows_applied, m.columns.packed_factor.as_right());
-      pack(m.between_on_columns, tile.submatrix());
-    });
-  }
-  for_each(matrices, count, tiles, cost_on_columns, [&](Matrix& m, int64_t task) {
-    Tile tile = m.tile(task);
-    if (m.columns.cached) {
-      multiply(tile, m.rows_applied, m.columns.momentum_then_product.as_right());
-    } else {
-      multiply(tile, m.between_on_columns, m.columns.packed_transpose.as_right());
-    }
+  precondition(matrices, count, [&](Matrix& m, const Tile& tile, int64_t) {
     const auto update_param = [&](auto* param) {
       update_tile(descent, param, m.momentum_buffer, tile, m.columns.size);
     };

@@ -1,10 +1,16 @@
-// The tiles of IF-Shampoo's matrices as tasks, and which thread works on which.
+// Matrices, their tiles as tasks, and which thread works on which.
 #pragma once
 
 #if defined(__x86_64__)
+#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <variant>
+#include <vector>
 
 #include "axis.h"
 
@@ -16,33 +22,34 @@ using c10::Half;
 using ParamPointer = std::variant<float*, BFloat16*, Half*>;
 using GradPointer = std::variant<const float*, const BFloat16*, const Half*>;
 
-// A parameter G of `rows` x `columns`, with C on its rows and K on its columns.
-struct Matrix {
+// What the methods share of a parameter of `rows` x `columns`, with C on its rows and K on its
+// columns.
+template <class Axis>
+struct FactorMatrix {
   Axis rows, columns;
   ParamPointer param;
-  float* momentum_buffer;  // null without momentum
+  float* momentum_buffer;
   GradPointer grad;
 
-  Right packed_grad;
-  bool* strip_has_gradient;                 // whether a strip of the gradient is not exactly zero
-  Left rows_applied;                        // C^T G, later C C^T G
-  Gram transformed, transformed_transpose;  // M = C^T G K for M M^T, and M^T for M^T M
-  // In memory of M, which has been read by then, what is between the two factors of a product that
-  // is not cached: C^T G, and C C^T G K.
+  Right packed_update;                      // what is preconditioned
+  Left rows_applied;                        // a product of it on the rows
+  Gram transformed, transformed_transpose;  // the X of X X^T on either axis
+  // In their memory, which has been read by then: what is between the two factors of a product that
+  // is not cached.
   Right between_on_rows;
   Left between_on_columns;
 
   void take_scratch(Arena& arena) {
     rows.take_scratch(arena);
     columns.take_scratch(arena);
-    packed_grad = arena.take_right(rows.size, columns.size);
-    strip_has_gradient = arena.take<bool>(rows.strips());
+    packed_update = arena.take_right(rows.size, columns.size);
     rows_applied = arena.take_left(rows.size, columns.size);
     transformed = arena.take_gram(rows.size, columns.size);
     transformed_transpose = arena.take_gram(columns.size, rows.size);
     between_on_rows = transformed_transpose.x_transposed;
     between_on_columns = transformed.x;
   }
+  Axis& axis(int k) { return k == 0 ? rows : columns; }
   int64_t tiles() const { return rows.tiles * columns.tiles; }
   Tile tile(int64_t task) const {
     return {task / columns.tiles * tile_size, task % columns.tiles * tile_size, rows.size,
@@ -50,12 +57,12 @@ struct Matrix {
   }
 };
 
-inline Tile square_tile(const Axis& axis, int64_t task) {
+inline Tile square_tile(const FactorAxis& axis, int64_t task) {
   return {task / axis.tiles * tile_size, task % axis.tiles * tile_size, axis.size, axis.size};
 }
 
 // The task-th tile of the lower triangle.
-inline Tile triangle_tile(const Axis& axis, int64_t task) {
+inline Tile triangle_tile(const FactorAxis& axis, int64_t task) {
   int64_t row = 0;
   while (task > row) task -= ++row;
   return {row * tile_size, task * tile_size, axis.size, axis.size};
@@ -75,7 +82,7 @@ inline int64_t symmetric_cost(const Tile& tile, int64_t depth) {
 // Tasks of one kind for `count` matrices of one shape, in order. Each thread takes a stretch that
 // costs as much as those of the others: tiles at an edge cost less. Stretches, since a thread finds
 // in its cache what it wrote in the stage before: taking the next tile that is free is slower.
-template <class Cost, class Body>
+template <class Matrix, class Cost, class Body>
 void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Cost& cost_of,
               const Body& body) {
   int64_t each = 0;
@@ -96,8 +103,8 @@ void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Cost& cost_o
 }
 
 // Tasks on both axes: `on_rows` of the first, then `on_columns` of the second. `body` gets the axis
-// of the task, the other axis, and M or, for the axis of the columns, M^T.
-template <class Cost, class Body>
+// of the task, the other axis, and `transformed` or, for the axis of the columns, its transpose.
+template <class Matrix, class Cost, class Body>
 void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
                    const Cost& cost_of, const Body& body) {
   for_each(
@@ -116,11 +123,63 @@ void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_
 }
 
 // Products along an axis.
-inline int64_t cost_on_rows(const Matrix& m, int64_t task) {
+template <class Matrix>
+int64_t cost_on_rows(const Matrix& m, int64_t task) {
   return cost(m.tile(task), m.rows.size);
 }
-inline int64_t cost_on_columns(const Matrix& m, int64_t task) {
+template <class Matrix>
+int64_t cost_on_columns(const Matrix& m, int64_t task) {
   return cost(m.tile(task), m.columns.size);
+}
+
+// At least `bytes` of memory, kept for the calling thread's next step: faulting in fresh pages
+// takes a tenth of a step.
+inline char* scratch(int64_t bytes) {
+  constexpr int64_t huge_page = 1 << 21;
+  static thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, std::free);
+  static thread_local int64_t capacity = 0;
+  if (bytes > capacity) {
+    capacity = 0;
+    memory.reset();
+    const int64_t rounded = ceil_div(bytes, huge_page) * huge_page;
+    memory.reset(static_cast<char*>(std::aligned_alloc(huge_page, rounded)));
+    STD_TORCH_CHECK(memory, "out of memory: a step needs ", rounded, " bytes");
+    madvise(memory.get(), rounded, MADV_HUGEPAGE);
+    capacity = rounded;
+  }
+  return memory.get();
+}
+
+// Many matrices are shared among the threads, each from start to end in the cache of one; of a few,
+// the tiles are. Neither changes a sum. `run` steps `count` matrices that have their scratch.
+template <class Matrix, class Run>
+void run_all(std::vector<Matrix>& matrices, const Run& run) {
+  if (matrices.empty()) return;
+  const int64_t count = matrices.size(), threads = torch::stable::get_num_threads();
+  const int64_t tiles = matrices[0].tiles();
+  const bool share_tiles = count % threads != 0 && count < 8 * threads;
+  const int64_t together = share_tiles ? std::min(count, ceil_div(8 * threads, tiles)) : 1;
+  const int64_t workers = share_tiles ? 1 : std::min(count, threads);
+  Arena measure;
+  for (int64_t i = 0; i < together; ++i) matrices[i].take_scratch(measure);
+  char* memory = scratch(workers * measure.used);
+
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker) {
+    for (int64_t first; (first = next.fetch_add(together)) < count;) {
+      const int64_t size = std::min(together, count - first);
+      Arena arena{memory + worker * measure.used};
+      for (int64_t i = first; i < first + size; ++i) matrices[i].take_scratch(arena);
+      run(&matrices[first], size);
+    }
+  };
+  if (workers == 1) {
+    work(0);
+  } else {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    });
+  }
 }
 
 }  // namespace rootfree_fused
