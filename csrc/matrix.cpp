@@ -8,7 +8,6 @@
 #include "tensors.h"
 
 #if defined(__x86_64__)
-
 #include <algorithm>
 #include <bit>
 #include <functional>
