@@ -50,7 +50,7 @@ _LARGEST = tl.constexpr(2.0**48)
 
 
 @triton.jit
-def _sum_rows(ptr, d, count, pid, BLOCK: tl.constexpr):
+def sum_rows(ptr, d, count, pid, BLOCK: tl.constexpr):
     """The sum over `count` rows of d numbers, a block of columns of it, in one fixed order."""
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     offs_row = tl.arange(0, 16)
@@ -127,7 +127,7 @@ def _update_diagonal_momentum(job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, p
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     mask = offs < d
     squares_ptr = pointer_at(job_ptr + MOMENTA.transformed, scratch_ptr, tl.float32)
-    gram = _sum_rows(squares_ptr, d, size_at(job_ptr + MOMENTA.columns), pid, BLOCK)
+    gram = sum_rows(squares_ptr, d, size_at(job_ptr + MOMENTA.columns), pid, BLOCK)
     k_ptrs = pointer_at(job_ptr + MOMENTA.factor, scratch_ptr, tl.float32) + offs
     m_ptrs = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, tl.float32) + offs
     k = tl.load(k_ptrs, mask=mask, other=0.0)
@@ -233,7 +233,7 @@ def _update_factor_part(
 
 
 @triton.jit
-def _update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, tile):
+def update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, tile):
     """Where rows are aligned; the old bfloat16 half may lie apart from the new one."""
     parts = quarters(product)
     for i in tl.static_range(4):
@@ -241,6 +241,18 @@ def _update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, til
         _update_factor_part(
             old_ptr, factor_ptr, residual_ptr, d, padded(d), None, parts[i], step, part
         )
+
+
+@triton.jit
+def update_ragged_factor_tile(
+    factor_ptr, residual_ptr, d, copy_ptr, spill_ptr, product, step, tile, BLOCK: tl.constexpr
+):
+    """Where they are not; the copy has padded rows."""
+    spill(product, spill_ptr, (d, d), tile)
+    for i in range(BLOCK // LAYOUT.spilled_rows):
+        part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+        rows = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
+        _update_factor_part(factor_ptr, factor_ptr, residual_ptr, d, d, copy_ptr, rows, step, part)
 
 
 @triton.jit
@@ -289,17 +301,13 @@ def _factors_kernel(
         factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
         residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
         if structure == STRUCTURE.aligned:
-            _update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
+            update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
         else:
             spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
             copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
-            spill(acc, spill_ptr, (d, d), tile)
-            for i in range(BLOCK // LAYOUT.spilled_rows):
-                part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
-                product = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
-                _update_factor_part(
-                    factor_ptr, factor_ptr, residual_ptr, d, d, copy_ptr, product, step, part
-                )
+            update_ragged_factor_tile(
+                factor_ptr, residual_ptr, d, copy_ptr, spill_ptr, acc, step, tile, BLOCK
+            )
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["found_inf_ptr"])
@@ -328,4 +336,4 @@ def _stacked_factors_kernel(
         old_ptr = pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR)
         factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
         residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
-        _update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
+        update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, acc, step, tile)

@@ -43,7 +43,6 @@ bfloat16 weight at an update (G, T or V, M, the old factors) and 4 between.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -53,8 +52,16 @@ from torch import Tensor
 
 from .factors import _factor_momenta_kernel, _factors_kernel, _stacked_factors_kernel
 from .matrix_jobs import build_plan
-from .matrix_launches import Launches
-from .matrix_plan import MatrixBucket, MatrixPlan, Tiling, starts_aligned
+from .matrix_launches import Launches, accessible, copy_back, member_table
+from .matrix_plan import (
+    BucketOfMatrices,
+    MatrixBucket,
+    MatrixPlan,
+    Tiling,
+    grouped,
+    kept_plan,
+    starts_aligned,
+)
 from .params import _params_kernel
 from .products import (
     _gather_kernel,
@@ -63,7 +70,7 @@ from .products import (
     _stacked_products_kernel,
 )
 from .slots import LAYOUT, IFShampooScalars, Member
-from .tables import DTYPES, DeviceTable, readable, scalar_table
+from .tables import DTYPES, readable, scalar_table
 
 # 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with
 # the limit below; 6.62 with 4 stages, 5.89 on 4 warps, 8.39 in tiles of 64 x 64.
@@ -82,7 +89,6 @@ FLOAT32 = Tiling(block=64, block_k=32, num_warps=4, num_stages=3, precision="tf3
 
 # In-tile offsets are 32 bits wide: 128 rows of at most this many elements.
 MAX_COLUMNS = 2**24
-_MAX_PLANS = 32
 _plans: dict[Any, MatrixPlan] = {}
 
 
@@ -165,16 +171,8 @@ def ifshampoo_(
         bound=math.inf if bound is None else bound,
     )
     lists = [params, grads, momentum_buffers] if momentum_buffers else [params, grads]
-    groups: dict[Any, list[MatrixBucket]] = defaultdict(list)
-    for bucket in buckets:
-        groups[bucket.factors[0].device, _gemm_dtype(bucket)].append(bucket)
-    for device in {device for device, _ in groups}:
-        # Without a dense factor there is no GEMM, and any launch will do.
-        diagonal = groups.pop((device, None), [])
-        dtypes = [dtype for other, dtype in groups if other == device] or [torch.float32]
-        groups[device, dtypes[0]].extend(diagonal)
     step = _Step(lr, scalars, grad_scale, found_inf, update_factors, refresh_products)
-    for (device, dtype), members in groups.items():
+    for (device, dtype), members in grouped(buckets).items():
         _run(device, dtype, members, lists, step)
 
 
@@ -217,12 +215,10 @@ def _bucket(
     )
 
 
-def _gemm_dtype(bucket: MatrixBucket) -> torch.dtype | None:
-    dense = [f.dtype for f, is_dense in zip(bucket.factors, bucket.dense, strict=True) if is_dense]
-    return dense[0] if dense else None
-
-
-def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[MatrixBucket]) -> Tiling:
+def tiling_of(
+    device: torch.device, dtype: torch.dtype, buckets: Sequence[BucketOfMatrices]
+) -> Tiling:
+    """How the GEMMs of these buckets are cut."""
     if dtype == torch.float32:
         return FLOAT32
     if sum(map(_large_tiles, buckets)) < ENOUGH_LARGE_TILES:
@@ -230,7 +226,7 @@ def _tiling(device: torch.device, dtype: torch.dtype, buckets: Sequence[MatrixBu
     return LARGE_HOPPER if _is_hopper(device) else LARGE
 
 
-def _large_tiles(bucket: MatrixBucket) -> int:
+def _large_tiles(bucket: BucketOfMatrices) -> int:
     rows, columns = bucket.sizes
     return (rows // LARGE.block) * (columns // LARGE.block) * len(bucket.indices)
 
@@ -258,35 +254,17 @@ def _find_plan(
     update: bool,
     refresh: bool,
 ) -> tuple[MatrixPlan, Tiling]:
-    tiling = _tiling(device, dtype, buckets)
+    tiling = tiling_of(device, dtype, buckets)
     refresh = refresh and not update
     stacked = [_is_stacked(bucket, tiling) for bucket in buckets]
     members = [bucket.members for bucket in buckets]
     stacks = [tuple(map(Tensor.data_ptr, bucket.state)) for bucket in buckets]
     key = (device, dtype, tiling, *stacked, update, refresh, *members, *stacks)
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MAX_PLANS:
-            del _plans[next(iter(_plans))]
-        plan = build_plan(buckets, stacked, dtype, tiling, device, update=update, refresh=refresh)
-        _plans[key] = plan
-    return plan, tiling
 
+    def build() -> MatrixPlan:
+        return build_plan(buckets, stacked, dtype, tiling, device, update=update, refresh=refresh)
 
-@lru_cache(maxsize=64)
-def _members(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> DeviceTable:
-    """A row of `slots.Member` for each; params, grads and momentum buffers, if there are any."""
-    param, grad, *buffers = torch.tensor(addresses, device="cpu", dtype=torch.int64)
-    (buffer,) = buffers or [torch.zeros_like(param)]
-    member = Member(param=param, grad=grad, buffer=buffer)
-    return DeviceTable(torch.stack(member, 1), device)
-
-
-def _accessible(tensor: Tensor) -> Tensor:
-    """The tensor where it is contiguous and starts aligned, else a copy that is and does."""
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    return tensor if starts_aligned(tensor) else tensor.clone()
+    return kept_plan(_plans, key, build), tiling
 
 
 def _run(
@@ -298,17 +276,16 @@ def _run(
 ) -> None:
     """The launches of all buckets of a device and a GEMM dtype."""
     plan, tiling = _find_plan(device, dtype, buckets, step.update, step.refresh)
-    dense = [[_accessible(t) for t in tensors] for tensors in lists]
-    addresses = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in dense])
+    dense = [[accessible(t) for t in tensors] for tensors in lists]
     lr = step.lr
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
         launches = Launches(plan, tiling, dtype, buckets, scratch)
         launch, multiply = launches.launch, launches.multiply
-        members = _members(device, addresses).on_device()
+        members = member_table(device, dict(zip(Member._fields, dense, strict=False))).on_device()
         numbers = scalar_table(device, step.scalars).on_device()
         found_inf = readable(step.found_inf, device)
-        launches.gather(_gather_kernel, members, readable(step.grad_scale, device))
+        launches.elementwise("gather", _gather_kernel, members, readable(step.grad_scale, device))
         launch("left", _product_kernel, TRANS_A=True)
         multiply("left")
         launch("right", _product_kernel, TRANS_A=False)
@@ -323,7 +300,4 @@ def _run(
         args = members, numbers, lr, found_inf
         launch("params", _params_kernel, *args, HAS_BUF=len(lists) == 3)
     for tensors, results in zip(lists[::2], dense[::2], strict=True):
-        for bucket in buckets:
-            for i in bucket.indices:
-                if results[i] is not tensors[i]:
-                    tensors[i].copy_(results[i])
+        copy_back(tensors, results, buckets)

@@ -20,6 +20,7 @@ from .matrix_plan import (
     PlanDraft,
     Stack,
     Tiling,
+    addresses_of,
     grid_of,
     starts_aligned,
     triangle_of,
@@ -62,6 +63,7 @@ def build_plan(
     builder = _Builder(dtype, tiling.block, update, update or refresh)
     for number, (bucket, is_stacked) in enumerate(zip(buckets, stacked, strict=True)):
         builder.add(bucket, number, is_stacked)
+    builder.join_gathers()
     return builder.finish(device)
 
 
@@ -150,12 +152,18 @@ class _Builder(PlanDraft):
                 self.add_products(n, axis)
         self.add_step(bucket, axes, gradient, left_product)
 
+    def join_gathers(self) -> None:
+        """Copies of state, which need no dtype, go with a launch on gradients."""
+        copies = self.entries.pop(("gather", None, ()), [])
+        first = next(key for key in self.entries if key[0] == "gather")
+        self.entries[first] += copies
+
     def axis(self, bucket: MatrixBucket, n: int) -> _Axis:
         """The operands of an axis, and the copies that they need."""
         size, dense, count = bucket.sizes[n], bucket.dense[n], len(bucket.indices)
         stacks = bucket.factors[n], bucket.residuals[n], bucket.momenta[n], bucket.products[n]
         aligned = size % LAYOUT.row_multiple == 0 and all(map(starts_aligned, stacks))
-        axis = _Axis(size, dense, aligned, [_addresses(stack, count) for stack in stacks])
+        axis = _Axis(size, dense, aligned, [addresses_of(stack, count) for stack in stacks])
 
         def copy(itemsize: int = self.dtype.itemsize) -> Tensor:
             return self.scratch(count, size * padded(size), itemsize)
@@ -327,6 +335,7 @@ class _Builder(PlanDraft):
             size=axis.size,
             copy=axis.product_operand if axis.copied else 0,
             spill=axis.spill,
+            state=0,
         )
         operands = ((self.state("factors", n, axis), False),) if self.stacked else ()
         self.job("products", axis.size, triangle_of(axis.size, self.block), row, operands=operands)
@@ -385,9 +394,3 @@ class _Builder(PlanDraft):
             chosen = torch.tensor([other == dtype for other in bucket.param_dtypes], device="cpu")
             part = row._make([c[chosen] if isinstance(c, Tensor) else c for c in row])
             self.job("params", depth, grid, part, dtype=dtype)
-
-
-def _addresses(stack: Tensor, count: int) -> Tensor:
-    """The address of each matrix of a stack; zeros for an empty one."""
-    step = stack.stride(0) * stack.itemsize if stack.numel() else 0
-    return stack.data_ptr() * bool(step) + step * torch.arange(count, device="cpu")

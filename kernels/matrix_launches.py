@@ -13,8 +13,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
-from .matrix_plan import MatrixBucket, MatrixPlan, Stack, TileRange, Tiling
-from .tables import DTYPES
+from .matrix_plan import (
+    BucketOfMatrices,
+    MatrixPlan,
+    Stack,
+    TileRange,
+    Tiling,
+    starts_aligned,
+)
+from .slots import Member
+from .tables import DTYPES, DeviceTable
 
 GATHER_WARPS = 8
 STACKED_PROGRAMS = 2  # of a stacked kernel, a multiprocessor
@@ -30,7 +38,7 @@ class Launches:
         plan: MatrixPlan,
         tiling: Tiling,
         dtype: torch.dtype,
-        buckets: Sequence[MatrixBucket],
+        buckets: Sequence[BucketOfMatrices],
         scratch: Tensor,
     ) -> None:
         self.plan, self.tiling, self.dtype = plan, tiling, dtype
@@ -51,11 +59,14 @@ class Launches:
             tiles = self.tiles[part.start : part.stop]
             yield part, len(tiles), (tiles, self.jobs, self.scratch)
 
-    def gather(self, kernel: Any, *args: Any) -> None:
+    def elementwise(self, name: str, kernel: Any, *args: Any, **named: Any) -> None:
+        """A launch without products."""
         blocks = {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS, "num_warps": GATHER_WARPS}
-        for part, count, tables in self.parts("gather"):
-            run = kernel[(count,)]
-            run(*tables, *args, GRAD=DTYPES[part.dtype], **blocks, **self.options)
+        for part, count, tables in self.parts(name):
+            options = blocks | named | self.options
+            if part.dtype is not None:
+                options["GRAD"] = DTYPES[part.dtype]
+            kernel[(count,)](*tables, *args, **options)
 
     def launch(self, name: str, kernel: Any, *args: Any, stacked: Any = None, **named: Any) -> None:
         """`kernel` finds its operands by the tables, `stacked` has descriptors of them."""
@@ -82,6 +93,38 @@ class Launches:
         for a, b, out, transposed in self.plan.products.get(name, ()):
             first = self.tensor(a)
             bmm(first.mT if transposed else first, self.tensor(b), self.tensor(out))
+
+
+def accessible(tensor: Tensor) -> Tensor:
+    """The tensor where it is contiguous and starts aligned, else a copy that is and does."""
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
+    return tensor if starts_aligned(tensor) else tensor.clone()
+
+
+def copy_back(
+    tensors: Sequence[Tensor], results: Sequence[Tensor], buckets: Sequence[BucketOfMatrices]
+) -> None:
+    """Where `accessible` made copies."""
+    for bucket in buckets:
+        for i in bucket.indices:
+            if results[i] is not tensors[i]:
+                tensors[i].copy_(results[i])
+
+
+def member_table(device: torch.device, lists: dict[str, Sequence[Tensor]]) -> DeviceTable:
+    """A row of `slots.Member` for each of the tensors by column, of which each may be missing."""
+    addresses = [tuple(map(Tensor.data_ptr, lists.get(name, ()))) for name in Member._fields]
+    return _table_of(device, tuple(addresses))
+
+
+@lru_cache(maxsize=64)
+def _table_of(device: torch.device, addresses: tuple[tuple[int, ...], ...]) -> DeviceTable:
+    nothing = (0,) * max(map(len, addresses))
+    columns = [column or nothing for column in addresses]
+    return DeviceTable(
+        torch.tensor(columns, device="cpu", dtype=torch.int64).T.contiguous(), device
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,20 +1,21 @@
-"""What IF-Shampoo's launches are planned from, what a plan says, and how it is put together."""
+"""What launches of matrix methods are planned from, what a plan says, how it is put together."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .slots import LAYOUT, TILE, Factors, Gather, Momenta, Params, Product, Square, Tile
+from .slots import LAYOUT, TILE, Column, Tile
 from .tables import DeviceTable
 
 # Tile rows that are worked on together, so that the operand columns stay in L2 meanwhile.
 GROUP = 8
+MAX_PLANS = 32  # that a launcher keeps
 
 
 class Tiling(NamedTuple):
@@ -26,6 +27,42 @@ class Tiling(NamedTuple):
     num_stages: int
     precision: str | None
     max_registers: int | None = None
+
+
+class BucketOfMatrices(Protocol):
+    """What a bucket of any matrix method has: matrices of equal shapes, their state stacked."""
+
+    @property
+    def sizes(self) -> tuple[int, int]: ...
+    @property
+    def dense(self) -> tuple[bool, bool]: ...
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """In the caller's lists."""
+        ...
+
+    @property
+    def factors(self) -> Sequence[Tensor]:
+        """A stack an axis."""
+        ...
+
+
+_Bucket = TypeVar("_Bucket", bound=BucketOfMatrices)
+
+
+def grouped(buckets: Sequence[_Bucket]) -> dict[tuple[torch.device, torch.dtype], list[_Bucket]]:
+    """Buckets that share launches: by device and by the dtype of their GEMMs."""
+    groups: dict[tuple[torch.device, Any], list[_Bucket]] = defaultdict(list)
+    for bucket in buckets:
+        dense = zip(bucket.factors, bucket.dense, strict=True)
+        dtype = next((factor.dtype for factor, is_dense in dense if is_dense), None)
+        groups[bucket.factors[0].device, dtype].append(bucket)
+    for device in {device for device, _ in groups}:
+        # Without a dense factor there is no GEMM, and any launch will do.
+        diagonal = groups.pop((device, None), [])
+        dtypes = [dtype for other, dtype in groups if other == device] or [torch.float32]
+        groups[device, dtypes[0]].extend(diagonal)
+    return groups
 
 
 class MatrixBucket(NamedTuple):
@@ -57,6 +94,12 @@ def starts_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % LAYOUT.alignment == 0
 
 
+def addresses_of(stack: Tensor, count: int) -> Tensor:
+    """The address of each matrix of a stack; zeros for an empty one."""
+    step = stack.stride(0) * stack.itemsize if stack.numel() else 0
+    return stack.data_ptr() * bool(step) + step * torch.arange(count, device="cpu")
+
+
 class Stack(NamedTuple):
     """GEMM operands of all members of a bucket: (members, rows, columns).
 
@@ -69,7 +112,7 @@ class Stack(NamedTuple):
     shape: tuple[int, int, int]
 
     def tensor(
-        self, buckets: Sequence[MatrixBucket], scratch: Tensor, dtype: torch.dtype
+        self, buckets: Sequence[BucketOfMatrices], scratch: Tensor, dtype: torch.dtype
     ) -> Tensor:
         if isinstance(self.source, tuple):
             name, axis = self.source
@@ -115,8 +158,20 @@ class MatrixPlan(NamedTuple):
     scratch_bytes: int
 
 
-Job = Gather | Product | Momenta | Factors | Square | Params
+Job = tuple[Column, ...]  # a row of kernels/slots.py or kernels/rootfree_shampoo_slots.py
 _Key = tuple[str, "torch.dtype | None", Operands]  # of a launch
+
+
+def kept_plan(
+    plans: dict[Any, MatrixPlan], key: tuple[Any, ...], build: Callable[[], MatrixPlan]
+) -> MatrixPlan:
+    """The plan under this key, built where there is none; the oldest of `MAX_PLANS` goes."""
+    plan = plans.get(key)
+    if plan is None:
+        if len(plans) >= MAX_PLANS:
+            del plans[next(iter(plans))]
+        plan = plans[key] = build()
+    return plan
 
 
 class PlanDraft:
@@ -158,9 +213,6 @@ class PlanDraft:
 
     def finish(self, device: torch.device) -> MatrixPlan:
         """Join the tables; the longest programs of a launch start first."""
-        copies = self.entries.pop(("gather", None, ()), [])
-        first = next(key for key in self.entries if key[0] == "gather")
-        self.entries[first] += copies
         jobs, tiles = [], []
         launches: dict[str, list[TileRange]] = defaultdict(list)
         job_count = tile_count = 0

@@ -71,7 +71,7 @@ def _copy_rows(
 
 
 @triton.jit
-def _copy_tile(
+def copy_tile(
     source_ptr, aligned, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
 ):
     if aligned:
@@ -116,7 +116,7 @@ def _gather_kernel(
         source_ptr = pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
         target_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, FACTOR)
         aligned = tl.load(job_ptr + GATHER.aligned) != 0
-        _copy_tile(
+        copy_tile(
             source_ptr, aligned, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
         )
     else:
@@ -126,36 +126,50 @@ def _gather_kernel(
         aligned = size[1] % LAYOUT.row_multiple == 0
         if gathered == GATHERED.gradient:
             target_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, FACTOR)
-            _copy_tile(
+            copy_tile(
                 grad_ptr, aligned, target_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
             )
         else:  # a wide gradient
             wide_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, tl.float32)
-            _copy_tile(
+            copy_tile(
                 grad_ptr, aligned, wide_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
             )
 
 
 @triton.jit
-def _store_scaled(job_ptr, scratch_ptr, out_ptr, value, size, part):
-    """A part of a tile times the diagonal factors; returns its sums of squares by columns."""
+def store_scaled(pointers, out_ptr, value, size, part, SQUARED: tl.constexpr):
+    """A part of a tile times the diagonal factors; returns its sums of squares by columns.
+
+    pointers: of the factors of the rows and of the columns, and of sums of squares by rows, which
+    are stored a tile column after another. Each may be null, as out_ptr may. SQUARED: whether it
+    is times the squares of the factors.
+    """
     ROWS: tl.constexpr = value.shape[0]
     COLUMNS: tl.constexpr = value.shape[1]
     m, n = size
-    rows_ptr = pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32)
+    rows_ptr, columns_ptr, sums_ptr = pointers
     rows = scales(rows_ptr, m, part[0], ROWS)
-    columns_ptr = pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32)
     columns = scales(columns_ptr, n, part[1], COLUMNS)
+    if SQUARED:
+        rows *= rows
+        columns *= columns
     value *= rows[:, None] * columns[None, :]
     if out_ptr.to(tl.int64) != 0:
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, ROWS, COLUMNS)
         tl.store(ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
-    if tl.load(job_ptr + PRODUCT.row_sums) != 0:
+    if sums_ptr.to(tl.int64) != 0:
         offs_m = part[0] * ROWS + tl.arange(0, ROWS)
-        sums_ptr = pointer_at(job_ptr + PRODUCT.row_sums, scratch_ptr, tl.float32)
         sums_ptr += part[1].to(tl.int64) * m
         tl.store(sums_ptr + offs_m, tl.sum(value * value, 1), mask=offs_m < m)
     return tl.sum(value * value, 0)
+
+
+@triton.jit
+def store_column_sums(ptr, sums, n, tile):
+    """What `store_scaled` returned, a tile row after another; nowhere where ptr is null."""
+    if ptr.to(tl.int64) != 0:
+        offs_n = tile[1] * sums.shape[0] + tl.arange(0, sums.shape[0])
+        tl.store(ptr + tile[0].to(tl.int64) * n + offs_n, sums, mask=offs_n < n)
 
 
 @triton.jit
@@ -188,20 +202,40 @@ def _product_kernel(
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), tile, BLOCK, BLOCK)
         tl.store(ptrs, acc.to(FACTOR), mask=mask)
     else:
+        pointers = (
+            pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32),
+            pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32),
+            pointer_at(job_ptr + PRODUCT.row_sums, scratch_ptr, tl.float32),
+        )
         if k > 0:
-            sums = _store_scaled(job_ptr, scratch_ptr, out_ptr, acc, (m, n), tile)
+            sums = store_scaled(pointers, out_ptr, acc, (m, n), tile, False)
         else:  # both are diagonal
             source_ptr = pointer_at(job_ptr + PRODUCT.a, scratch_ptr, tl.float32)
             sums = tl.zeros([BLOCK], tl.float32)
             for i in range(BLOCK // LAYOUT.spilled_rows):
                 part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
                 rows = spilled(source_ptr, (m, n), part, LAYOUT.spilled_rows, BLOCK)
-                sums += _store_scaled(job_ptr, scratch_ptr, out_ptr, rows, (m, n), part)
-        if tl.load(job_ptr + PRODUCT.column_sums) != 0:
-            offs_n = tile[1] * BLOCK + tl.arange(0, BLOCK)
-            sums_ptr = pointer_at(job_ptr + PRODUCT.column_sums, scratch_ptr, tl.float32)
-            sums_ptr += tile[0].to(tl.int64) * n
-            tl.store(sums_ptr + offs_n, sums, mask=offs_n < n)
+                sums += store_scaled(pointers, out_ptr, rows, (m, n), part, False)
+        sums_ptr = pointer_at(job_ptr + PRODUCT.column_sums, scratch_ptr, tl.float32)
+        store_column_sums(sums_ptr, sums, n, tile)
+
+
+@triton.jit
+def store_square(job_ptr, scratch_ptr, d, square, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a tile of K K^T, and its mirror image, as a row of `slots.Square` says."""
+    product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
+    if tl.load(job_ptr + SQUARE.spill) == 0:  # rows are aligned
+        store_symmetric_tile(product_ptr, d, square, tile)
+    else:
+        is_diagonal = tile[0] == tile[1]
+        spill_ptr = pointer_at(job_ptr + SQUARE.spill, scratch_ptr, tl.float32)
+        copy_ptr = pointer_at(job_ptr + SQUARE.copy, scratch_ptr, FACTOR)
+        spill(square, spill_ptr, (d, d), tile)
+        for i in range(BLOCK // LAYOUT.spilled_rows):
+            part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
+            product = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
+            store_symmetric(product_ptr, d, d, product, part, is_diagonal)
+            store_symmetric(copy_ptr, d, padded(d), product, part, is_diagonal)
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
@@ -223,19 +257,7 @@ def _products_kernel(
     factor = (pointer_at(job_ptr + SQUARE.factor, scratch_ptr, FACTOR), d)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     acc = product_tile(factor, factor, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION)
-    product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
-    if tl.load(job_ptr + SQUARE.spill) == 0:  # rows are aligned
-        store_symmetric_tile(product_ptr, d, acc, tile)
-    else:
-        is_diagonal = tile[0] == tile[1]
-        spill_ptr = pointer_at(job_ptr + SQUARE.spill, scratch_ptr, tl.float32)
-        copy_ptr = pointer_at(job_ptr + SQUARE.copy, scratch_ptr, FACTOR)
-        spill(acc, spill_ptr, (d, d), tile)
-        for i in range(BLOCK // LAYOUT.spilled_rows):
-            part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
-            product = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
-            store_symmetric(product_ptr, d, d, product, part, is_diagonal)
-            store_symmetric(copy_ptr, d, padded(d), product, part, is_diagonal)
+    store_square(job_ptr, scratch_ptr, d, acc, tile, FACTOR, BLOCK)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["found_inf_ptr"])

@@ -145,15 +145,16 @@ class Row(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A matrix among all of an IF-Shampoo step: int64."""
+    """A matrix among all of a step of a matrix method: int64; 0 where it has none."""
 
     param: Column  # address
     grad: Column  # address
     buffer: Column  # address of the momentum buffer
+    averages: Column  # address of the averages of its rows' mean squares (root-free Shampoo)
 
 
 class Tile(NamedTuple):
-    """A program of an IF-Shampoo launch: int32."""
+    """A program of a launch of a matrix method: int32."""
 
     job: Column  # index
     row: Column  # index, in tiles
@@ -238,13 +239,14 @@ class Factors(NamedTuple):
 
 
 class Square(NamedTuple):
-    """K K^T, by `products._products_kernel` or `products._stacked_products_kernel`."""
+    """K K^T, by `products._products_kernel`, its stacked twin or `roots._inverses_kernel`."""
 
     factor: Column  # address, of padded rows
     product: Column  # address
     size: Column  # elements, d
     copy: Column  # address, of padded rows; not where the product itself is aligned
     spill: Column  # address, of padded rows in float32; 0 where rows are aligned
+    state: Column  # address, of the K that the factor is to be copied to; else 0
 
 
 class Params(NamedTuple):

@@ -195,6 +195,23 @@ def store_symmetric_tile(ptr, d, value, tile):
 
 
 @triton.jit
+def store_lower(ptr, d, stride, value, part):
+    """Store the lower half of a part of a diagonal tile, and its mirror image.
+
+    Of a product that is symmetric but for the rounding of its operands.
+    """
+    ROWS: tl.constexpr = value.shape[0]
+    COLUMNS: tl.constexpr = value.shape[1]
+    value = value.to(ptr.dtype.element_ty)
+    offs_m = part[0] * ROWS + tl.arange(0, ROWS)
+    offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)
+    ptrs, mask = tile_of(ptr, stride, (d, stride), part, ROWS, COLUMNS)
+    tl.store(ptrs, value, mask=mask & (offs_m[:, None] >= offs_n[None, :]))
+    mirrored, within = tile_of(ptr, stride, (d, stride), (part[1], part[0]), COLUMNS, ROWS)
+    tl.store(mirrored, tl.trans(value), mask=within & (offs_m[None, :] > offs_n[:, None]))
+
+
+@triton.jit
 def scales(ptr, size, pid, BLOCK: tl.constexpr):
     """A block of a diagonal factor; ones for a dense one, whose pointer is null."""
     offs = pid * BLOCK + tl.arange(0, BLOCK)

@@ -128,16 +128,16 @@ def matrix_calls(
     names = [name for name in vars(matrix) if name.endswith("_kernel")]
     kernels = {name: getattr(matrix, name) for name in names}
     recorders = {name: Recorder() for name in names}
-    choose, enough = matrix._tiling, matrix.ENOUGH_LARGE_TILES
+    choose, enough = matrix.tiling_of, matrix.ENOUGH_LARGE_TILES
     for name, recorder in recorders.items():
         setattr(matrix, name, recorder)
-    matrix._tiling = lambda *_: TILINGS[tiling]
+    matrix.tiling_of = lambda *_: TILINGS[tiling]
     if tiling == "stacked":
         matrix.ENOUGH_LARGE_TILES = 0
     try:
         _ifshampoo(F32 if tiling == "float32" else BF16, dtypes, momentum, buckets)
     finally:
-        matrix._tiling, matrix.ENOUGH_LARGE_TILES = choose, enough
+        matrix.tiling_of, matrix.ENOUGH_LARGE_TILES = choose, enough
         for name, kernel in kernels.items():
             setattr(matrix, name, kernel)
     calls = {}

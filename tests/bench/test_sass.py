@@ -216,12 +216,12 @@ def test_the_tilings_are_those_that_the_launcher_chooses(architecture, monkeypat
 
     few, many = bucket(2), bucket(3)
     cases = [(launches.BF16, [many]), (launches.BF16, [few]), (launches.F32, [many])]
-    chosen = [matrix_kernels._tiling(cuda, *case) for case in cases]
+    chosen = [matrix_kernels.tiling_of(cuda, *case) for case in cases]
     expected = [name for name in launches.tilings(architecture) if name != "stacked"]
     assert chosen == [launches.TILINGS[name] for name in expected]
 
     buckets = [many, few, bucket(3, (1024, 1028)), bucket(3, dense=(True, False))]
-    tiling = matrix_kernels._tiling(cuda, launches.BF16, buckets)
+    tiling = matrix_kernels.tiling_of(cuda, launches.BF16, buckets)
     stacked = [matrix_kernels._is_stacked(bucket, tiling) for bucket in buckets]
     assert stacked == [architecture == 90, False, False, False]
 

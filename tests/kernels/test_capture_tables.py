@@ -9,7 +9,7 @@ from helpers.optimizers import parameters
 
 from bench.machine_code.launches import matrix_tensors
 from bench.machine_code.offline import Recorder
-from rootfree_fused.kernels import diag, matrix, tables
+from rootfree_fused.kernels import diag, matrix, matrix_launches, tables
 
 CUDA = torch.device("cuda")
 
@@ -50,7 +50,7 @@ def stand_in(monkeypatch):
     for module, name in recorders:
         if name.endswith("_kernel"):
             monkeypatch.setattr(module, name, Recorder())
-    caches = tables.scalar_table, tables._chunk_table, matrix._members
+    caches = tables.scalar_table, tables._chunk_table, matrix_launches._table_of
     for module in (tables, matrix):
         monkeypatch.setattr(module, "_plans", {})
     for cache in caches:

@@ -29,7 +29,7 @@ from helpers.kernels_matrix import (
 from helpers.offline import needs_cuda
 
 from bench.machine_code.offline import Recorder
-from rootfree_fused.kernels import matrix
+from rootfree_fused.kernels import matrix, matrix_plan
 
 __all__ = ["_interpreter", "_poisoned_scratch"]  # fixtures
 
@@ -57,7 +57,7 @@ def test_products_are_refreshed_where_factors_were_loaded(dtype, device):
 
 def test_large_tiles(device, monkeypatch):
     """The tiling of large models, on matrices of one tile and of several."""
-    monkeypatch.setattr(matrix, "_tiling", lambda *_: matrix.LARGE)
+    monkeypatch.setattr(matrix, "tiling_of", lambda *_: matrix.LARGE)
     buckets = [((136, 8), DENSE, 1), ((7, 130), RIGHT, 1), ((8, 200), LEFT, 1)]
     model = Model(device, "momentum", BF16, buckets)
     for update in (True, False):
@@ -310,11 +310,11 @@ def test_tables_are_never_stale(device):
 def test_few_plans_are_kept(device):
     model = Model(device, "momentum", F32, [((1, 2, 2), NEITHER, 1)])
     kept = []
-    for _ in range(matrix._MAX_PLANS + 3):
+    for _ in range(matrix_plan.MAX_PLANS + 3):
         kept.append(model.factors[0].clone())
         model.factors[0] = kept[-1]
         model.launch(model.fresh_grads(), torch.tensor(0.1), update=False)
-    assert len(matrix._plans) == matrix._MAX_PLANS
+    assert len(matrix._plans) == matrix_plan.MAX_PLANS
 
 
 # Only on a GPU -------------------------------------------------------------------------------

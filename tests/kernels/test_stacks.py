@@ -30,7 +30,7 @@ def stacks(device, monkeypatch):
     """Buckets that can be computed as stacks are, whatever their size."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
-    monkeypatch.setattr(matrix, "_tiling", lambda *_: matrix.LARGE_HOPPER)
+    monkeypatch.setattr(matrix, "tiling_of", lambda *_: matrix.LARGE_HOPPER)
     monkeypatch.setattr(matrix, "ENOUGH_LARGE_TILES", 0)
 
 

@@ -1,0 +1,217 @@
+"""Root-free Shampoo in Triton: 11 launches a step of any number of matrices of any shapes.
+
+For a gradient G (m, n) with S and K of axes A and B (reference/rootfree_shampoo.py is the
+specification):
+
+    scale        G -> GEMM dtype, maxima and sums of squares for rms(G)
+    transform    Y = G K_B, Z = K_A^T G, both over rms(G);  M and N                 (gradients.py)
+    grams        S <- S + (1 - beta2) (S_hat - S)
+    damped       T = S K + lam K
+    residuals    E = K^T T - I
+    squares      ||E E||_F^2
+    roots        K <- K - (b / 2) K E
+    inverses     X = K K^T                                                          (roots.py)
+    left         X_A N
+    directions   P = (X_A N) X_B
+    descend      v, and p                                                           (directions.py)
+
+A step between updates leaves out those from grams to roots, and inverses where X is kept. Each
+line is one launch for all matrices, both axes and all dtypes of parameters and gradients.
+
+Shapes: params (m, n) up to their axes; S and K dense (d, d) or diagonal (d,). Dtypes: params and
+grads float32, bfloat16 or float16; S, M and v float32; a dense K bfloat16 with a residual
+(reference.split) or float32, and so GEMMs' operands and intermediates (three TF32 products for
+float32, never one); a diagonal K float32; accumulation, sums and scalars float32. FLOPs of an n x n
+weight: 24 n^3 a step, 4 n^3 between updates. Scratch: 22 bytes a parameter of an n x n bfloat16
+weight at an update, 8 between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .directions import _descend_kernel, _directions_kernel
+from .gradients import _scale_kernel, _transform_kernel
+from .matrix import MAX_COLUMNS, tiling_of
+from .matrix_launches import Launches, accessible, copy_back, member_table
+from .matrix_plan import MatrixPlan, grouped, kept_plan
+from .rootfree_shampoo_jobs import DESCENT_TILES, ShampooBucket, build_plan
+from .rootfree_shampoo_slots import ShampooScalars
+from .roots import (
+    _damped_kernel,
+    _grams_kernel,
+    _inverses_kernel,
+    _residuals_kernel,
+    _roots_kernel,
+    _squares_kernel,
+)
+from .tables import DTYPES, readable, scalar_table
+
+_plans: dict[Any, MatrixPlan] = {}
+
+
+class _Step(NamedTuple):
+    """What a call asks of every launch."""
+
+    steps: Tensor
+    lr: Tensor
+    scalars: ShampooScalars
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    update: bool
+    refresh: bool
+
+
+def buckets_of(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    products: Sequence[Tensor],
+) -> list[ShampooBucket | None]:
+    """The operator's tensors by bucket; None for one that the kernels do not serve.
+
+    Those are buckets in float64. Each of the four lists of factor state has two stacks a bucket,
+    one an axis, and params and grads follow the buckets.
+    """
+    found = []
+    first = 0
+    for axis in range(0, len(factors), 2):
+        indices = range(first, first + len(factors[axis]))
+        state = [t[axis : axis + 2] for t in (grams, factors, residuals, products)]
+        found.append(_bucket(params, grads, indices, *state))
+        first = indices.stop
+    return found
+
+
+def rootfree_shampoo_(
+    buckets: Sequence[ShampooBucket],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    row_square_avgs: Sequence[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+    *,
+    update_factors: bool,
+    refresh_products: bool,
+    beta1: float,
+    beta2: float,
+    damping: float,
+    weight_decay: float,
+    update_rms: float,
+    row_beta: float | None,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of root-free Shampoo on these buckets of matrices.
+
+    buckets: `buckets_of` the same params and grads. row_square_avgs is empty where row_beta is
+    None. steps: float32, (params,), counts this step. lr is a 0-d tensor, on the CPU or on the
+    parameters' device; there a captured graph reads it at every replay, and the steps. grad_scale
+    and found_inf are as `diag.launch` takes them.
+    """
+    scalars = ShampooScalars(
+        lr=float(lr) if lr.is_cpu else 0.0,
+        sign=-1.0 if maximize else 1.0,
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        damping=damping,
+        weight_decay=weight_decay,
+        update_rms=update_rms,
+        one_minus_row_beta=math.nan if row_beta is None else 1 - row_beta,
+    )
+    lists = {"param": params, "grad": grads, "buffer": momentum_buffers}
+    if row_beta is not None:
+        lists["averages"] = row_square_avgs
+    step = _Step(steps, lr, scalars, grad_scale, found_inf, update_factors, refresh_products)
+    for (device, dtype), members in grouped(buckets).items():
+        _run(device, dtype, members, lists, step)
+
+
+def _bucket(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: range,
+    grams: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    products: Sequence[Tensor],
+) -> ShampooBucket | None:
+    """The bucket of these members, or None where the kernels do not take it."""
+    param_dtypes, grad_dtypes = ([tensors[i].dtype for i in indices] for tensors in (params, grads))
+    dense = factors[0].dim() == 3, factors[1].dim() == 3
+    sizes = factors[0].shape[1], factors[1].shape[1]
+    factor_dtypes = {f.dtype for f, d in zip(factors, dense, strict=True) if d}
+    if (
+        any(dtype not in DTYPES for dtype in (*param_dtypes, *grad_dtypes))
+        or sizes[1] > MAX_COLUMNS
+        or not factor_dtypes <= {torch.float32, torch.bfloat16}
+        or len(factor_dtypes) > 1
+        or any(gram.dtype != torch.float32 for gram in grams)
+        or not all(t.is_contiguous() for t in (*grams, *factors, *residuals, *products))
+    ):
+        return None
+    state = grams, factors, residuals, products
+    return ShampooBucket(
+        sizes, dense, tuple(indices), tuple(param_dtypes), tuple(grad_dtypes), *state
+    )
+
+
+def _run(
+    device: torch.device,
+    dtype: torch.dtype,
+    buckets: Sequence[ShampooBucket],
+    lists: dict[str, Sequence[Tensor]],
+    step: _Step,
+) -> None:
+    """The launches of all buckets of a device and a GEMM dtype."""
+    tiling = tiling_of(device, dtype, buckets)
+    kind = {
+        "update": step.update,
+        "refresh": step.refresh and not step.update,
+        "balanced": "averages" in lists,
+    }
+
+    def build() -> MatrixPlan:
+        return build_plan(buckets, dtype, tiling, device, **kind)
+
+    key = (device, dtype, tiling, *kind.values(), *[bucket.key for bucket in buckets])
+    plan = kept_plan(_plans, key, build)
+    dense = {
+        name: [t.contiguous() if name == "averages" else accessible(t) for t in tensors]
+        for name, tensors in lists.items()
+    }
+    lr = step.lr
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
+        launches = Launches(plan, tiling, dtype, buckets, scratch)
+        launch = launches.launch
+        members = member_table(device, dense).on_device()
+        numbers = scalar_table(device, step.scalars).on_device()
+        found_inf = readable(step.found_inf, device)
+        launches.elementwise("scale", _scale_kernel, members, readable(step.grad_scale, device))
+        launch("transform", _transform_kernel, members, numbers, found_inf)
+        launch("grams", _grams_kernel, numbers, found_inf)
+        launch("damped", _damped_kernel, numbers, found_inf)
+        launch("residuals", _residuals_kernel, found_inf)
+        launch("squares", _squares_kernel, found_inf)
+        launch("roots", _roots_kernel, found_inf)
+        launch("inverses", _inverses_kernel, found_inf)
+        launch("left", _directions_kernel, members)
+        launch("directions", _directions_kernel, members)
+        lr = numbers if lr.is_cpu else readable(lr, device)
+        args = members, numbers, readable(step.steps.contiguous(), device), lr, found_inf
+        launches.elementwise("descend", _descend_kernel, *args, TILES=DESCENT_TILES)
+    for name in ("param", "buffer", "averages"):
+        if name in lists:
+            copy_back(lists[name], dense[name], buckets)
