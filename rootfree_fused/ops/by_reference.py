@@ -213,3 +213,29 @@ def take_bucket(
         momentum_buffers[members],
         *others,
     )
+
+
+def take_pair(
+    bucket: int,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    row_square_avgs: list[Tensor],
+    grams: list[Tensor],
+    factors: list[Tensor],
+    residuals: list[Tensor],
+    products: list[Tensor],
+    steps: Tensor,
+    lr: Tensor,
+) -> tuple[Any, ...]:
+    """The tensors of one bucket out of those of a call of `rootfree_shampoo_`."""
+    pair = slice(2 * bucket, 2 * bucket + 2)
+    first = sum(factor.shape[0] for factor in factors[: pair.start : 2])
+    here = slice(first, first + factors[pair.start].shape[0])
+    per_parameter = (params, grads, momentum_buffers, row_square_avgs)
+    return (
+        *(tensors[here] for tensors in per_parameter),
+        *(tensors[pair] for tensors in (grams, factors, residuals, products)),
+        steps[here],
+        lr,
+    )

@@ -45,16 +45,11 @@ def rootfree_shampoo_(
     """
     if by_reference.skips(found_inf):
         return
-    buffers, rows, grams, factors, residuals, products, steps, lr = tensors
     grads = by_reference.unscaled(grads, grad_scale)
-    first = 0
-    for axis in range(0, len(factors), 2):
-        pair, here = slice(axis, axis + 2), slice(first, first + factors[axis].shape[0])
-        first = here.stop
-        stacks = _Stacks(
-            *(params[here], grads[here], buffers[here], rows[here]),
-            *(grams[pair], factors[pair], residuals[pair], products[pair], steps[here]),
-        )
+    factors = tensors[3]
+    for bucket in range(len(factors) // 2):
+        *lists, lr = by_reference.take_pair(bucket, params, grads, *tensors)
+        stacks = _Stacks(*lists)
         if kernel_serves("_rootfree_shampoo_bf16_", stacks.params, stacks.residuals):
             _in_the_kernel(stacks, lr, scalars)
         else:

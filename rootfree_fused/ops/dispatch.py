@@ -45,12 +45,12 @@ def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
 def give_matrix_bodies(library: torch.library.Library) -> None:
     """Give the operators on stacks of matrices their bodies."""
     for name, specified, on_cpu, on_cuda in (
-        ("ifshampoo_", by_reference.ifshampoo_, cpu_matrix.ifshampoo_, _matrices_on_cuda),
+        ("ifshampoo_", by_reference.ifshampoo_, cpu_matrix.ifshampoo_, _ifshampoo_on_cuda),
         (
             "rootfree_shampoo_",
             by_reference.rootfree_shampoo_,
             cpu_rootfree_shampoo.rootfree_shampoo_,
-            _unchanged,
+            _rootfree_shampoo_on_cuda,
         ),
     ):
         slowly = _warned("matrix", specified)
@@ -187,11 +187,7 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
             )
 
 
-def _unchanged(slow: Callable[..., None]) -> Callable[..., None]:
-    return slow
-
-
-def _matrices_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
+def _ifshampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
     """IF-Shampoo in Triton; buckets that it does not serve by the specification."""
 
     def run(*tensors: Any, axes: list[int], **scalars: Any) -> None:
@@ -206,5 +202,25 @@ def _matrices_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
             if served is None:
                 own = by_reference.take_bucket(i, *tensors, axes=axes)
                 slow(*own, axes=[axes[i]], **scalars)
+
+    return run
+
+
+def _rootfree_shampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
+    """Root-free Shampoo in Triton; buckets that it does not serve by the specification."""
+
+    def run(*tensors: Any, **scalars: Any) -> None:
+        kernels = extensions.triton("rootfree_shampoo")
+        if isinstance(kernels, ImportError):
+            slow(*tensors, **scalars)
+            return
+        params, grads, buffers, rows, *state, steps, lr = tensors
+        buckets = kernels.buckets_of(params, grads, *state)
+        served = list(filter(None, buckets))
+        lists = params, grads, buffers, rows, steps, lr
+        kernels.rootfree_shampoo_(served, *lists, **scalars)
+        for bucket, found in enumerate(buckets):
+            if found is None:
+                slow(*by_reference.take_pair(bucket, *tensors), **scalars)
 
     return run
