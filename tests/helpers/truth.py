@@ -9,17 +9,17 @@ from contextlib import nullcontext
 import torch
 from helpers.tensor_cores import float32_products
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, reference
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, reference
 
 COMMON = ("lr", "damping", "weight_decay", "batch_size")
 
 
 def axes_of(shape, group):
-    """Sizes of IF-Shampoo's axes and which are dense, or None for root-free RMSProp."""
+    """Sizes of a parameter's axes and which are dense, or None where it has no factors."""
     sizes = [d for d in shape if d != 1] or [1]
-    if 0 in sizes or (len(sizes) == 1 and group["vector_method"] == "rmsprop"):
+    if 0 in sizes or (len(sizes) == 1 and group["vector_method"] != "factor"):
         return None
-    if group["merge_axes"] and len(sizes) > 2:
+    if group.get("merge_axes", True) and len(sizes) > 2:
         sizes = [sizes[0], math.prod(sizes[1:])]
     return sizes, [group["structures"] == "auto" and d <= group["max_dense_dim"] for d in sizes]
 
@@ -27,6 +27,8 @@ def axes_of(shape, group):
 def start(cls, param, group, dtype):
     """The state that a parameter has before its first step."""
     state = {"step": torch.zeros(())}
+    if cls is RootFreeShampoo:
+        return {**state, **_shampoo_start(param, group, dtype)}
     axes = axes_of(param.shape, group) if cls is IFShampoo else None
     square = 0.0 if group["initial_square_avg"] == "auto" else group["initial_square_avg"]
     if cls is RootFreeAdamW:
@@ -40,6 +42,19 @@ def start(cls, param, group, dtype):
             diagonal = torch.full((size,), scale, dtype=dtype)
             state[f"factor_{n}"] = diagonal.diag() if dense else diagonal
             state[f"factor_momentum_{n}"] = torch.zeros_like(state[f"factor_{n}"])
+    return state
+
+
+def _shampoo_start(param, group, dtype):
+    zeros = torch.zeros_like(param, dtype=dtype)
+    if (axes := axes_of(param.shape, group)) is None:
+        return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    state = {"momentum_buffer": zeros, "row_square_avg": torch.zeros(axes[0][0], dtype=dtype)}
+    starts = reference.start_values(group["damping"])
+    for n, (size, dense, values) in enumerate(zip(*axes, starts, strict=True)):
+        for key, value in zip((f"gram_{n}", f"factor_{n}"), values, strict=True):
+            diagonal = torch.full((size,), value, dtype=dtype)
+            state[key] = diagonal.diag() if dense else diagonal
     return state
 
 
@@ -60,6 +75,9 @@ def start_(grad, state, group):
 def step_(cls, param, grad, state, group):
     """One step on one parameter; a state without momentum_buffer has no momentum."""
     state["step"] += 1
+    if cls is RootFreeShampoo:
+        _shampoo_step_(param, grad, state, group)
+        return
     start_(grad, state, group)
     sign = {"maximize": group["maximize"]}
     common = {key: group[key] for key in COMMON}
@@ -90,6 +108,36 @@ def step_(cls, param, grad, state, group):
     reference.apply_(param, update, buffer, **step, **momentum, **decoupled)
 
 
+def _shampoo_step_(param, grad, state, group):
+    beta1, beta2 = group["betas"]
+    common = {key: group[key] for key in ("lr", "weight_decay", "maximize")}
+    common["beta1"] = beta1
+    if "exp_avg" in state:
+        vector = {
+            "adam": (reference.vector_adam_, "vector_rms"),
+            "rootfree": (reference.vector_rootfree_, "update_rms"),
+        }
+        update_, rms = vector[group["vector_method"]]
+        own = {key: group[key] for key in ("vector_beta2", rms)}
+        averages = state["exp_avg"], state["exp_avg_sq"]
+        update_(param, grad, *averages, state["step"], **own, **common)
+        return
+    sizes, _ = axes_of(param.shape, group)
+    momentum = state["momentum_buffer"].reshape(sizes)
+    lists = [[state[f"{key}_{n}"] for n in range(2)] for key in ("gram", "factor")]
+    own = {key: group[key] for key in ("damping", "update_rms", "row_beta")}
+    updates = (int(state["step"]) - 1) % group["update_interval"] == 0
+    reference.rootfree_shampoo_(
+        *(param, grad.reshape(sizes), momentum, *lists, state["row_square_avg"]),
+        int(state["step"]),
+        **common,
+        **own,
+        beta2=beta2,
+        update_factors=updates,
+    )
+    state["momentum_buffer"].copy_(momentum.view(param.shape))
+
+
 def stepped(cls, param, state, group, dtype=None):
     """Copies of a parameter and its state after one step, in their own dtypes or in another.
 
@@ -101,7 +149,7 @@ def stepped(cls, param, state, group, dtype=None):
 
     after = {key: v.clone() if key == "step" else copied(v) for key, v in state.items()}
     after["param"] = copied(param)
-    axes = axes_of(param.shape, group) if cls is IFShampoo else None
+    axes = axes_of(param.shape, group) if cls in (IFShampoo, RootFreeShampoo) else None
     is_matrix = axes is not None and len(axes[0]) == 2
     with float32_products(param.device) if is_matrix else nullcontext():
         step_(cls, after["param"], copied(param.grad), after, group)
