@@ -159,7 +159,8 @@ def rootfree_shampoo_(
                 (factor.clone() if residual is None else matrix.join(factor, residual)).to(wide)
                 for factor, residual in zip(stored, kept, strict=True)
             ]
-            momentum, widened = buffer.reshape(sizes).to(wide), [s.to(wide) for s in averages]
+            momentum = buffer.reshape(sizes).to(wide, copy=True)
+            widened = [s.to(wide) for s in averages]
             rootfree_shampoo.rootfree_shampoo_(
                 param,
                 grad.reshape(sizes),

@@ -138,7 +138,7 @@ def _update_roots(
         structure = structure_of_stack(factor)
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
         new = structure.gram(unfolded if structure.is_dense else unfolded.to(gram.dtype))
-        weight = torch.where(told, 1 - beta2, 0.0).to(gram.dtype).view(each)
+        weight = (told.to(gram.dtype) * (1 - beta2)).view(each)
         _lerp(gram, new.to(gram.dtype) / unfolded.shape[2], weight)
         lam = (damping * structure.diagonal(gram).mean(1)).view(each)
         if not structure.is_dense:

@@ -71,13 +71,21 @@ SETTINGS = {
         },
     ),
 }
+# What RootFreeShampoo has not, since no scale of a gradient matters to it.
+SCALE = ("batch_size", "initial_square_avg", "momentum")
+SCALED = [name for name in SETTINGS if not name.startswith("shampoo")]
 DIAGONAL = [name for name in SETTINGS if "shampoo" not in name]
 
 
 def build(name, params, **overrides):
     cls, settings = SETTINGS[name]
-    needed = {} if cls is RootFreeShampoo else {"batch_size": 8}
-    return cls(params, **{**needed, **settings, **overrides})
+    return cls(params, **accepted(name, {"batch_size": 8, **settings, **overrides}))
+
+
+def accepted(name, values):
+    """Of settings that other classes take too, those that this one has."""
+    has_scale = not name.startswith("shampoo")
+    return {key: value for key, value in values.items() if has_scale or key not in SCALE}
 
 
 def parameters(*shapes, dtype=torch.float32, device="cpu", seed=0) -> list[torch.nn.Parameter]:

@@ -123,7 +123,7 @@ def _shampoo_step_(param, grad, state, group):
         update_(param, grad, *averages, state["step"], **own, **common)
         return
     sizes, _ = axes_of(param.shape, group)
-    momentum = state["momentum_buffer"].reshape(sizes)
+    momentum = state["momentum_buffer"].reshape(sizes).clone()
     lists = [[state[f"{key}_{n}"] for n in range(2)] for key in ("gram", "factor")]
     own = {key: group[key] for key in ("damping", "update_rms", "row_beta")}
     updates = (int(state["step"]) - 1) % group["update_interval"] == 0

@@ -182,9 +182,9 @@ def corruptions(state_dict):
             "state": {0: state[0]},
             "param_groups": [{**groups[0], "params": [0] * len(groups[0]["params"])}],
         },
-        "no batch_size": {
+        "no weight_decay": {
             "state": state,
-            "param_groups": [{k: v for k, v in groups[0].items() if k != "batch_size"}],
+            "param_groups": [{k: v for k, v in groups[0].items() if k != "weight_decay"}],
         },
         "lr is -1": {"state": state, "param_groups": [{**groups[0], "lr": -1.0}]},
     }

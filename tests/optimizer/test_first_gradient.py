@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from helpers.optimizers import (
-    SETTINGS,
+    SCALED,
     assert_identical,
     build,
     parameters,
@@ -58,7 +58,7 @@ def test_factors_start_where_their_update_rests(shape, structure):
 
 
 @pytest.mark.parametrize("initial", ["auto", 1.0, 0.02])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", SCALED)
 def test_steps_are_those_of_the_specification(name, initial, device):
     """From each tensor's own first gradient, which comes later for one of them."""
     params = parameters((5, 3), (4,), (), (2, 3, 2), dtype=FLOAT64, device=device)
@@ -153,7 +153,7 @@ def test_a_step_that_the_scaler_skips_starts_nothing(cls, device):
         assert torch.equal(second_moment(optimizer, p), second_moment(plain, q))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", SCALED)
 def test_a_checkpoint_from_before_the_first_gradient_has_not_started(name, device):
     """Read, saved and resumed before and after the start, the steps are the same to the bit."""
     params = parameters((6, 4), (3,), device=device)

@@ -13,6 +13,7 @@ from conftest import DEVICES
 from helpers.comparison import assert_no_worse_than
 from helpers.layouts import cropped, expanded_rows, gapped, misaligned, reversed_axes, transposed
 from helpers.optimizers import (
+    DIAGONAL,
     SETTINGS,
     assert_identical,
     build,
@@ -48,7 +49,7 @@ def laid_out(layout, tensor):
 
 def dtype_of(name, dtype):
     """Factors in float64 or float32; bfloat16 ones have tests of their own."""
-    if not name.startswith("ifshampoo"):
+    if name in DIAGONAL:
         return {}
     return {"factor_dtype": torch.promote_types(dtype, torch.float32)}
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from helpers.optimizers import (
     DIAGONAL,
     SETTINGS,
+    accepted,
     assert_identical,
     build,
     parameters,
@@ -140,7 +141,8 @@ def test_zero_redundancy_optimizer_resumes(name):
 
     def sharing(whole):
         cls, settings = SETTINGS[name]
-        optimizer = ZeroRedundancyOptimizer(whole.parameters(), cls, batch_size=8, **settings)
+        settings = accepted(name, {"batch_size": 8, **settings})
+        optimizer = ZeroRedundancyOptimizer(whole.parameters(), cls, **settings)
         return optimizer, list(whole.parameters())
 
     (optimizer, params), (resumed, others) = sharing(model()), sharing(model())
