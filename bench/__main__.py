@@ -23,7 +23,8 @@ SUBCOMMANDS = {
     "host": "time the host's part of a step, with the launch stubbed out",
     "sass": "compile every kernel for GPUs, and show registers, spills and wide accesses",
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
-    "train": "train a CNN on digits and a transformer on text with several optimizers",
+    "train": "train small networks with several optimizers in turn, with the times of their steps",
+    "sweep": "losses of many training runs at once: defaults, over lr, searches; no times",
     "defaults": "train small networks at every constructor's defaults",
     "report": "tables and plots of stored rows, and those of README.md and docs/",
 }

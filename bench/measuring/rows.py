@@ -134,6 +134,17 @@ class Rows:
             self._note.unlink(missing_ok=True)
             path.write_text("")
 
+    def refuse_others(self) -> None:
+        """Stop where the file has rows of another commit, device or version, or of none."""
+        self.path.touch()
+        for row in read_rows(self.path):
+            own = {key: row[key] for key in self._constants}
+            if own != self._constants or own["commit"].endswith((DIRTY, "unknown")):
+                raise SystemExit(
+                    f"{self.path} has rows of {own['commit']} on {own['device']}, which this run of"
+                    f" {self._constants['commit']} cannot go on with; move it, or choose --out"
+                )
+
     def remaining(self, cases: Iterable[str]) -> Iterator[str]:
         """The cases that are not in the file yet, with a progress bar.
 

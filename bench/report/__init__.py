@@ -30,6 +30,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "host": tables.host,
     "gpu": targets.table,
     "train": training.train,
+    "sweep": training.sweep,
     "defaults": training.defaults,
 }
 

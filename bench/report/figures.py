@@ -14,6 +14,7 @@ from .cells import provenance
 # By the name before the comma: a colour of its own, a dash and a marker; ours have full lines, and
 # what stands beside them most often is distinct to the colour-blind.
 STYLES = {
+    "RootFreeShampoo": ("#332288", "-", "*"),
     "IFShampoo": ("#0072b2", "-", "o"),
     "RootFreeRMSprop": ("#009e73", "-", "s"),
     "RootFreeAdamW": ("#56b4e9", "-", "D"),
@@ -23,6 +24,8 @@ STYLES = {
     "torch Muon": ("#8c564b", ":", "X"),
     "SOAP": ("#cc79a7", "--", "<"),
     "Muon": ("#5f3a31", "--", "X"),
+    "KL-Shampoo": ("#999933", "--", "v"),
+    "KL-SOAP": ("#44aa99", "--", ">"),
     "HeavyBall SOAP": ("#7b3294", ":", ">"),
     "HeavyBall PSGD": ("#66a61e", ":", "p"),
     "sirfshampoo": ("#e69f00", "--", "s"),

@@ -6,6 +6,7 @@ A row takes part by what it has, whatever benchmark it is from:
                 lines: the bandwidth of a copy and of an in-place add, the rate of `mm`
     steps       times of `bench matrix`, beside IFShampoo's in bfloat16
     loss        losses of `bench train` with their `curve`
+    basin       losses of `bench sweep` at several learning rates
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NamedTuple
 from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
-from .training import TITLES, curves
+from .training import TITLES, curves, goals, in_order
 
 # FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
 DIAGONAL_FLOPS = {
@@ -186,21 +187,27 @@ def steps(rows: list[Row], path: Path) -> None:
 # Curves ---------------------------------------------------------------------------------------
 
 # The two panels of a plot: metric, what it is drawn against, and the label of either axis.
+ON_IMAGES = "squared error of an image"
+_TEXT = (
+    ("test loss", "steps", "step", "test loss, nat a character"),
+    ("test loss", "seconds", "seconds of training", "test loss, nat a character"),
+)
 PANELS = {
+    "autoencoder": (
+        ("loss on all images", "steps", "step", ON_IMAGES),
+        ("loss on all images", "seconds", "seconds of training", ON_IMAGES),
+    ),
     "digits": (
         ("training loss", "steps", "step", "training loss, nat"),
         ("test accuracy", "steps", "step", "test error, %"),
     ),
-    "text": (
-        ("test loss", "steps", "step", "test loss, nat a character"),
-        ("test loss", "seconds", "seconds of training", "test loss, nat a character"),
-    ),
+    **dict.fromkeys(("text", "long text", "wide text"), _TEXT),
 }
 LEAST_ERROR = 0.1  # %, because a logarithmic axis has no 0; one of the digits' test images is 0.19
 
 
 def loss_rows(rows: list[Row]) -> list[Row]:
-    """All of a comparison's; the rows of a search have no curves."""
+    """All of a comparison's; a search has no curves of that name."""
     return rows if any("curve" in row["detail"] for row in rows) else []
 
 
@@ -225,8 +232,41 @@ def loss(rows: list[Row], path: Path) -> None:
         axes[1].set_yticks(ticks, labels=map(str, ticks), minor=False)
         axes[1].set_yticks([], minor=True)
     axes[0].legend(frameon=False)
-    seeds = len({row["detail"]["seed"] for row in select(rows, metric="test loss")})
+    seeds = len({row["detail"]["seed"] for row in goals(rows)})
     save(figure, rows, path, f"{TITLES[case]}: mean and range of {seeds} seeds")
+
+
+# Basins ---------------------------------------------------------------------------------------
+
+
+def basin_rows(rows: list[Row]) -> list[Row]:
+    """Last losses at several learning rates."""
+    return in_order([row for row in rows if row["detail"].get("kind") == "basin"])
+
+
+def basin(rows: list[Row], path: Path) -> None:
+    """A panel a problem; what diverged, or ended above the first loss, lies on the upper edge."""
+    cases = unique(rows, "case")
+    figure, _ = subplots(len(cases), height=4.6)
+    for axis, case in zip(figure.axes, cases, strict=True):
+        own = select(rows, case=case)
+        ended = [row["value"] for row in own if row["value"] is not None]
+        top = min(max(ended), 4 * min(ended)) * 1.1
+        for name, look in styles(unique(own, "provider")).items():
+            of = select(own, provider=name)
+            x = [row["detail"]["settings"]["lr"] for row in of]
+            axis.plot(x, [min(top, _loss(row)) for row in of], **look, lw=1.8, ms=5, clip_on=False)
+        logarithmic(axis, "x", "y")
+        axis.set(xlabel="lr", ylabel=f"{own[0]['metric']}, {own[0]['unit']}", title=case)
+        axis.set_ylim(min(ended) / 1.03, top)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    about = "Last loss against lr, all else at the defaults; one seed"
+    save(figure, rows, path, f"{about}; on the upper edge: there, above, or diverged")
+
+
+def _loss(row: Row) -> float:
+    return math.inf if row["value"] is None else row["value"]
 
 
 PLOTS = {
@@ -250,5 +290,12 @@ PLOTS = {
         "Networks that start from the same weights and see the same batches.",
         loss_rows,
         loss,
+    ),
+    "basin": Plot(
+        "Loss against the learning rate",
+        "Two decades of lr for every optimizer, all else at its defaults (Muon's second lr keeps "
+        "its ratio to the first), on the tuning data.",
+        basin_rows,
+        basin,
     ),
 }

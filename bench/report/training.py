@@ -10,24 +10,30 @@ import torch
 from torch import Tensor
 
 from ..measuring.rows import Row, select, unique
+from ..optimizers.tuned import BASE
+from ..problems import PROBLEMS
 from .cells import NOISY, lines_of, markdown, noisy, number, page, provenance
 
 TITLES = {
+    "autoencoder": "Deep autoencoder on scikit-learn's digits",
     "digits": "Small CNN on scikit-learn's digits",
     "text": "Character transformer on Python's standard library",
+    "long text": "The same for 1,500 steps",
+    "wide text": "The same at width 256 with 4 layers",
 }
+GOALS = ("test loss", "loss on all images")  # what the loss of a comparison is called
 
 
 def train(rows: list[Row]) -> str:
     """Mean and standard deviation over the seeds."""
-    losses = select(rows, metric="test loss")
+    losses = goals(rows)
     seeds = {row["detail"]["seed"] for row in losses}
     accuracy = ["test accuracy, %"] if select(rows, metric="test accuracy") else []
     header = (
         "optimizer",
         "settings",
         *accuracy,
-        "test loss",
+        losses[0]["metric"],
         "final training loss",
         "optimizer step, ms",
         "training step, ms",
@@ -36,7 +42,7 @@ def train(rows: list[Row]) -> str:
     notes = (
         f"Mean and standard deviation over {len(seeds)} seeds after "
         f"{losses[0]['detail']['steps'][-1]} steps; a time is the median over seeds of the median "
-        "step; losses in nat."
+        f"step; losses in {losses[0]['unit']}."
     )
     lines = lines_of(rows, lambda own: _line(own, len(header)))
     title = f"# {TITLES[rows[0]['case']]}"
@@ -44,14 +50,14 @@ def train(rows: list[Row]) -> str:
 
 
 def _line(rows: list[Row], columns: int) -> list[str]:
-    if not select(rows, metric="test loss"):
+    if not goals(rows):
         error = f"**WRONG**, error {number(rows[0]['value'], '.2g')}"
         return [rows[0]["provider"], error, *[""] * (columns - 2)]
-    settings = select(rows, metric="test loss")[0]["detail"]["settings"]
+    settings = goals(rows)[0]["detail"]["settings"]
     accuracy = [100 * v for v in _values(rows, "test accuracy")]
     return [
         rows[0]["provider"],
-        ", ".join(f"{key} {_text(value)}" for key, value in settings.items()),
+        _settings(settings),
         *([mean_and_deviation(accuracy, ".2f")] if accuracy else []),
         loss(rows),
         mean_and_deviation(_values(rows, "training loss"), ".2g"),
@@ -61,6 +67,15 @@ def _line(rows: list[Row], columns: int) -> list[str]:
     ]
 
 
+def goals(rows: list[Row]) -> list[Row]:
+    """The losses of a comparison, on data that no search has seen."""
+    return [row for row in rows if row["metric"] in GOALS]
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_text(value)}" for key, value in settings.items())
+
+
 def step_time(rows: list[Row], metric: str) -> str:
     """Median over the seeds, in ms, marked where the time of any seed is noisy."""
     time = f"{statistics.median(_values(rows, metric)):.3g}"
@@ -68,14 +83,14 @@ def step_time(rows: list[Row], metric: str) -> str:
 
 
 def loss(rows: list[Row]) -> str:
-    """The last test loss, mean and standard deviation over the seeds."""
-    return mean_and_deviation(_values(rows, "test loss"), ".3f")
+    """The last loss of a comparison, mean and standard deviation over the seeds."""
+    return mean_and_deviation([_number(row["value"]) for row in goals(rows)], ".3f")
 
 
 def reached(rows: list[Row], other: list[Row]) -> tuple[float, float] | None:
     """Steps and seconds of training to the last test loss of `other`, means of the seeds."""
-    goal = curves(select(other, metric="test loss"), "curve").mean(0)[-1]
-    own = select(rows, metric="test loss")
+    goal = curves(goals(other), "curve").mean(0)[-1]
+    own = goals(rows)
     below = (curves(own, "curve").mean(0) <= goal).nonzero()
     if not len(below):
         return None
@@ -133,3 +148,93 @@ def _defaults_cell(rows: list[Row]) -> str:
     shown = mean_and_deviation(_values(rows, "loss"), ".3f")
     accuracies = _values(rows, "accuracy")
     return f"{shown}, {statistics.fmean(accuracies):.1%}" if accuracies else shown
+
+
+# bench sweep ----------------------------------------------------------------------------------
+
+KINDS = {"defaults": "At the defaults", "tuned": "At the best of a search"}
+
+
+def sweep(rows: list[Row]) -> str:
+    """Losses at the defaults and at the best of a search, and the settings that this is."""
+    chosen = [row for row in in_order(rows) if row["detail"]["kind"] == "tuned"]
+
+    def line(own: list[Row]) -> list[str]:
+        of = {row["case"]: row["detail"]["settings"] for row in own}
+        cells = (_settings(of[case]) if case in of else "" for case in unique(chosen, "case"))
+        return [own[0]["provider"], *cells]
+
+    parts = ["# Losses of training", provenance(rows), losses(rows)]
+    if chosen:
+        header = ["settings", *unique(chosen, "case")]
+        parts += ["## Settings of the search", markdown(header, lines_of(chosen, line))]
+    return page(*parts)
+
+
+def losses(rows: list[Row]) -> str:
+    """A table for each kind of settings, an optimizer a line and a problem a column."""
+    rows = in_order(rows)
+    parts = []
+    for kind, title in KINDS.items():
+        own = [row for row in rows if row["detail"]["kind"] == kind]
+        if own:
+            parts += [f"**{title}**", _table(own)]
+    notes = (
+        "The loss after the last step, mean and standard deviation over the seeds, lowest in bold: "
+        "on text and digits of the test data, in nat, of the autoencoder on all images, squared "
+        "error. Nothing is timed."
+    )
+    return page(*parts, notes)
+
+
+def in_order(rows: list[Row]) -> list[Row]:
+    """By problem, optimizer and lr: runs end in any order."""
+    problems, names = list(PROBLEMS), list(BASE)
+
+    def place(row: Row) -> tuple[float, ...]:
+        lr = row["detail"]["settings"]["lr"]
+        return problems.index(row["case"]), names.index(row["provider"]), lr
+
+    return sorted(rows, key=place)
+
+
+def _table(rows: list[Row]) -> str:
+    cases = {case: select(rows, case=case) for case in unique(rows, "case")}
+    most = {case: max(_seeds(of).values()) for case, of in cases.items()}
+    steps = {case: max(row["detail"]["steps"] for row in of) for case, of in cases.items()}
+    means = {
+        case: {name: _mean(select(of, provider=name)) for name in unique(of, "provider")}
+        for case, of in cases.items()
+    }
+
+    def line(own: list[Row]) -> list[str]:
+        name = own[0]["provider"]
+        cells = []
+        for case, of in means.items():
+            shown = _cell(select(own, case=case), most[case])
+            cells.append(f"**{shown}**" if of.get(name) == min(of.values()) else shown)
+        return [name, *cells]
+
+    header = ["optimizer", *(f"{case}, {count:,} steps" for case, count in steps.items())]
+    return markdown(header, lines_of(rows, line))
+
+
+def _seeds(rows: list[Row]) -> dict[str, int]:
+    """How many runs each optimizer has."""
+    return {name: len(select(rows, provider=name)) for name in unique(rows, "provider")}
+
+
+def _mean(rows: list[Row]) -> float:
+    values = [row["value"] for row in rows]
+    return math.inf if None in values else statistics.fmean(values)
+
+
+def _cell(rows: list[Row], seeds: int) -> str:
+    """Says so where it has fewer seeds than others, or one of them diverged."""
+    values = [row["value"] for row in rows if row["value"] is not None]
+    if not rows:
+        return "not measured"
+    if len(values) < len(rows):
+        return f"{len(rows) - len(values)} of {len(rows)} diverged"
+    few = f" ({len(rows)} of {seeds} seeds)" if len(rows) < seeds else ""
+    return mean_and_deviation(values, ".3f") + few

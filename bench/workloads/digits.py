@@ -23,6 +23,10 @@ class Digits:
     batch_size = 64
     rounds = 30
     warm_up = 0.0
+    metric = "test loss"
+    unit = "nat"
+    needs = ("sklearn", "pytorch_optimizer")
+    threads = 1
 
     def load(self, device: torch.device, *, tuning: bool) -> tuple[Set, Set]:
         """Training and test images; for tuning four and one fifths of the training images."""

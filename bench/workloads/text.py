@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDTH, LAYERS, HEADS = 96, 2, 4
+HEADS = 4
 CONTEXT, SEQUENCES = 64, 24  # characters that are seen, sequences a batch
 STEPS_A_ROUND = 25
 HELD_OUT_WINDOWS = 256  # 16,384 characters
@@ -25,10 +25,18 @@ VOCABULARY = len(CHARACTERS) + 1
 class Text:
     """Every tenth module is held out for the test, every tenth for tuning."""
 
-    name = "text"
     batch_size = SEQUENCES * CONTEXT  # the loss is a mean over characters
-    rounds = 20
     warm_up = 0.1
+    metric = "test loss"
+    unit = "nat"
+    needs = ("pytorch_optimizer",)
+    threads = 2
+
+    def __init__(
+        self, name: str = "text", *, width: int = 96, layers: int = 2, rounds: int = 20
+    ) -> None:
+        self.name, self.rounds = name, rounds
+        self._width, self._layers = width, layers
 
     def load(self, device: torch.device, *, tuning: bool) -> tuple[Tensor, Tensor]:
         """Training text, and held-out windows; the test's modules are not seen in tuning."""
@@ -46,8 +54,8 @@ class Text:
         return text.to(device), windows.to(device)
 
     def build_model(self) -> nn.Module:
-        """248,737 parameters in 30 tensors."""
-        return Transformer()
+        """248,737 parameters in 30 tensors at width 96, 2 layers."""
+        return Transformer(self._width, self._layers)
 
     def batches(self, data: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         """Windows at random places."""
@@ -82,13 +90,13 @@ def _windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
 class Transformer(nn.Module):
     """Pre-norm decoder with learned positions, weights normal with deviation 0.02 as in GPT-2."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 96, layers: int = 2) -> None:
         super().__init__()
-        self.token = nn.Embedding(VOCABULARY, WIDTH)
-        self.position = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.token = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
@@ -102,13 +110,13 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP of four widths, each behind a layer norm."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
-        self.projection = nn.Linear(WIDTH, WIDTH)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,10 @@ class Problem(Protocol):
     batch_size: int  # loss terms that a gradient averages
     rounds: int
     warm_up: float  # share of all steps in which the learning rate rises
+    metric: str  # what the loss of `evaluate` is called, on the data of the comparison
+    unit: str  # of a loss
+    needs: tuple[str, ...]  # packages
+    threads: int  # on a CPU, where nothing else runs: more wait for each other in a small network
 
     def load(self, device: torch.device, *, tuning: bool) -> tuple[Data, Data]:
         """Training data, and held-out data: other data for tuning than for the comparison."""
@@ -95,11 +99,11 @@ def train(
     *,
     seed: int,
     rounds: int,
-    progress: Callable[[], object],
-) -> dict[str, Run]:
+) -> Iterator[dict[str, Run]]:
     """Train one network an optimizer, all from the same weights on the same batches.
 
-    They take their steps in turn, so that noise falls on the times of all alike.
+    Yields the runs, always the same ones, at the end of each round. They take their steps in turn,
+    so that noise falls on the times of all alike.
     """
     train_set, held_out = sets
     generator = torch.Generator().manual_seed(seed)
@@ -115,8 +119,7 @@ def train(
         for name, run in runs.items():
             run.training_loss.append(float(totals[name]) / len(batches))
             run.evaluate(problem, held_out)
-        progress()
-    return runs
+        yield runs
 
 
 def _start(
