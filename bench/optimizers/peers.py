@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter, ParameterList
 from torch.optim import Optimizer
 
-from rootfree_fused import IFShampoo, reference
+from rootfree_fused import IFShampoo, RootFreeShampoo, reference
 from rootfree_fused.optimizer.layouts import layout_of
 from rootfree_fused.reference.structures import structure_of
 
@@ -117,6 +117,43 @@ def specified(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) 
         update = reference.precondition(g.view(layout.sizes), factors).view_as(p)
         reference.apply_(
             p, update, buffer, lr=LR, momentum=MOMENTUM, weight_decay=0.0, decoupled=True
+        )
+    return p - param.double()
+
+
+def rootfree_shampoo(
+    params: list[Parameter], interval: int, *, dtype: torch.dtype, capturable: bool = False
+) -> Optimizer:
+    return RootFreeShampoo(
+        params, lr=LR, factor_dtype=dtype, update_interval=interval, capturable=capturable
+    )
+
+
+def averaged(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) -> Tensor:
+    """Root-free Shampoo's displacement of a matrix, an axis above `limit` having a diagonal."""
+    p, g = _copy64(param), grad.double()
+    settings = {"structures": "auto", "max_dense_dim": limit, "vector_method": "adam"}
+    layout = layout_of(p.shape, settings)
+    assert layout is not None
+    buffer = torch.zeros(layout.sizes, dtype=torch.float64, device=p.device)
+    rows = buffer.new_zeros(layout.sizes[0])
+    grams, factors = [], []
+    starts = reference.start_values(0.1)
+    for size, structure, values in zip(layout.sizes, layout.structures, starts, strict=True):
+        for tensors, value in zip((grams, factors), values, strict=True):
+            like = buffer.new_zeros(structure.shape(size))
+            tensors.append(value * structure.identity_like(like))
+    for step in range(CHECK_STEPS):
+        reference.rootfree_shampoo_(
+            *(p, g.view(layout.sizes), buffer, grams, factors, rows, step + 1),
+            lr=LR,
+            beta1=0.9,
+            beta2=0.95,
+            damping=0.1,
+            weight_decay=0.0,
+            update_rms=0.4,
+            row_beta=0.95,
+            update_factors=step % interval == 0,
         )
     return p - param.double()
 
@@ -226,7 +263,8 @@ def _held_to_itself(build: Build, package: str, allowed: float, renews: bool = T
 def _preconditioned(
     build: Callable[..., Optimizer], dtype: torch.dtype, package: str, limit: int
 ) -> Peer:
-    displacement = functools.partial(specified, limit=limit)
+    truth = averaged if build is rootfree_shampoo else specified
+    displacement = functools.partial(truth, limit=limit)
     build = functools.partial(build, dtype=dtype)
     return Peer(build, package, displacement, ROUNDINGS[dtype], dense=limit)
 
@@ -237,6 +275,7 @@ MATRIX_PEERS = {
     f"{name}, {dtype_name(dtype)}": _preconditioned(build, dtype, package, limit)
     for name, build, package, limit in (
         ("IFShampoo", ifshampoo, "rootfree_fused", 2048),
+        ("RootFreeShampoo", rootfree_shampoo, "rootfree_fused", 2048),
         ("sirfshampoo", sirfshampoo, "sirfshampoo", NEVER),
     )
     for dtype in (torch.bfloat16, torch.float32)

@@ -37,6 +37,12 @@ def _targets() -> list[Target]:
         *large,
         Target("114 of 1024: a step", "114 of 1024", ours, "time", 6.0, True, "ms"),
         Target("the same, graph", "114 of 1024", f"{ours}, graph", "time", 6.0, True, "ms"),
+        *(
+            Target(f"RootFreeShampoo: {what}", "114 of 1024", f"{averaged}{kind}", *rest)
+            for averaged in ("RootFreeShampoo, bfloat16",)
+            for what, kind in (("a step", ""), ("graph", ", graph"))
+            for rest in (("time", 7.2, True, "ms"),)
+        ),
         Target("of the mm rate", "114 of 1024", ours, "rate fraction", 0.6),
         Target("eigh Shampoo", "114 of 1024", "Shampoo by batched eigh", "slowdown", 50.0),
         Target("sirfshampoo", "114 of 1024", "sirfshampoo, bfloat16", "slowdown", 5.0),
