@@ -28,7 +28,7 @@ from .measuring.rows import Rows, read_rows
 from .optimizers import METHODS
 from .optimizers.tuned import BASE, COMPARED
 from .plan import PLANS, Choice, Job, all_best, planned
-from .problems import PROBLEMS, rounded
+from .workloads.problems import PROBLEMS, rounded
 from .report import training as tables
 from .train import add_choice
 from .workloads.training import train

@@ -27,7 +27,7 @@ from .measuring.common import (
 from .measuring.rows import Row, Rows, read_rows, wrong
 from .optimizers import METHODS, PEERS
 from .optimizers.tuned import BASE, Settings
-from .problems import PROBLEMS, rounded
+from .workloads.problems import PROBLEMS, rounded
 from .report import training as tables
 from .workloads.training import Problem, Run, state_bytes, train
 

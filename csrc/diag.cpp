@@ -264,4 +264,5 @@ void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {
   m.impl("rmsprop_", rootfree_fused::update_tensors<rootfree_fused::Rmsprop>);
   m.impl("adamw_", rootfree_fused::update_tensors<rootfree_fused::Adamw>);
+  m.impl("vector_adam_", rootfree_fused::update_tensors<rootfree_fused::VectorAdam>);
 }

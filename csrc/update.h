@@ -145,6 +145,56 @@ ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
   p -= h.step_size * m / (s + h.damping);
 }
 
+struct VectorAdamOptions {
+  double lr, beta1, beta2, weight_decay, update_rms;
+  BatchSize batch_size;  // which this update does not ask for
+  bool maximize;
+  double grad_scale = 1.0, bias_correction1 = 1.0, bias_correction2 = 1.0;
+
+  auto scalars() { return std::tie(beta1, beta2, weight_decay, update_rms, batch_size, maximize); }
+
+  void set_step(double step) {
+    bias_correction1 = bias_correction(beta1, step + 1);
+    bias_correction2 = bias_correction(beta2, step);
+  }
+};
+
+// Adam with Nesterov's momentum; see rootfree_fused/reference/rootfree_shampoo.py.
+template <class T>
+struct VectorAdam {
+  using Options = VectorAdamOptions;
+  static constexpr int states = 2, required_states = 2;
+  T step_size, exp_avg_weight, exp_avg_sq_weight, inverse_correction, smallest_root, weight_decay,
+      grad_factor, largest_grad;
+
+  explicit VectorAdam(const Options& o)
+      : step_size(o.lr * o.update_rms / o.bias_correction1),
+        exp_avg_weight(1 - o.beta1),
+        exp_avg_sq_weight(1 - o.beta2),
+        inverse_correction(1 / o.bias_correction2),
+        smallest_root((1 - 1e-6) * std::sqrt(double(std::numeric_limits<T>::min()))),
+        weight_decay(o.lr * o.weight_decay),
+        grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
+        largest_grad(largest_gradient_of<T>(1)) {}
+};
+
+// State 0 is exp_avg (m), state 1 exp_avg_sq (v).
+//
+// m <- m + (1 - beta1) (g - m)
+// v <- v + (1 - beta2) (g^2 - v)
+// p <- p - lr weight_decay p - (lr rms/bc1) (m + (1 - beta1) (g - m)) / sqrt(v/bc2)
+template <class T>
+ROOTFREE_INLINE void update(const VectorAdam<T>& h, T& p, T g, T& m, T& v) {
+  g *= h.grad_factor;
+  g = std::abs(g) <= std::numeric_limits<T>::max() ? within(g, h.largest_grad) : g;
+  m = lerp(m, g, h.exp_avg_weight);
+  const T ahead = lerp(m, g, h.exp_avg_weight);
+  v = lerp(v, g * g, h.exp_avg_sq_weight);
+  const T root = std::sqrt(v * h.inverse_correction);
+  p -= h.weight_decay * p;
+  p -= h.step_size * ahead / (root < h.smallest_root ? h.smallest_root : root);
+}
+
 struct DescentOptions {
   double lr, momentum, weight_decay;
   bool decoupled, maximize;

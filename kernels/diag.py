@@ -24,17 +24,17 @@ come from a device vector, so a scheduled lr recompiles nothing; lr itself may l
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import decayed, descend, inverse_of, skips
-from .slots import ADAMW, RMSPROP, ROW, AdamWScalars, RMSpropScalars
+from .arithmetic import inverse_of, skips
+from .diag_bodies import BODIES
+from .slots import ROW
 from .tables import LaunchPlan, at_gradients, find_plan, readable, scalar_table
 
 # One row serves every dtype and device: on an H200 10^9 elements at 98.7 to 99.2 % of the bandwidth
@@ -49,69 +49,6 @@ NUM_WARPS = 4
 # Elements that a thread moves at once. With 4 the loads of float32 are 16 bytes wide and those of
 # 16-bit types 8; 8 would make the two disagree and send the 16-bit ones through shared memory.
 VECTOR = 4
-
-_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
-
-
-@triton.jit
-def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
-    sign = tl.load(scalars_ptr + RMSPROP.sign)
-    batch_size = tl.load(scalars_ptr + RMSPROP.batch_size)
-    damping = tl.load(scalars_ptr + RMSPROP.damping)
-    decoupled = tl.load(scalars_ptr + RMSPROP.decoupled)
-    coupled = tl.load(scalars_ptr + RMSPROP.coupled)
-    alpha = tl.load(scalars_ptr + RMSPROP.alpha)
-    one_minus_alpha = tl.load(scalars_ptr + RMSPROP.one_minus_alpha)
-
-    g *= sign
-    s = decayed(s, _square(batch_size, g), alpha, one_minus_alpha)
-    momentum_ptr = scalars_ptr + RMSPROP.momentum
-    p, buf = descend(p, g / (s + damping), buf, lr, coupled, decoupled, momentum_ptr)
-    return p, s, buf
-
-
-@triton.jit
-def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
-    sign = tl.load(scalars_ptr + ADAMW.sign)
-    batch_size = tl.load(scalars_ptr + ADAMW.batch_size)
-    damping = tl.load(scalars_ptr + ADAMW.damping)
-    weight_decay = tl.load(scalars_ptr + ADAMW.weight_decay)
-    beta1 = tl.load(scalars_ptr + ADAMW.beta1)
-    one_minus_beta1 = tl.load(scalars_ptr + ADAMW.one_minus_beta1)
-    beta2 = tl.load(scalars_ptr + ADAMW.beta2)
-    one_minus_beta2 = tl.load(scalars_ptr + ADAMW.one_minus_beta2)
-
-    g *= sign
-    p -= lr * weight_decay * p
-    # By halves where g - m of finite g is beyond the largest number.
-    beyond = (tl.abs(g - m) > _LARGEST) & (tl.abs(g) <= _LARGEST)
-    scale = tl.where(beyond, 0.5, 1.0)
-    m = decayed(scale * m, scale * g, beta1, one_minus_beta1) * tl.where(beyond, 2.0, 1.0)
-    s = decayed(s, _square(batch_size, g), beta2, one_minus_beta2)
-    denominator = s + damping
-    if step_ptr is not None:
-        step = tl.load(step_ptr)
-        lr /= _bias_correction(tl.load(scalars_ptr + ADAMW.log_beta1), step)
-        correction = _bias_correction(tl.load(scalars_ptr + ADAMW.log_beta2), step)
-        denominator = s / correction + damping
-    return p - lr * (m / denominator), m, s
-
-
-@triton.jit
-def _square(batch_size, g):
-    # At most the largest finite number: an infinite s would be NaN at the next step.
-    return tl.minimum(batch_size * g * g, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _bias_correction(log_decay, step):
-    # 1 - e^-y to 2 ulp; below y = 1 its Taylor series, which does not cancel. Float64 would be
-    # shorter, but some chips have so little of it that it, not memory, would bound the kernel.
-    y = -log_decay * step
-    series = 1.0
-    for n in tl.static_range(10, 1, -1):
-        series = 1.0 - y * (1.0 / n) * series
-    return tl.where(y < 1.0, y * series, 1.0 - tl.exp(-y))
 
 
 @triton.jit
@@ -218,77 +155,6 @@ def _diag_kernel(
             UPDATE,
             BLOCK,
         )
-
-
-def _rmsprop_scalars(
-    lr: float,
-    *,
-    alpha: float,
-    damping: float,
-    weight_decay: float,
-    momentum: float,
-    batch_size: float | Tensor,
-    decoupled: bool,
-    maximize: bool,
-) -> RMSpropScalars:
-    return RMSpropScalars(
-        lr=lr,
-        sign=-1.0 if maximize else 1.0,
-        batch_size=float(batch_size),
-        damping=damping,
-        decoupled=weight_decay if decoupled else 0.0,
-        coupled=0.0 if decoupled else weight_decay,
-        alpha=alpha,
-        one_minus_alpha=1 - alpha,
-        momentum=momentum,
-    )
-
-
-def _adamw_scalars(
-    lr: float,
-    *,
-    beta1: float,
-    beta2: float,
-    damping: float,
-    weight_decay: float,
-    batch_size: float | Tensor,
-    maximize: bool,
-) -> AdamWScalars:
-    return AdamWScalars(
-        lr=lr,
-        sign=-1.0 if maximize else 1.0,
-        batch_size=float(batch_size),
-        damping=damping,
-        weight_decay=weight_decay,
-        beta1=beta1,
-        one_minus_beta1=1 - beta1,
-        beta2=beta2,
-        one_minus_beta2=1 - beta2,
-        log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
-        log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
-    )
-
-
-class Body(NamedTuple):
-    """The Triton body of a diagonal method: all that it adds to the launch.
-
-    update: jit function of p, g, the first state, the second or None (registers), lr, scalars_ptr
-        and step_ptr, or None without steps; returns p and the states, in the schema's order, but no
-        None, which Triton 3.6 cannot return.
-    scalars: lr and the operator's settings to the row of `slots` that `update` reads.
-    counts: whether the operator has step counts.
-    """
-
-    update: Any
-    scalars: Callable[..., tuple[float, ...]]
-    counts: bool
-
-
-# By operator. A new method is its update, its row of scalars in slots.py and its entry here.
-BODIES = {
-    "rmsprop_": Body(_rmsprop_update, _rmsprop_scalars, counts=False),
-    "adamw_": Body(_adamw_update, _adamw_scalars, counts=True),
-}
 
 
 def prepare(lists: Sequence[Sequence[Tensor]]) -> LaunchPlan | None:

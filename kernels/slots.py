@@ -80,7 +80,7 @@ def padded(size: int) -> int:
 
 
 class RMSpropScalars(NamedTuple):
-    """What kernels/diag.py reads for root-free RMSProp."""
+    """What kernels/diag_bodies.py reads for root-free RMSProp."""
 
     lr: float  # 0 where it is read on the device
     sign: float  # of the gradient: -1 to ascend
@@ -94,13 +94,28 @@ class RMSpropScalars(NamedTuple):
 
 
 class AdamWScalars(NamedTuple):
-    """What kernels/diag.py reads for root-free AdamW."""
+    """What kernels/diag_bodies.py reads for root-free AdamW."""
 
     lr: float
     sign: float
     batch_size: float
     damping: float
     weight_decay: float
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    log_beta1: float
+    log_beta2: float
+
+
+class VectorAdamScalars(NamedTuple):
+    """What kernels/diag_bodies.py reads for the vectors of root-free Shampoo."""
+
+    lr: float
+    sign: float
+    weight_decay: float
+    update_rms: float
     beta1: float
     one_minus_beta1: float
     beta2: float
@@ -125,7 +140,9 @@ class IFShampooScalars(NamedTuple):
     bound: float  # of an entry of P, inf where there is none
 
 
-RMSPROP, ADAMW, IFSHAMPOO = map(columns, (RMSpropScalars, AdamWScalars, IFShampooScalars))
+RMSPROP, ADAMW, VECTOR_ADAM, IFSHAMPOO = map(
+    columns, (RMSpropScalars, AdamWScalars, VectorAdamScalars, IFShampooScalars)
+)
 
 
 # Tensors ----------------------------------------------------------------------------------------

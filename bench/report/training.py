@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..measuring.rows import Row, select, unique
 from ..optimizers.tuned import BASE
-from ..problems import PROBLEMS
+from ..workloads.problems import PROBLEMS
 from .cells import NOISY, lines_of, markdown, noisy, number, page, provenance
 
 TITLES = {

@@ -184,7 +184,7 @@ def store(value: Tensor, factor: Tensor, residual: Tensor | None) -> None:
     if residual is None:
         factor.copy_(value)
     else:
-        high, low = matrix.split(value)
+        high, low = matrix.split(value.float())
         factor.copy_(high)
         residual.copy_(low)
 

@@ -79,12 +79,13 @@ def backends() -> dict[str, str]:
     }
 
 
-def diagonal_kernels(params: list[Tensor]) -> DiagonalKernels | None:
-    """The Triton kernels, or None unless they serve all these parameters."""
+def diagonal_kernels(name: str, params: list[Tensor]) -> DiagonalKernels | None:
+    """The Triton kernels, or None unless they serve the method and all these parameters."""
     if not all(map(triton_serves, params)):
         return None
     kernels = extensions.triton("diag")
-    return None if isinstance(kernels, ImportError) else cast(DiagonalKernels, kernels)
+    missing = isinstance(kernels, ImportError) or name not in cast(Any, kernels).BODIES
+    return None if missing else cast(DiagonalKernels, kernels)
 
 
 def matrix_kernel(
@@ -144,7 +145,7 @@ def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[...,
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
         kernels = extensions.triton("diag")
-        missing = isinstance(kernels, ImportError)
+        missing = isinstance(kernels, ImportError) or method.name not in cast(Any, kernels).BODIES
         body = slow if missing else functools.partial(cast(Any, kernels).update_, method.name)
         served = list(map(triton_serves, params))
         if all(served):

@@ -44,7 +44,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
         # The parts of the work, and not the work, which would keep the gradients.
         method, params, steps = self._method, work.params, work.steps
         states = state_lists(method, work.states, self.param_groups[index])
-        kernels = diagonal_kernels(params) if gradients_suit(params) else None
+        kernels = diagonal_kernels(method.name, params) if gradients_suit(params) else None
         plan = kernels and kernels.prepare([params, work.grads, *filter(None, states)])
 
         def launch(plan: Any, group: Group, scaling: Scaling) -> None:

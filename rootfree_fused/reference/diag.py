@@ -58,7 +58,7 @@ def rmsprop_(
     """
     g, p = _operands(param, grad, square_avg, maximize)
 
-    square_avg.lerp_(square(g, batch_size), 1 - alpha)
+    square_avg.lerp_(_square(g, batch_size), 1 - alpha)
     u = g / (square_avg + damping)
     if decoupled:
         p = p - lr * weight_decay * p
@@ -99,8 +99,8 @@ def adamw_(
     bias_correction2 = bias_correction(beta2, step)
 
     p = p - lr * weight_decay * p
-    exp_avg.copy_(average(exp_avg, g, 1 - beta1))
-    exp_avg_sq.lerp_(square(g, batch_size), 1 - beta2)
+    exp_avg.copy_(_average(exp_avg, g, 1 - beta1))
+    exp_avg_sq.lerp_(_square(g, batch_size), 1 - beta2)
     denominator = exp_avg_sq / bias_correction2 + damping
     param.copy_(p - (lr / bias_correction1) * exp_avg / denominator)
 
@@ -111,13 +111,13 @@ def _operands(param: Tensor, grad: Tensor, state: Tensor, maximize: bool) -> tup
     return (-g if maximize else g), param.to(state.dtype)
 
 
-def average(m: Tensor, g: Tensor, weight: float) -> Tensor:
+def _average(m: Tensor, g: Tensor, weight: float) -> Tensor:
     """As lerp, by halves where g - m of finite g is beyond the largest number."""
     beyond = (g - m).isinf() & g.isfinite()
     return torch.where(beyond, 2 * torch.lerp(m / 2, g / 2, weight), torch.lerp(m, g, weight))
 
 
-def square(g: Tensor, batch_size: float) -> Tensor:
+def _square(g: Tensor, batch_size: float) -> Tensor:
     return (batch_size * g * g).clamp_max(torch.finfo(g.dtype).max)
 
 

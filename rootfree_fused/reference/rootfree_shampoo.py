@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .diag import average, bias_correction, square
+from .diag import bias_correction
 from .structures import structure_of
 
 # Added to the mean square of a row before it divides: no row grows by more than 0.1^(-1/2).
@@ -160,16 +160,19 @@ def vector_adam_(
     p <- (1 - lr weight_decay) p - lr vector_rms
          (beta1 m + (1 - beta1) g) / (1 - beta1^(t+1)) / sqrt(v / (1 - vector_beta2^t))
 
-    Squares end at the largest number of the dtype, and the root that divides at the root of the
-    smallest, where a square has no bits left.
+    Finite entries of g end where their squares would be infinite, and the root that divides where
+    a square has no bits left.
     """
     g = grad.to(exp_avg.dtype)
     g = -g if maximize else g
-    exp_avg.copy_(average(exp_avg, g, 1 - beta1))
-    exp_avg_sq.lerp_(square(g, 1.0), 1 - vector_beta2)
-    smallest = torch.finfo(g.dtype).tiny ** 0.5
+    smallest, largest = (
+        (1 - 1e-6) * getattr(torch.finfo(g.dtype), end) ** 0.5 for end in ("tiny", "max")
+    )
+    g = torch.where(g.isinf(), g, g.clamp(-largest, largest))
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.lerp_(g.square(), 1 - vector_beta2)
     root = (exp_avg_sq / bias_correction(vector_beta2, step)).sqrt().clamp_min(smallest)
-    update = average(exp_avg, g, 1 - beta1) / bias_correction(beta1, step + 1) / root
+    update = _ahead(exp_avg, g, beta1) / bias_correction(beta1, step + 1) / root
     _descend_(param, vector_rms * update, lr, weight_decay)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from rootfree_fused.kernels.diag import Body
+from rootfree_fused.kernels.diag_bodies import Body
 from rootfree_fused.kernels.slots import columns
 
 

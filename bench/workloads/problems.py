@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .workloads.autoencoder import Autoencoder
-from .workloads.digits import Digits
-from .workloads.text import Text
-from .workloads.training import Problem
+from .autoencoder import Autoencoder
+from .digits import Digits
+from .text import Text
+from .training import Problem
 
 # In the order in which runs are made.
 PROBLEMS: dict[str, Problem] = {
