@@ -19,6 +19,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from .shampoo import RootFreeShampoo
+
 Count = Callable[[tuple[Any, ...], dict[str, Any]], "float | Tensor"]
 
 
@@ -48,7 +50,8 @@ class BatchSizeCounter:
         model: its calls are counted in training mode with gradients enabled, once a backward has
             reached an output. Give the result of ``torch.compile`` or a parallel wrapper rather
             than the module inside, and no module that only runs inside a checkpoint.
-        optimizer: one whose groups have ``batch_size``.
+        optimizer: one of rootfree_fused. A RootFreeShampoo has no ``batch_size`` and needs none:
+            the counter then counts nothing, so that one loop takes all four classes.
         count: what one call adds.
 
             - "samples": the leading dimension, which all tensors (of one axis or more) among the
@@ -75,9 +78,9 @@ class BatchSizeCounter:
 
     Raises:
         TypeError: (call) no tensor to count or to follow, or a count that is no number.
-        ValueError: (constructor) a group without batch_size, an unknown `count`; (call) tensors
-            that disagree about the number of samples, a matrix of integers without `count`; (step)
-            a sum of 0, infinity or NaN.
+        ValueError: (constructor) a group without batch_size in another optimizer, an unknown
+            `count`; (call) tensors that disagree about the number of samples, a matrix of integers
+            without `count`; (step) a sum of 0, infinity or NaN.
         RuntimeError: (step) nothing was counted on some rank, or several ranks and no
             `process_group`. The step has changed nothing then.
     """
@@ -95,8 +98,9 @@ class BatchSizeCounter:
         ignore_index: int = -100,
         process_group: Any = None,
     ) -> None:
+        needs_none = isinstance(optimizer, RootFreeShampoo)
         for index, group in enumerate(optimizer.param_groups):
-            if "batch_size" not in group:
+            if "batch_size" not in group and not needs_none:
                 raise ValueError(
                     f"group {index} of {type(optimizer).__name__} has no batch_size; pass an "
                     "optimizer of rootfree_fused, and not a wrapper around it"
@@ -109,6 +113,8 @@ class BatchSizeCounter:
         self._counted: dict[object, float | Tensor] = {}
         self._backward = -1
         self._grads_filled = False
+        if needs_none:
+            return
         self._handles = (
             model.register_forward_hook(self._after_forward, with_kwargs=True),
             optimizer.register_step_pre_hook(self._before_step),

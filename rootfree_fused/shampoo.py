@@ -15,6 +15,19 @@ from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import ROOTFREE_SHAMPOO
 from .optimizer.state import MOMENTUM, ROWS, Initial, full_like
 
+# What users of the other classes and of torch.optim pass from habit, and what there is instead.
+_REPLACED = {
+    "batch_size": "leave it out: it needs none, since no scale of a gradient matters to it",
+    "initial_square_avg": "leave it out: no scale of a gradient matters to it",
+    "momentum": "pass betas=(momentum, beta2): its momentum is an average, and Nesterov's",
+    "nesterov": "leave it out: its momentum is Nesterov's",
+    "eps": "leave it out: damping, in units of the mean of S's diagonal, bounds what divides",
+    "merge_axes": "leave it out: a parameter is always the matrix of its first axis by all others",
+    "factor_lr": "pass betas=(beta1, beta2): a factor follows S, whose decay is beta2",
+    "factor_momentum": "pass betas=(beta1, beta2): a factor follows S, whose decay is beta2",
+    "max_update": "leave it out: every update of a matrix has the RMS update_rms",
+}
+
 
 class RootFreeShampoo(MatrixOptimizer):
     r"""Shampoo without roots or decompositions (root-free Shampoo): the one to train with.
@@ -84,6 +97,7 @@ class RootFreeShampoo(MatrixOptimizer):
     """
 
     _matrix_method = ROOTFREE_SHAMPOO
+    _replaced = _REPLACED
     _shaping = ("factor_dtype", "structures", "max_dense_dim", "vector_method")
 
     def __init__(

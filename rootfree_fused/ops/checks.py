@@ -116,12 +116,16 @@ _REPLACED = {
 }
 
 
-def refuse_unknown(owner: type, names: Iterable[str]) -> None:
-    """Raise a TypeError for arguments that the constructor of `owner` does not have."""
+def refuse_unknown(owner: type, names: Iterable[str], replaced: Mapping[str, str]) -> None:
+    """Raise a TypeError for arguments that the constructor of `owner` does not have.
+
+    `replaced` says what `owner` has in place of some, before what all classes have.
+    """
+    cures = {**_REPLACED, **replaced}
     for name in names:
         known = ", ".join(list(inspect.signature(owner).parameters)[1:-1])
         raise TypeError(
-            f"{owner.__name__} has no argument {name!r}; " + _REPLACED.get(name, f"it has {known}")
+            f"{owner.__name__} has no argument {name!r}; " + cures.get(name, f"it has {known}")
         )
 
 

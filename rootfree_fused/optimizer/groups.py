@@ -46,9 +46,11 @@ class DeclaringOptimizer(Optimizer):
     # Settings that decide what state there is, and of these the ones that no load may change.
     _shaping: tuple[str, ...] = ()
     _fixed: tuple[str, ...] = ()
+    # What a subclass has in place of arguments of other classes, for who passes those.
+    _replaced: Mapping[str, str] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any], unknown: Mapping[str, Any]) -> None:
-        refuse_unknown(type(self), unknown)
+        refuse_unknown(type(self), unknown, self._replaced)
         given = check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
         self._reset_caches()
         super().__init__(params, defaults | given)

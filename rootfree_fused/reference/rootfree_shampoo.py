@@ -200,7 +200,8 @@ def vector_rootfree_(
     g = scaled(grad.to(exp_avg.dtype), 1.0)
     g = -g if maximize else g
     exp_avg.lerp_(g, 1 - beta1)
-    weight = torch.as_tensor(1 / step, dtype=g.dtype, device=g.device).clamp_min(1 - vector_beta2)
+    count = torch.as_tensor(step, dtype=g.dtype, device=g.device)  # a count is float32
+    weight = count.reciprocal().clamp_min(1 - vector_beta2)
     exp_avg_sq.lerp_(g.square(), weight)
     divisor = exp_avg_sq + exp_avg_sq.mean()
     update = _ahead(exp_avg, g, beta1) / divisor.clamp_min(torch.finfo(g.dtype).tiny)
