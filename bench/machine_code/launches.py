@@ -5,15 +5,16 @@ Nothing runs and no GPU is needed: the launchers get CPU tensors, and recorders 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rootfree_fused.kernels import diag, matrix
+from rootfree_fused.kernels import diag, matrix, rootfree_shampoo
 from rootfree_fused.kernels.matrix_plan import Tiling
 
 from .offline import Call, Program, Recorder, compile_call
@@ -125,28 +126,46 @@ def matrix_calls(
     tiling: str, dtypes: Dtypes = (F32, F32), momentum: bool = True, buckets: Any = ONE_SQUARE
 ) -> dict[str, tuple[JITFunction, Call]]:
     """Kernel and call of every launch of an update, by name; TRANS_A makes two of a product."""
-    names = [name for name in vars(matrix) if name.endswith("_kernel")]
-    kernels = {name: getattr(matrix, name) for name in names}
-    recorders = {name: Recorder() for name in names}
-    choose, enough = matrix.tiling_of, matrix.ENOUGH_LARGE_TILES
-    for name, recorder in recorders.items():
-        setattr(matrix, name, recorder)
-    matrix.tiling_of = lambda *_: TILINGS[tiling]
+
+    def run() -> None:
+        _ifshampoo(F32 if tiling == "float32" else BF16, dtypes, momentum, buckets)
+
+    enough = matrix.ENOUGH_LARGE_TILES
     if tiling == "stacked":
         matrix.ENOUGH_LARGE_TILES = 0
     try:
-        _ifshampoo(F32 if tiling == "float32" else BF16, dtypes, momentum, buckets)
+        recorded = _recorded(matrix, tiling, run)
     finally:
-        matrix.tiling_of, matrix.ENOUGH_LARGE_TILES = choose, enough
-        for name, kernel in kernels.items():
-            setattr(matrix, name, kernel)
+        matrix.ENOUGH_LARGE_TILES = enough
     calls = {}
-    for name, kernel in kernels.items():
-        for call in recorders[name].calls:
+    for name, (kernel, made) in recorded.items():
+        for call in made:
             side = {True: " left", False: " right"}.get(call[2].get("TRANS_A"), "")
-            short = name.strip("_").removeprefix("stacked_").removesuffix("_kernel")
-            calls[short + side] = kernel, call
+            calls[name.removeprefix("stacked_") + side] = kernel, call
     return calls
+
+
+def _recorded(
+    module: ModuleType, tiling: str, run: Callable[[], None]
+) -> dict[str, tuple[JITFunction, list[Call]]]:
+    """A launcher's kernels by name, without `_kernel`, and what `run` calls each with."""
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    kernels = {name: getattr(module, name) for name in names}
+    recorders = {name: Recorder() for name in names}
+    choose = module.tiling_of
+    for name, recorder in recorders.items():
+        setattr(module, name, recorder)
+    module.tiling_of = lambda *_: TILINGS[tiling]
+    try:
+        run()
+    finally:
+        module.tiling_of = choose
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return {
+        name.strip("_").removesuffix("_kernel"): (kernel, recorders[name].calls)
+        for name, kernel in kernels.items()
+    }
 
 
 def matrix_tensors(
@@ -191,3 +210,58 @@ def matrix_program(
 ) -> Program:
     kernel, call = matrix_calls(tiling, dtypes, momentum)[name]
     return compile_call(kernel, call, architecture)
+
+
+# Root-free Shampoo ----------------------------------------------------------------------------
+
+# FLOPs an element of an n x n weight, over n: 24 in one step.
+SHAMPOO_FLOPS = {
+    "transform": 4,
+    "grams": 2,
+    "damped": 4,
+    "residuals": 2,
+    "squares": 2,
+    "roots": 4,
+    "inverses": 2,
+    "directions": 4,
+}
+SHAMPOO_KERNELS = ("scale", *SHAMPOO_FLOPS, "descend")
+_SHAMPOO = {
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "damping": 0.1,
+    "weight_decay": 0.1,
+    "update_rms": 0.4,
+    "row_beta": 0.95,
+    "maximize": False,
+    "update_factors": True,
+    "refresh_products": False,
+}
+
+
+def shampoo_calls(
+    tiling: str, dtypes: Dtypes = (F32, F32), buckets: Any = ONE_SQUARE
+) -> dict[str, tuple[JITFunction, list[Call]]]:
+    """Kernel and calls of every launch of a step, by name; directions has two."""
+
+    def run() -> None:
+        state, _ = matrix_tensors(buckets, F32 if tiling == "float32" else BF16)
+        factors, residuals, _, products, _ = state
+        shapes = [shape for shape, _, count in buckets for _ in range(count)]
+        params, grads, buffers = (
+            [torch.zeros(shape, dtype=dtype) for shape in shapes] for dtype in (*dtypes, F32)
+        )
+        averages = [torch.zeros(shape[0]) for shape in shapes]
+        stacks = [factor.float() for factor in factors], factors, residuals, products
+        found = rootfree_shampoo.buckets_of(params, grads, *stacks)
+        served = [bucket for bucket in found if bucket is not None]
+        lists = params, grads, buffers, averages, torch.ones(len(params)), torch.tensor(0.1)
+        rootfree_shampoo.rootfree_shampoo_(served, *lists, **_SHAMPOO)
+
+    return _recorded(rootfree_shampoo, tiling, run)
+
+
+@cache
+def shampoo_program(name: str, tiling: str, architecture: int) -> Program:
+    kernel, calls = shampoo_calls(tiling)[name]
+    return compile_call(kernel, calls[-1], architecture)
