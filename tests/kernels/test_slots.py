@@ -12,13 +12,21 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from rootfree_fused.kernels import factors, slots, tiles
+from rootfree_fused.kernels import factors, rootfree_shampoo_slots, slots, tiles
 from rootfree_fused.kernels.slots import LAYOUT, Names
 
 FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
-TABLES = {name: value for name, value in vars(slots).items() if isinstance(value, Names)}
+TABLES = {
+    name: value
+    for module in (slots, rootfree_shampoo_slots)
+    for name, value in vars(module).items()
+    if isinstance(value, Names)
+}
 ROWS = {name: names for name, names in TABLES.items() if list(names.value) == [*range(len(names))]}
-JOBS = ("GATHER", "PRODUCT", "MOMENTA", "FACTORS", "SQUARE", "PARAMS")
+JOBS = (
+    *("GATHER", "PRODUCT", "MOMENTA", "FACTORS", "SQUARE", "PARAMS"),
+    *("SCALE", "TRANSFORM", "GRAM", "DAMPED", "SYMMETRIC", "ROOT", "DIRECTION", "DESCENT"),
+)
 # What tables, and rows of them, are called.
 TABLE_WORDS = {"table", "row", "rows", "job", "jobs", "member", "members", "tiles", "scalars"}
 
@@ -74,7 +82,7 @@ def test_a_bare_number_is_found(line):
 
 def test_every_column_and_every_scalar_is_read_by_its_name():
     """By a kernel, all but the lr of IF-Shampoo and of a method, whose pointer is an argument."""
-    trees = [ast.parse(path.read_text()) for path in FILES if path.stem != "slots"]
+    trees = [ast.parse(path.read_text()) for path in FILES if not path.stem.endswith("slots")]
     read = {
         (node.value.id, node.attr)
         for tree in trees
