@@ -23,7 +23,7 @@ from .matrix_plan import (
     triangle_of,
 )
 from .rootfree_shampoo_slots import (
-    DTYPE_NAMES,
+    DTYPE,
     ROLE,
     Damped,
     Descent,
@@ -38,6 +38,11 @@ from .slots import LAYOUT, SIDE, Column, Square, padded
 
 # Tile columns of the gather's size that a program of the descent works on.
 DESCENT_TILES = 4
+_NAMES = {
+    torch.float32: DTYPE.float32,
+    torch.bfloat16: DTYPE.bfloat16,
+    torch.float16: DTYPE.float16,
+}
 
 
 class ShampooBucket(NamedTuple):
@@ -191,7 +196,7 @@ class _Builder(PlanDraft):
         rows, columns = bucket.sizes
         grid = grid_of(rows, columns, GATHER_ROWS, GATHER_COLUMNS)
         gradient, stats = self.matrix(), self.scratch(self.count, 2 * len(grid), 4)
-        names = [DTYPE_NAMES[dtype] for dtype in bucket.grad_dtypes]
+        names = [_NAMES[dtype] for dtype in bucket.grad_dtypes]
         row = Scale(
             source=self.member,
             target=gradient,
@@ -339,7 +344,7 @@ class _Builder(PlanDraft):
             "row_sums": row_sums, "tile_sums": tile_sums, "largest": scale, "averages": averages,
         }  # fmt: skip
         self.direction("directions", depth, common | last, axes)
-        names = [DTYPE_NAMES[dtype] for dtype in bucket.param_dtypes]
+        names = [_NAMES[dtype] for dtype in bucket.param_dtypes]
         descent = Descent(
             direction=direction,
             m=rows,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from .slots import Column, Names, columns
 
 
@@ -49,7 +47,6 @@ class _Role(NamedTuple):
 
 
 DTYPE, ROLE = map(Names, (_Dtype(), _Role()))
-DTYPE_NAMES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Scale(NamedTuple):
