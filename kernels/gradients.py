@@ -204,22 +204,31 @@ def _momentum_tile(
     job_ptr, scratch_ptr, buf_ptr, size, scale, scalars_ptr, tile, WIDE: tl.constexpr, BLOCK
 ):
     """Returns the largest magnitude of N."""
-    PARTS: tl.constexpr = 4
     n = size[1]
     g_ptr = pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, WIDE)
     out_ptr = pointer_at(job_ptr + TRANSFORM.output, scratch_ptr, WIDE)
+    if n % LAYOUT.row_multiple == 0:
+        largest = _momentum_parts(
+            g_ptr, buf_ptr, out_ptr, padded(n), size, scale, scalars_ptr, tile, BLOCK // 4, BLOCK
+        )
+    else:  # every element has an address of its own: fewer at a time
+        largest = _momentum_parts(
+            g_ptr, buf_ptr, out_ptr, n, size, scale, scalars_ptr, tile, LAYOUT.spilled_rows, BLOCK
+        )
+    return largest
+
+
+@triton.jit
+def _momentum_parts(
+    g_ptr, buf_ptr, out_ptr, stride, size, scale, scalars_ptr, tile,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     largest = tl.zeros([BLOCK], tl.float32)
-    for i in range(PARTS):
-        part = (PARTS * tile[0] + i, tile[1])
-        if n % LAYOUT.row_multiple == 0:
-            found = _momentum_part(
-                g_ptr, buf_ptr, out_ptr, padded(n), size, scale, scalars_ptr, part,
-                BLOCK // PARTS, BLOCK,
-            )  # fmt: skip
-        else:
-            found = _momentum_part(
-                g_ptr, buf_ptr, out_ptr, n, size, scale, scalars_ptr, part, BLOCK // PARTS, BLOCK
-            )
+    for i in range(BLOCK // ROWS):
+        part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
+        found = _momentum_part(
+            g_ptr, buf_ptr, out_ptr, stride, size, scale, scalars_ptr, part, ROWS, BLOCK
+        )
         largest = tl.maximum(largest, found)
     return tl.max(largest, 0)
 

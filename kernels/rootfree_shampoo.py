@@ -40,7 +40,7 @@ from .gradients import _scale_kernel, _transform_kernel
 from .matrix import MAX_COLUMNS, tiling_of
 from .matrix_launches import Launches, accessible, copy_back, member_table
 from .matrix_plan import MatrixPlan, grouped, kept_plan
-from .rootfree_shampoo_jobs import DESCENT_TILES, ShampooBucket, build_plan
+from .rootfree_shampoo_jobs import DESCENT_ROWS, DESCENT_TILES, ShampooBucket, build_plan
 from .rootfree_shampoo_slots import ShampooScalars
 from .roots import (
     _damped_kernel,
@@ -211,7 +211,8 @@ def _run(
         launch("directions", _directions_kernel, members)
         lr = numbers if lr.is_cpu else readable(lr, device)
         args = members, numbers, readable(step.steps.contiguous(), device), lr, found_inf
-        launches.elementwise("descend", _descend_kernel, *args, TILES=DESCENT_TILES)
+        blocks = {"BLOCK_M": DESCENT_ROWS, "TILES": DESCENT_TILES}
+        launches.elementwise("descend", _descend_kernel, *args, **blocks)
     for name in ("param", "buffer", "averages"):
         if name in lists:
             copy_back(lists[name], dense[name], buckets)

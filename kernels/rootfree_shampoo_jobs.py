@@ -36,8 +36,10 @@ from .rootfree_shampoo_slots import (
 )
 from .slots import LAYOUT, SIDE, Column, Square, padded
 
-# Tile columns of the gather's size that a program of the descent works on.
-DESCENT_TILES = 4
+# Rows of a program of the descent, and tiles of them of the gather's columns: fewer programs would
+# each sum up the rows of their whole matrix less often, and with more rows the path of ragged rows
+# would take more registers than leave room for a second program.
+DESCENT_ROWS, DESCENT_TILES = 32, 8
 _NAMES = {
     torch.float32: DTYPE.float32,
     torch.bfloat16: DTYPE.bfloat16,
@@ -358,7 +360,7 @@ class _Builder(PlanDraft):
             tile_sums_count=tiles,
             averages=averages,
         )
-        grid = grid_of(rows, columns, GATHER_ROWS, DESCENT_TILES * GATHER_COLUMNS)
+        grid = grid_of(rows, columns, DESCENT_ROWS, DESCENT_TILES * GATHER_COLUMNS)
         self.job("descend", 0, grid, descent)
 
     def direction(

@@ -56,59 +56,43 @@ def _is_idle(column_ptr, scratch_ptr):
 
 
 @triton.jit
-def _store_half(ptr, d, stride, value, part, is_diagonal):
-    if is_diagonal:
-        store_lower(ptr, d, stride, value, part)
-    else:
-        store_symmetric(ptr, d, stride, value, part, False)
-
-
-@triton.jit
 def _update_gram_part(ptr, d, stride, copy_ptr, seen, scalars_ptr, part, is_diagonal):
-    """Returns the sums of the diagonal by rows."""
-    ROWS: tl.constexpr = seen.shape[0]
-    COLUMNS: tl.constexpr = seen.shape[1]
-    ptrs, mask = tile_of(ptr, stride, (d, stride), part, ROWS, COLUMNS)
+    ptrs, mask = tile_of(ptr, stride, (d, stride), part, seen.shape[0], seen.shape[1])
     s = tl.load(ptrs, mask=mask, other=0.0)
     beta2 = tl.load(scalars_ptr + SHAMPOO.beta2)
     s = decayed(s, seen, beta2, tl.load(scalars_ptr + SHAMPOO.one_minus_beta2))
-    _store_half(ptr, d, stride, s, part, is_diagonal)
-    _store_half(copy_ptr, d, padded(d), s, part, is_diagonal)
-    offs_m = part[0] * ROWS + tl.arange(0, ROWS)
-    offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)
-    return tl.sum(tl.where(offs_m[:, None] == offs_n[None, :], s, 0.0), 1)
+    store_symmetric(ptr, d, stride, s, part, is_diagonal)
+    store_symmetric(copy_ptr, d, padded(d), s, part, is_diagonal)
 
 
 @triton.jit
 def _update_gram_tile(
     job_ptr, scratch_ptr, d, seen, scalars_ptr, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Returns the tile's sum of the diagonal."""
     ROWS: tl.constexpr = LAYOUT.spilled_rows
     gram_ptr = pointer_at(job_ptr + GRAM.gram, scratch_ptr, tl.float32)
     copy_ptr = pointer_at(job_ptr + GRAM.copy, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]
     if tl.load(job_ptr + GRAM.spill) == 0:  # rows are aligned
         parts = quarters(seen)
-        sums = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(4):
             part = (tile[0], 4 * tile[1] + i)
-            sums += _update_gram_part(
+            _update_gram_part(
                 gram_ptr, d, padded(d), copy_ptr, parts[i], scalars_ptr, part, is_diagonal
             )
-        trace = tl.sum(sums, 0)
     else:
         spill_ptr = pointer_at(job_ptr + GRAM.spill, scratch_ptr, tl.float32)
         spill(seen, spill_ptr, (d, d), tile)
-        rows = tl.zeros([ROWS], tl.float32)
         for i in range(BLOCK // ROWS):
             part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
             seen_part = spilled(spill_ptr, (d, d), part, ROWS, BLOCK)
-            rows += _update_gram_part(
-                gram_ptr, d, d, copy_ptr, seen_part, scalars_ptr, part, is_diagonal
-            )
-        trace = tl.sum(rows, 0)
-    return trace
+            _update_gram_part(gram_ptr, d, d, copy_ptr, seen_part, scalars_ptr, part, is_diagonal)
+    if is_diagonal:  # its trace, of what this program has written
+        tl.debug_barrier()
+        offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
+        diagonal = tl.load(gram_ptr + offs.to(tl.int64) * (d + 1), mask=offs < d, other=0.0)
+        trace_ptr = pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
+        tl.store(trace_ptr + tile[0], tl.sum(diagonal, 0))
 
 
 @triton.jit
@@ -144,10 +128,10 @@ def _grams_kernel(
         return
     d, e = (size_at(job_ptr + GRAM.size), size_at(job_ptr + GRAM.others))
     side = tl.load(job_ptr + GRAM.side)
-    trace_ptr = pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32) + tile[0]
     if side == SIDE.diagonal:
         trace = _update_diagonal_gram(job_ptr, scratch_ptr, d, e, scalars_ptr, tile[0], BLOCK)
-        tl.store(trace_ptr, trace)
+        trace_ptr = pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
+        tl.store(trace_ptr + tile[0], trace)
     else:
         seen_ptr = pointer_at(job_ptr + GRAM.seen, scratch_ptr, FACTOR)
         seen = (seen_ptr, size_at(job_ptr + GRAM.columns))
@@ -158,9 +142,7 @@ def _grams_kernel(
         else:
             gram = product_tile(seen, seen, gram, size, tile, True, False, BLOCK_K, PRECISION)
         gram *= 1.0 / e
-        trace = _update_gram_tile(job_ptr, scratch_ptr, d, gram, scalars_ptr, tile, FACTOR, BLOCK)
-        if tile[0] == tile[1]:
-            tl.store(trace_ptr, trace)
+        _update_gram_tile(job_ptr, scratch_ptr, d, gram, scalars_ptr, tile, FACTOR, BLOCK)
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
@@ -217,7 +199,10 @@ def _store_residual_part(ptr, d, product, part, is_diagonal):
     offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     e = product - tl.where((offs_m == offs_n) & (offs_m < d), 1.0, 0.0)
     e = e.to(ptr.dtype.element_ty)
-    _store_half(ptr, d, padded(d), e, part, is_diagonal)
+    if is_diagonal:
+        store_lower(ptr, d, padded(d), e, part)
+    else:
+        store_symmetric(ptr, d, padded(d), e, part, False)
     e = e.to(tl.float32)
     times = tl.where(offs_m > offs_n, 2.0, tl.where(offs_m == offs_n, 1.0, 0.0))
     return tl.sum(times * e * e, 1)
