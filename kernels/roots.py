@@ -35,6 +35,7 @@ from .rootfree_shampoo_slots import DAMPED, GRAM, ROOT, SHAMPOO, SYMMETRIC
 from .slots import LAYOUT, SIDE, SQUARE
 from .tiles import (
     find_tile,
+    mirror_lower,
     padded,
     pointer_at,
     product_tile,
@@ -42,7 +43,6 @@ from .tiles import (
     size_at,
     spill,
     spilled,
-    store_lower,
     store_symmetric,
     sum_of,
     tile_of,
@@ -87,8 +87,9 @@ def _update_gram_tile(
             part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
             seen_part = spilled(spill_ptr, (d, d), part, ROWS, BLOCK)
             _update_gram_part(gram_ptr, d, d, copy_ptr, seen_part, scalars_ptr, part, is_diagonal)
-    if is_diagonal:  # its trace, of what this program has written
-        tl.debug_barrier()
+    if is_diagonal:  # and its trace
+        mirror_lower(gram_ptr, d, d, tile, BLOCK)
+        mirror_lower(copy_ptr, d, padded(d), tile, BLOCK)
         offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
         diagonal = tl.load(gram_ptr + offs.to(tl.int64) * (d + 1), mask=offs < d, other=0.0)
         trace_ptr = pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
@@ -199,10 +200,7 @@ def _store_residual_part(ptr, d, product, part, is_diagonal):
     offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     e = product - tl.where((offs_m == offs_n) & (offs_m < d), 1.0, 0.0)
     e = e.to(ptr.dtype.element_ty)
-    if is_diagonal:
-        store_lower(ptr, d, padded(d), e, part)
-    else:
-        store_symmetric(ptr, d, padded(d), e, part, False)
+    store_symmetric(ptr, d, padded(d), e, part, is_diagonal)
     e = e.to(tl.float32)
     times = tl.where(offs_m > offs_n, 2.0, tl.where(offs_m == offs_n, 1.0, 0.0))
     return tl.sum(times * e * e, 1)
@@ -235,6 +233,8 @@ def _residuals_kernel(
     for i in tl.static_range(4):
         part = (tile[0], 4 * tile[1] + i)
         sums += _store_residual_part(out_ptr, d, parts[i], part, tile[0] == tile[1])
+    if tile[0] == tile[1]:
+        mirror_lower(out_ptr, d, padded(d), tile, BLOCK)
     norms_ptr = pointer_at(job_ptr + SYMMETRIC.norms, scratch_ptr, tl.float32)
     tl.store(norms_ptr + index, tl.sum(sums, 0))
 
@@ -339,6 +339,14 @@ def _inverses_kernel(
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     acc = product_tile(k, k, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION)
     store_square(job_ptr, scratch_ptr, d, acc, tile, FACTOR, BLOCK)
+    if tile[0] == tile[1]:
+        product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
+        if tl.load(job_ptr + SQUARE.spill) == 0:
+            mirror_lower(product_ptr, d, padded(d), tile, BLOCK)
+        else:
+            copy_ptr = pointer_at(job_ptr + SQUARE.copy, scratch_ptr, FACTOR)
+            mirror_lower(product_ptr, d, d, tile, BLOCK)
+            mirror_lower(copy_ptr, d, padded(d), tile, BLOCK)
     if tl.load(job_ptr + SQUARE.state) != 0:
         state_ptr = pointer_at(job_ptr + SQUARE.state, scratch_ptr, FACTOR)
         _copy_part(k_ptr, state_ptr, d, tile, BLOCK)

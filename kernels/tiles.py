@@ -195,20 +195,21 @@ def store_symmetric_tile(ptr, d, value, tile):
 
 
 @triton.jit
-def store_lower(ptr, d, stride, value, part):
-    """Store the lower half of a part of a diagonal tile, and its mirror image.
+def mirror_lower(ptr, d, stride, tile, BLOCK: tl.constexpr):
+    """Make a diagonal tile that this program has stored symmetric to the bit, by its lower half.
 
-    Of a product that is symmetric but for the rounding of its operands.
+    Of a product that is so but for rounding: three TF32 products are added up in another order.
     """
-    ROWS: tl.constexpr = value.shape[0]
-    COLUMNS: tl.constexpr = value.shape[1]
-    value = value.to(ptr.dtype.element_ty)
-    offs_m = part[0] * ROWS + tl.arange(0, ROWS)
-    offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)
-    ptrs, mask = tile_of(ptr, stride, (d, stride), part, ROWS, COLUMNS)
-    tl.store(ptrs, value, mask=mask & (offs_m[:, None] >= offs_n[None, :]))
-    mirrored, within = tile_of(ptr, stride, (d, stride), (part[1], part[0]), COLUMNS, ROWS)
-    tl.store(mirrored, tl.trans(value), mask=within & (offs_m[None, :] > offs_n[:, None]))
+    ROWS: tl.constexpr = LAYOUT.spilled_rows
+    offs_n = tile[1] * BLOCK + tl.arange(0, BLOCK)
+    tl.debug_barrier()
+    for i in range(BLOCK // ROWS):
+        part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
+        offs_m = part[0] * ROWS + tl.arange(0, ROWS)
+        ptrs, mask = tile_of(ptr, stride, (d, d), part, ROWS, BLOCK)
+        value = tl.trans(tl.load(ptrs, mask=mask, other=0.0))
+        ptrs, mask = tile_of(ptr, stride, (d, d), (part[1], part[0]), BLOCK, ROWS)
+        tl.store(ptrs, value, mask=mask & (offs_m[None, :] > offs_n[:, None]))
 
 
 @triton.jit

@@ -226,7 +226,7 @@ SHAMPOO_FLOPS = {
     "directions": 4,
 }
 SHAMPOO_KERNELS = ("scale", *SHAMPOO_FLOPS, "descend")
-_SHAMPOO = {
+SHAMPOO = {
     "beta1": 0.9,
     "beta2": 0.95,
     "damping": 0.1,
@@ -256,7 +256,7 @@ def shampoo_calls(
         found = rootfree_shampoo.buckets_of(params, grads, *stacks)
         served = [bucket for bucket in found if bucket is not None]
         lists = params, grads, buffers, averages, torch.ones(len(params)), torch.tensor(0.1)
-        rootfree_shampoo.rootfree_shampoo_(served, *lists, **_SHAMPOO)
+        rootfree_shampoo.rootfree_shampoo_(served, *lists, **SHAMPOO)
 
     return _recorded(rootfree_shampoo, tiling, run)
 

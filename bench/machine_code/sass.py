@@ -122,6 +122,19 @@ def matrix_entry(
     return Entry(name, configuration, architecture, modelled, build)
 
 
+def shampoo_entry(name: str, tiling: str, architecture: int) -> Entry:
+    """A launch of root-free Shampoo; it takes parameters and gradients of any dtype."""
+    stored = 4 if tiling == "float32" else 2
+    modelled = f"{(4 + stored) if name == 'scale' else (8 + stored)} bytes an element"
+    if name in launches.SHAMPOO_FLOPS:
+        modelled = f"{launches.SHAMPOO_FLOPS[name]} n FLOPs an element"
+
+    def build() -> Program:
+        return launches.shampoo_program(name, tiling, architecture)
+
+    return Entry(f"shampoo {name}", tiling, architecture, modelled, build)
+
+
 def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
     """Every configuration that something may launch on this architecture, each once."""
     float32 = launches.MATRIX_DTYPES[0]
@@ -133,6 +146,9 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
         for name in launches.matrix_kernels(tiling):
             if name != "gather" or tiling != "small":
                 yield matrix_entry(name, tiling, architecture)
+        if tiling != "stacked":
+            for name in launches.SHAMPOO_KERNELS:
+                yield shampoo_entry(name, tiling, architecture)
     for dtypes in () if quick else launches.MATRIX_DTYPES:
         if dtypes[1] != launches.F32:
             yield matrix_entry("gather", large, architecture, dtypes)

@@ -7,9 +7,9 @@ import torch
 from helpers.operators import ADAMW, RMSPROP
 from helpers.optimizers import parameters
 
-from bench.machine_code.launches import matrix_tensors
+from bench.machine_code.launches import SHAMPOO, matrix_tensors
 from bench.machine_code.offline import Recorder
-from rootfree_fused.kernels import diag, matrix, matrix_launches, tables
+from rootfree_fused.kernels import diag, matrix, matrix_launches, rootfree_shampoo, tables
 
 CUDA = torch.device("cuda")
 
@@ -46,12 +46,14 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    recorders = {(module, name) for module in (diag, matrix) for name in vars(module)}
+    recorders = {
+        (module, name) for module in (diag, matrix, rootfree_shampoo) for name in vars(module)
+    }
     for module, name in recorders:
         if name.endswith("_kernel"):
             monkeypatch.setattr(module, name, Recorder())
     caches = tables.scalar_table, tables._chunk_table, matrix_launches._table_of
-    for module in (tables, matrix):
+    for module in (tables, matrix, rootfree_shampoo):
         monkeypatch.setattr(module, "_plans", {})
     for cache in caches:
         cache.cache_clear()
@@ -74,13 +76,27 @@ def launcher(case):
             matrix.ifshampoo_(buckets, params, grads, buffers, lr, **settings)
 
         return step
+    if case == "rootfree_shampoo":
+        (factors, residuals, _, products, _), _ = matrix_tensors(
+            [((8, 16), (True, True), 2)], torch.bfloat16
+        )
+        stacks = [factor.float() for factor in factors], factors, residuals, products
+        lists = state, [torch.zeros(8) for _ in params], torch.ones(2), lr
+
+        def step(grads):
+            buckets = rootfree_shampoo.buckets_of(params, grads, *stacks)
+            rootfree_shampoo.rootfree_shampoo_(buckets, params, grads, *lists, **SHAMPOO)
+
+        return step
     if case == "adamw":
         return lambda grads: diag.update_("adamw_", params, grads, state, other, None, lr, **ADAMW)
     buffers = other if "momentum" in case else []
     return lambda grads: diag.update_("rmsprop_", params, grads, state, buffers, lr, **RMSPROP)
 
 
-@pytest.mark.parametrize("case", ["rmsprop", "rmsprop momentum", "adamw", "ifshampoo"])
+@pytest.mark.parametrize(
+    "case", ["rmsprop", "rmsprop momentum", "adamw", "ifshampoo", "rootfree_shampoo"]
+)
 def test_tables_of_gradients_made_under_capture_come_from_pinned_memory(case, stand_in):
     """They lie where no eager step has seen them; the graph's owner keeps all that it reads."""
     run = launcher(case)
