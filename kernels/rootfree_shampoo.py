@@ -22,8 +22,8 @@ Shapes: params (m, n) up to their axes; S and K dense (d, d) or diagonal (d,). D
 grads float32, bfloat16 or float16; S, M and v float32; a dense K bfloat16 with a residual
 (reference.split) or float32, and so GEMMs' operands and intermediates (three TF32 products for
 float32, never one); a diagonal K float32; accumulation, sums and scalars float32. FLOPs of an n x n
-weight: 24 n^3 a step, 4 n^3 between updates. Scratch: 22 bytes a parameter of an n x n bfloat16
-weight at an update, 8 between.
+weight: 24 n^3 a step, 4 n^3 between updates. Scratch: 20 bytes a parameter of an n x n bfloat16
+weight at an update, 8 between, 4 more where X is not kept.
 """
 
 from __future__ import annotations

@@ -320,9 +320,11 @@ class _Builder(PlanDraft):
         left, right = axes
         rows, columns = bucket.sizes
         common: dict[str, Column] = {"m": rows, "n": columns, "member": self.member}
+        # Y and Z have been read by then.
+        rooms = [axis.seen for axis in axes if axis.dense] if self.update else []
         b, scale = ahead, largest
         if left.dense and right.dense:
-            product = self.matrix()
+            product = rooms.pop() if rooms else self.matrix()
             first = {"a": left.product_operand, "b": ahead, "output": product, "k": rows}
             self.direction("left", rows, common | first | {"largest": largest}, axes)
             a, b, depth, scale = product, right.product_operand, columns, torch.zeros_like(largest)
@@ -332,7 +334,9 @@ class _Builder(PlanDraft):
             a, b, depth = ahead, right.product_operand, columns
         else:
             a, depth = ahead, 0
-        direction = ahead if depth == 0 else self.matrix()
+        direction = ahead
+        if depth > 0:
+            direction = rooms.pop() if rooms else self.matrix()
         tiles = len(grid_of(rows, columns, self.block, self.block))
         across = -(-columns // self.block)
         tile_sums = self.scratch(self.count, tiles, 4)
