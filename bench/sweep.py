@@ -28,9 +28,9 @@ from .measuring.rows import Rows, read_rows
 from .optimizers import METHODS
 from .optimizers.tuned import BASE, COMPARED
 from .plan import PLANS, Choice, Job, all_best, planned
-from .workloads.problems import PROBLEMS, rounded
 from .report import training as tables
 from .train import add_choice
+from .workloads.problems import PROBLEMS, rounded
 from .workloads.training import train
 
 QUICK_ROUNDS = 2

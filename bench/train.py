@@ -27,8 +27,8 @@ from .measuring.common import (
 from .measuring.rows import Row, Rows, read_rows, wrong
 from .optimizers import METHODS, PEERS
 from .optimizers.tuned import BASE, Settings
-from .workloads.problems import PROBLEMS, rounded
 from .report import training as tables
+from .workloads.problems import PROBLEMS, rounded
 from .workloads.training import Problem, Run, state_bytes, train
 
 CHECK = "first steps"
