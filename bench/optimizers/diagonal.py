@@ -135,8 +135,12 @@ def capturable(name: str, replay: bool = False) -> Provider:
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of a step, to replay."""
+    """A CUDA graph of a step, to replay; it keeps whose step it is, and with it all tensors."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> object:
+        return step and graph.replay()
+
+    return replay
