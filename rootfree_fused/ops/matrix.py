@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference.matrix import largest_update
 from .checks import check_hyperparameters, check_reachable, check_scaling, check_tensors
 from .diagonal import WeightDecayMode
-from .matrix_checks import check_buckets
+from .matrix_checks import check_buckets, check_writable
 from .overlap import check_apart
 from .schemas import as_scalar_tensor, mark_changed
 
@@ -117,7 +117,9 @@ def ifshampoo_(
         "products": [None] * len(factors) if products is None else list(products),
     }
     check_buckets(params, axes, per_axis, products_are_given=products is not None)
-    check_lists_apart(params, grads, {"momentum_buffers": buffers, **per_axis})
+    written: dict[str, Sequence[Tensor | None]] = {"momentum_buffers": buffers, **per_axis}
+    check_writable({"params": params, **written})
+    check_lists_apart(params, grads, written)
 
     if products is None:
         per_axis["products"] = room_for_products(per_axis["factors"])

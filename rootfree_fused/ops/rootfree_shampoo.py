@@ -18,7 +18,7 @@ from .checks import (
     state_dtype,
 )
 from .matrix import check_lists_apart, room_for_products
-from .matrix_checks import check_buckets
+from .matrix_checks import check_buckets, check_writable
 from .schemas import as_scalar_tensor, mark_changed
 
 
@@ -110,20 +110,24 @@ def rootfree_shampoo_(
         "factors": list(factors),
         "residuals": list(residuals),
         "grams": list(grams),
-        "products": [None] * len(list(factors)) if products is None else list(products),
     }
-    axes = [2] * (len(per_axis["factors"]) // 2)
-    check_buckets(params, axes, per_axis, products_are_given=products is not None)
-    _check_rows(params, rows, per_axis["factors"], row_beta)
-    check_lists_apart(
-        params,
-        grads,
-        {"momentum_buffers": buffers, "row_square_avgs": rows, **per_axis},
+    stacks = per_axis["factors"]
+    per_axis["products"] = [None] * len(stacks) if products is None else list(products)
+    check_buckets(
+        params, [2] * (len(stacks) // 2), per_axis, products_are_given=products is not None
     )
+    _check_rows(params, rows, stacks, row_beta)
+    written: dict[str, Sequence[Tensor | None]] = {
+        "momentum_buffers": buffers,
+        "row_square_avgs": rows,
+        **per_axis,
+    }
+    check_writable({"params": params, **written})
+    check_lists_apart(params, grads, written)
 
     if products is None:
-        per_axis["products"] = room_for_products(per_axis["factors"])
-    dense = [factor for factor in per_axis["factors"] if factor is not None]
+        per_axis["products"] = room_for_products(stacks)
+    dense = [factor for factor in stacks if factor is not None]
     torch.ops.rootfree_fused.rootfree_shampoo_(
         params,
         grads,

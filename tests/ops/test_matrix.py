@@ -222,6 +222,16 @@ def test_bad_tensors(dtype, change, error, said):
                 assert_bits_equal([actual], [expected])
 
 
+def test_a_tensor_of_inference_mode_is_told_before_anything_moved():
+    tensors, axes = lists()
+    with torch.inference_mode():
+        tensors["factor_momenta"][-1] = tensors["factor_momenta"][-1].clone()
+    before = copied(tensors)
+    with pytest.raises(ValueError, match=r"factor_momenta\[4\] was made in torch.inference_mode"):
+        call(tensors, axes)
+    assert_bits_equal(tensors["params"], before["params"])
+
+
 @pytest.mark.parametrize("missing", ["params", "factors", "momentum_buffers"])
 def test_lists_of_other_lengths(missing):
     tensors, axes = lists()
