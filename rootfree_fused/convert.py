@@ -4,14 +4,14 @@
     optimizer.load_state_dict(convert.from_sirfshampoo(theirs, optimizer))
 
 Nothing is approximated: what follows is the continuation of what was, and what has no counterpart
-is refused.
+is refused. `from_ifshampoo` alone goes from one method to another, and says what it takes along.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, count
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from torch.optim import Optimizer
 
 from .diag import RootFreeAdamW, RootFreeRMSprop
 from .matrix import IFShampoo
+from .ops.checks import state_dtype
 from .optimizer.base import RootFreeOptimizer
-from .optimizer.checkpoint import saved_group
-from .optimizer.checkpoint_checks import check_state_dict
+from .optimizer.conversion import Converted, Entry, assembled, entries_of, state_dict_of
 from .optimizer.groups import Group
 from .optimizer.layouts import layout_of
-from .optimizer.state import State, unused_state
+from .optimizer.state import MOMENTUM, ROWS, State
 from .reference import is_update_step
+from .reference.rootfree_shampoo import scaled
+from .shampoo import RootFreeShampoo
 
 # Their names of settings, and ours.
 _RMSPROP = {
@@ -56,21 +58,6 @@ _SHAMPOO: Group = {
 }
 
 
-class _Entry(NamedTuple):
-    """A parameter of ours with its group, and its position, group and state in the source."""
-
-    param: Tensor
-    own: Group
-    position: int
-    group: Mapping[str, Any]
-    state: Mapping[str, Any]
-
-
-class _Converted(NamedTuple):
-    settings: Group
-    state: Mapping[str, Any]
-
-
 def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo) -> dict[str, Any]:
     """A `state_dict` for `optimizer` with the state and the settings of a SIRFShampoo.
 
@@ -89,7 +76,7 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
     """
     if not isinstance(optimizer, IFShampoo):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass an IFShampoo")
-    saved = _state_dict(source)
+    saved = state_dict_of(source)
     for key in ("global_step", "preconditioner", "preconditioner_momenta"):
         if key not in saved:
             raise ValueError(f"the source has no {key!r}; pass a SIRFShampoo or its state_dict()")
@@ -99,7 +86,7 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
             "one pre-conditioner a parameter (sirfshampoo's default) can be converted"
         )
 
-    def convert(entry: _Entry) -> _Converted:
+    def convert(entry: Entry) -> Converted:
         settings = {**_renamed(entry, _SIRFSHAMPOO), **_SHAMPOO, "update_schedule": "constant"}
         if callable(settings["update_interval"]):
             raise ValueError(
@@ -114,9 +101,9 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
             for key in ("preconditioner", "preconditioner_momenta")
         )
         state = _factor_state(entry, settings, factors, momenta)
-        return _Converted(settings, {"step": saved["global_step"], **entry.state, **state})
+        return Converted(settings, {"step": saved["global_step"], **entry.state, **state})
 
-    return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+    return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])
 
 
 def from_released_code(
@@ -158,7 +145,7 @@ def from_released_code(
             f"optimizer is a {type(optimizer).__name__}, which the released code has not; pass a "
             "RootFreeRMSprop, a RootFreeAdamW or an IFShampoo"
         )
-    saved = _state_dict(source)
+    saved = state_dict_of(source)
     names, moment = (_ADAMW, "exp_avg_sq") if adamw else (_RMSPROP, "square_avg")
     own: Group = {"maximize": False}
     if not adamw:
@@ -169,10 +156,10 @@ def from_released_code(
         if adamw:
             own["bias_correction"] = released.bias_correction
 
-    def convert(entry: _Entry) -> _Converted:
+    def convert(entry: Entry) -> Converted:
         settings = {**_renamed(entry, names), **own}
         if not entry.state:  # it never had a gradient
-            return _Converted(settings, {})
+            return Converted(settings, {})
         if not {"step", moment} <= entry.state.keys():
             raise ValueError(
                 f"parameter {entry.position} of the source has the state {sorted(entry.state)}, "
@@ -181,9 +168,57 @@ def from_released_code(
         v = entry.state[moment]
         wide = v.to(torch.promote_types(v.dtype, torch.float32))
         s = wide * {**entry.own, **settings}["batch_size"]
-        return _Converted(settings, {**entry.state, moment: s})
+        return Converted(settings, {**entry.state, moment: s})
 
-    return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+    return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])
+
+
+def from_ifshampoo(
+    source: IFShampoo | Mapping[str, Any], optimizer: RootFreeShampoo
+) -> dict[str, Any]:
+    """A `state_dict` for `optimizer` that starts in the direction in which an IFShampoo went.
+
+    Of a matrix M is the source's momentum at an RMS of 1, the scale of the gradients that it now
+    averages; zero stays zero. The update is normalized, so that only M's direction and its weight
+    against them matter. S and K start anew, as multiples of the identity, and the first steps
+    continue along M: S is an average of squares, which IFShampoo does not keep, and its factors, in
+    units of the batch size, are at their own fixed point. M holds preconditioned gradients, so that
+    K must not be theirs too; it forgets them in 1 / (1 - beta1) steps, while K learns.
+
+    Steps are kept, and the average of rows starts at 1, its mean, as their count no longer says
+    that it is new. Vectors start anew, steps and all: Adam's averages are of plain gradients.
+    Settings are those of `optimizer`, since lr has another unit, but `maximize` is the source's.
+
+    Args:
+        source: an IFShampoo on the parameters of `optimizer`, or its `state_dict()`, whose
+            parameters must then come in the order of those of `optimizer`. Either stays as it is.
+        optimizer: a RootFreeShampoo. It is not changed.
+
+    Raises:
+        ValueError: other parameters, or no state of an IFShampoo.
+        TypeError: `optimizer` is not a RootFreeShampoo.
+    """
+    if not isinstance(optimizer, RootFreeShampoo):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass a RootFreeShampoo")
+    saved = state_dict_of(source)
+    if any("factor_lr" not in group for group in saved["param_groups"]):
+        raise ValueError(
+            "the source has a group without factor_lr; pass an IFShampoo or its state_dict()"
+        )
+
+    def convert(entry: Entry) -> Converted:
+        settings = {"maximize": entry.group["maximize"]}
+        layout = layout_of(entry.param.shape, entry.own)
+        if layout is None or not entry.state:
+            return Converted(settings, {})
+        dtype = state_dtype(entry.param)
+        rows = torch.ones(layout.sizes[:1], dtype=dtype, device=entry.param.device)
+        state = {"step": entry.state["step"], ROWS: rows}
+        if MOMENTUM in entry.state:
+            state[MOMENTUM] = scaled(entry.state[MOMENTUM].to(dtype), 1.0)
+        return Converted(settings, state)
+
+    return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])
 
 
 def _from_released_shampoo(source: Any, optimizer: IFShampoo) -> dict[str, Any]:
@@ -195,7 +230,7 @@ def _from_released_shampoo(source: Any, optimizer: IFShampoo) -> dict[str, Any]:
             f"T={source.T} from the start that is step {due}; set its T to what it was trained with"
         )
 
-    def convert(entry: _Entry) -> _Converted:
+    def convert(entry: Entry) -> Converted:
         name = names[entry.param]
         discounted = any(part in name for part in ("norm", "proj", "bias"))
         settings = {
@@ -210,17 +245,17 @@ def _from_released_shampoo(source: Any, optimizer: IFShampoo) -> dict[str, Any]:
             "batch_size": _released_batch_size(source),
         }
         if not source.steps:
-            return _Converted(settings, {})
+            return Converted(settings, {})
         axes = entry.param.squeeze().dim()
         factors, momenta = (
             [blocks[f"{name}_dim-{axes - axis}"] for axis in range(axes)]
             for blocks in (source.precond_B_blocks, source.precond_m_B_blocks)
         )
         state = _factor_state(entry, settings, factors, momenta)
-        return _Converted(settings, {"step": source.steps, **entry.state, **state})
+        return Converted(settings, {"step": source.steps, **entry.state, **state})
 
     saved = source.state_dict()
-    return _assembled(optimizer, [convert(entry) for entry in _entries(source, saved, optimizer)])
+    return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])
 
 
 def _checked(source: Any, *attributes: str) -> Any:
@@ -237,40 +272,7 @@ def _released_batch_size(source: Any) -> float:
     return source.batch_size if averaged else 1
 
 
-def _state_dict(source: Optimizer | Mapping[str, Any]) -> Mapping[str, Any]:
-    saved = source if isinstance(source, Mapping) else source.state_dict()
-    check_state_dict(saved)
-    return saved
-
-
-def _entries(
-    source: Optimizer | Mapping[str, Any], saved: Mapping[str, Any], optimizer: Optimizer
-) -> list[_Entry]:
-    """Each parameter of `optimizer` with what the source has of it."""
-    owned = [(param, group) for group in optimizer.param_groups for param in group["params"]]
-    theirs = [(key, group) for group in saved["param_groups"] for key in group["params"]]
-    if len(owned) != len(theirs):
-        raise ValueError(
-            f"the source has {len(theirs)} parameters but the optimizer has {len(owned)}; build it "
-            "with the same parameters, in the same order"
-        )
-    positions: Sequence[int] = range(len(owned))
-    if isinstance(source, Optimizer):
-        params = chain.from_iterable(group["params"] for group in source.param_groups)
-        found: dict[Tensor, int] = {param: i for i, param in enumerate(params)}
-        if any(param not in found for param, _ in owned):
-            raise ValueError(
-                "the source has other parameters than the optimizer; build it with those of the "
-                "source, or pass the source's state_dict() where they come in the same order"
-            )
-        positions = [found[param] for param, _ in owned]
-    return [
-        _Entry(param, group, i, theirs[i][1], saved["state"].get(theirs[i][0], {}))
-        for (param, group), i in zip(owned, positions, strict=True)
-    ]
-
-
-def _renamed(entry: _Entry, names: Mapping[str, str]) -> Group:
+def _renamed(entry: Entry, names: Mapping[str, str]) -> Group:
     """The settings of a parameter by our names, with the lr that schedulers start from."""
     if missing := names.keys() - entry.group.keys():
         raise ValueError(
@@ -287,7 +289,7 @@ def _renamed(entry: _Entry, names: Mapping[str, str]) -> Group:
     return {**kept, **{ours: entry.group[theirs] for theirs, ours in names.items()}}
 
 
-def _structures(entry: _Entry) -> str | tuple[str, ...]:
+def _structures(entry: Entry) -> str | tuple[str, ...]:
     structures = entry.group["structures"]
     if others := set(structures) - {"dense", "diagonal"}:
         raise ValueError(
@@ -298,7 +300,7 @@ def _structures(entry: _Entry) -> str | tuple[str, ...]:
 
 
 def _factor_state(
-    entry: _Entry,
+    entry: Entry,
     settings: Group,
     factors: Sequence[Tensor | None],
     momenta: Sequence[Tensor | None],
@@ -327,30 +329,3 @@ def _factor_state(
                 )
             state[f"{key}_{axis}"] = value if structure.is_dense else value.diagonal().clone()
     return state
-
-
-def _assembled(optimizer: RootFreeOptimizer, converted: Sequence[_Converted]) -> dict[str, Any]:
-    """A state_dict of `optimizer`; state that the source does not have is as it starts."""
-    groups: list[Group] = []
-    states: dict[int, Mapping[str, Any]] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        positions = range(len(states), len(states) + len(group["params"]))
-        settings = converted[positions[0]].settings if positions else {}
-        merged = {**group, **settings, "initial_square_avg": 1.0}  # as they start
-        unused = unused_state(merged)
-        for position, param in zip(positions, group["params"], strict=True):
-            _check_same(index, positions[0], settings, position, converted[position].settings)
-            spec = optimizer._full_spec(param, merged)
-            initial = {k: start(param.device) for k, start in spec.items() if k not in unused}
-            states[position] = {**initial, **converted[position].state}
-        groups.append({**saved_group(merged), "params": list(positions)})
-    return {"state": states, "param_groups": groups}
-
-
-def _check_same(index: int, first: int, settings: Group, position: int, others: Group) -> None:
-    for key in settings.keys() | others.keys():
-        if settings.get(key) != others.get(key):
-            raise ValueError(
-                f"parameters {first} and {position} of group {index} had {key} {settings.get(key)} "
-                f"and {others.get(key)} in the source; build the optimizer with a group for each"
-            )
