@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.batch_size import Net, batch, batch_sizes, setup
-from helpers.optimizers import SETTINGS, assert_identical, build, snapshot
+from helpers.optimizers import SCALED, assert_identical, build, snapshot
 from torch import nn
 
 from rootfree_fused import BatchSizeCounter
@@ -20,7 +20,7 @@ class Anything(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_training_equals_a_batch_size_set_by_hand(name, micro_batches):
     """Batches that vary, with evaluations between: every bit of parameters and state."""

@@ -21,6 +21,23 @@ ADAMW = {
     "batch_size": 8.0,
     "maximize": False,
 }
+# Of root-free Shampoo's vectors, which read no batch size.
+VECTOR_ADAM = {
+    "beta1": 0.8,
+    "vector_beta2": 0.95,
+    "weight_decay": 0.1,
+    "vector_rms": 0.7,
+    "batch_size": 1.0,
+    "maximize": False,
+}
+VECTOR_ROOTFREE = {
+    "beta1": 0.8,
+    "vector_beta2": 0.95,
+    "weight_decay": 0.1,
+    "update_rms": 0.4,
+    "batch_size": 1.0,
+    "maximize": True,
+}
 
 
 def for_operators(scalars):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
-from helpers.operators import ADAMW, RMSPROP, for_operators
+from helpers.operators import ADAMW, RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, for_operators
 
 from rootfree_fused import reference
 from rootfree_fused.ops import by_reference
@@ -18,6 +20,8 @@ CASES = {
     "rmsprop_, without momentum": ({**RMSPROP, "momentum": 0.0}, 1),
     "adamw_": (ADAMW, 2),
     "adamw_, without correction": (ADAMW, 2),
+    "vector_adam_": (VECTOR_ADAM, 2),
+    "vector_rootfree_": (VECTOR_ROOTFREE, 2),
 }
 
 
@@ -29,8 +33,9 @@ def drawn(case):
         [torch.rand(shape, dtype=torch.float64) for shape in SHAPES] for _ in range(2 + states)
     ]
     empty = [[]] if case.startswith("rmsprop") and states == 1 else []
-    counts = {"adamw_": [STEPS], "adamw_, without correction": [None]}.get(case, [])
-    return scalars, lists, [*empty, *counts]
+    if case.startswith("rmsprop"):
+        return scalars, lists, empty
+    return scalars, lists, [None if case == "adamw_, without correction" else STEPS]
 
 
 def call(case, lists, between, scalars, **scaling):
@@ -44,12 +49,13 @@ def test_every_tensor_takes_the_step_of_the_specification(case, scale):
     scalars, lists, between = drawn(case)
     wanted = [[tensor.clone() for tensor in tensors] for tensors in lists]
     for i, (param, grad, *state) in enumerate(zip(*wanted, strict=True)):
-        if case.startswith("adamw"):
+        if not case.startswith("rmsprop"):
             state.append(None if between[-1] is None else STEPS[i])
         elif len(state) == 1:
             state.append(None)
         specification = getattr(reference, case.partition(",")[0])
-        specification(param, grad, *state, lr=0.1, **scalars)
+        own = {k: scalars[k] for k in scalars.keys() & signature(specification).parameters.keys()}
+        specification(param, grad, *state, lr=0.1, **own)
     if scale is not None:
         lists[1] = [grad * scale for grad in lists[1]]
     call(case, lists, between, scalars, grad_scale=scale and torch.tensor(scale))

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers.operators import ADAMW, RMSPROP, for_operators
+from helpers.operators import ADAMW, RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, for_operators
 from helpers.optimizers import (
     DIAGONAL,
     accepted,
@@ -44,6 +44,8 @@ def operator_calls(device):
         "rmsprop_ without momentum": ((*lists(device, 3), [], LR), {**rmsprop, "momentum": 0.0}),
         "adamw_": ((*lists(device), None, LR), adamw),
         "adamw_ with steps": ((*lists(device), steps, LR), adamw),
+        "vector_adam_": ((*lists(device), steps, LR), for_operators(VECTOR_ADAM)),
+        "vector_rootfree_": ((*lists(device), steps, LR), for_operators(VECTOR_ROOTFREE)),
     }
 
 
