@@ -28,7 +28,7 @@ from .measuring.rows import Rows, read_rows
 from .optimizers import METHODS
 from .optimizers.tuned import BASE, COMPARED
 from .plan import PLANS, Choice, Job, all_best, planned
-from .report import training as tables
+from .report import losses
 from .train import add_choice
 from .workloads.problems import PROBLEMS, rounded
 from .workloads.training import train
@@ -66,11 +66,10 @@ def run(args: argparse.Namespace) -> int:
         rows.refuse_others()
         left = spread(lambda: plan_of(rows, args), rows, args, stop)
     print(f"{left} runs of the plan are left" if left else "the plan is whole")
-    written = rows.finish(tables.sweep)
+    written = rows.finish(losses.sweep)
     for (task, name), settings in all_best(written).items():
-        print(
-            f"{task}, {name}: tuned={ {key: settings[key] for key in METHODS[task][name].search} }"
-        )
+        tuned = {key: settings[key] for key in METHODS[task][name].search}
+        print(f"{task}, {name}: {tuned=}")
     return 0
 
 

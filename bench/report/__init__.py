@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..measuring.common import optional
 from ..measuring.rows import ROOT, Row, read_rows, unique
-from . import tables, targets, training
+from . import losses, tables, targets, training
 from .cells import provenance
 from .figures import shows
 from .pages import PAGES, pictures, summary, write
@@ -30,7 +30,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "host": tables.host,
     "gpu": targets.table,
     "train": training.train,
-    "sweep": training.sweep,
+    "sweep": losses.sweep,
     "defaults": training.defaults,
 }
 

@@ -21,7 +21,8 @@ from typing import NamedTuple
 from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
-from .training import TITLES, curves, goals, in_order
+from .losses import in_order
+from .training import TITLES, curves, goals
 
 # FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
 DIAGONAL_FLOPS = {
