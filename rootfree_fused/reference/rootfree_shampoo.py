@@ -200,8 +200,11 @@ def vector_rootfree_(
     g = scaled(grad.to(exp_avg.dtype), 1.0)
     g = -g if maximize else g
     exp_avg.lerp_(g, 1 - beta1)
-    count = torch.as_tensor(step, dtype=g.dtype, device=g.device)  # a count is float32
-    weight = count.reciprocal().clamp_min(1 - vector_beta2)
+    weight: float | Tensor
+    if isinstance(step, Tensor) and not step.is_cpu:  # a count is float32
+        weight = step.to(g.dtype).reciprocal().clamp_min(1 - vector_beta2)
+    else:  # a number, as a copy to the device would make the host wait
+        weight = max(1 - vector_beta2, 1 / float(step))
     exp_avg_sq.lerp_(g.square(), weight)
     divisor = exp_avg_sq + exp_avg_sq.mean()
     update = _ahead(exp_avg, g, beta1) / divisor.clamp_min(torch.finfo(g.dtype).tiny)
