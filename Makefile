@@ -29,13 +29,13 @@ test: docs $(VENV)/triton36
 bench: $(VENV)/installed
 	$(BIN)/python -m bench diag --short $(FLAGS)
 	$(BIN)/python -m bench matrix --short --seconds 4 $(FLAGS)
-	$(BIN)/python -m bench train --problem digits --seeds 2 $(FLAGS)
+	$(BIN)/python -m bench train --tasks digits --seeds 2 $(FLAGS)
 	$(BIN)/python -m bench report --rows bench/out
 
 bench-all: $(VENV)/installed
 	$(BIN)/python -m bench diag $(FLAGS)
 	$(BIN)/python -m bench matrix $(FLAGS)
-	$(BIN)/python -m bench train --seeds 2 $(FLAGS)
+	$(BIN)/python -m bench train --tasks digits text --seeds 2 $(FLAGS)
 	$(BIN)/python -m bench report --rows bench/out
 
 # Without a network; a warning is an error (mkdocs.yml).

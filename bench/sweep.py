@@ -45,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(device="cpu")
     add_choice(parser, "--kinds", PLANS)
     add_choice(parser, "--tasks", PROBLEMS)
-    parser.add_argument(
-        "--methods", nargs="+", choices=BASE, default=list(COMPARED), metavar="NAME"
-    )
+    add_choice(parser, "--methods", BASE)
+    parser.set_defaults(methods=list(COMPARED))
     parser.add_argument(
         "--again", action="store_true", help="search again where the best of a search is stored"
     )
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         rows.refuse_others()
         left = spread(lambda: plan_of(rows, args), rows, args, stop)
     print(f"{left} runs of the plan are left" if left else "the plan is whole")
-    written = rows.finish(losses.sweep)
+    written = rows.finish(losses.sweep if read_rows(rows.path) else None)
     for (task, name), settings in all_best(written).items():
         tuned = {key: settings[key] for key in METHODS[task][name].search}
         print(f"{task}, {name}: {tuned=}")

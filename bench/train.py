@@ -62,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_choice(parser: argparse.ArgumentParser, option: str, choices: dict) -> None:
     """An option for one or more of these; all of them if it is left out."""
-    parser.add_argument(option, nargs="+", choices=choices, default=list(choices), metavar="NAME")
+    about = "one or more of them"
+    parser.add_argument(
+        option, nargs="+", choices=choices, default=list(choices), metavar="NAME", help=about
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,14 +1,16 @@
-"""Tables of the losses of `bench sweep`, from rows alone."""
+"""Tables and the plot of the losses of `bench sweep`, from rows alone."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 
 from ..measuring.rows import Row, select, unique
 from ..optimizers.tuned import BASE
 from ..workloads.problems import PROBLEMS
 from .cells import lines_of, markdown, page, provenance
+from .figures import logarithmic, save, styles, subplots
 from .training import mean_and_deviation, settings_text
 
 KINDS = {"defaults": "At the defaults", "tuned": "At the best of a search"}
@@ -97,3 +99,38 @@ def _cell(rows: list[Row], seeds: int) -> str:
         return f"{len(rows) - len(values)} of {len(rows)} diverged"
     few = f" ({len(rows)} of {seeds} seeds)" if len(rows) < seeds else ""
     return mean_and_deviation(values, ".3f") + few
+
+
+# Basins ---------------------------------------------------------------------------------------
+
+
+def basin_rows(rows: list[Row]) -> list[Row]:
+    """Last losses at several learning rates."""
+    return in_order([row for row in rows if row["detail"].get("kind") == "basin"])
+
+
+def basin(rows: list[Row], path: Path) -> None:
+    """A panel a problem; on the upper edge lies what ended there, above it, or diverged."""
+    cases = unique(rows, "case")
+    figure, _ = subplots(len(cases), height=4.6)
+    for axis, case in zip(figure.axes, cases, strict=True):
+        own = select(rows, case=case)
+        lowest, top = edges([row["value"] for row in own if row["value"] is not None])
+        for name, look in styles(unique(own, "provider")).items():
+            of = select(own, provider=name)
+            x = [row["detail"]["settings"]["lr"] for row in of]
+            y = [top if row["value"] is None else min(top, row["value"]) for row in of]
+            axis.plot(x, y, **look, lw=1.8, ms=5, clip_on=False)
+        logarithmic(axis, "x")
+        axis.set(xlabel="lr", ylabel=f"{own[0]['metric']}, {own[0]['unit']}", title=case)
+        axis.set_ylim(lowest, top)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    save(figure, rows, path, "Last loss against lr, one seed; at the top: above it, or diverged")
+
+
+def edges(ended: list[float]) -> tuple[float, float]:
+    """Of the axis of losses: at most three times the lowest, so that what trained is told apart."""
+    lowest, highest = min(ended), min(max(ended), 3 * min(ended))
+    margin = 0.04 * (highest - lowest)
+    return lowest - margin, highest + margin

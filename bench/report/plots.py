@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
-from .losses import in_order
+from .losses import basin, basin_rows
 from .training import TITLES, curves, goals
 
 # FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
@@ -235,39 +235,6 @@ def loss(rows: list[Row], path: Path) -> None:
     axes[0].legend(frameon=False)
     seeds = len({row["detail"]["seed"] for row in goals(rows)})
     save(figure, rows, path, f"{TITLES[case]}: mean and range of {seeds} seeds")
-
-
-# Basins ---------------------------------------------------------------------------------------
-
-
-def basin_rows(rows: list[Row]) -> list[Row]:
-    """Last losses at several learning rates."""
-    return in_order([row for row in rows if row["detail"].get("kind") == "basin"])
-
-
-def basin(rows: list[Row], path: Path) -> None:
-    """A panel a problem; what diverged, or ended above the first loss, lies on the upper edge."""
-    cases = unique(rows, "case")
-    figure, _ = subplots(len(cases), height=4.6)
-    for axis, case in zip(figure.axes, cases, strict=True):
-        own = select(rows, case=case)
-        ended = [row["value"] for row in own if row["value"] is not None]
-        top = min(max(ended), 4 * min(ended)) * 1.1
-        for name, look in styles(unique(own, "provider")).items():
-            of = select(own, provider=name)
-            x = [row["detail"]["settings"]["lr"] for row in of]
-            axis.plot(x, [min(top, _loss(row)) for row in of], **look, lw=1.8, ms=5, clip_on=False)
-        logarithmic(axis, "x", "y")
-        axis.set(xlabel="lr", ylabel=f"{own[0]['metric']}, {own[0]['unit']}", title=case)
-        axis.set_ylim(min(ended) / 1.03, top)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
-    about = "Last loss against lr, all else at the defaults; one seed"
-    save(figure, rows, path, f"{about}; on the upper edge: there, above, or diverged")
-
-
-def _loss(row: Row) -> float:
-    return math.inf if row["value"] is None else row["value"]
 
 
 PLOTS = {

@@ -213,7 +213,7 @@ def test_the_help_names_defaults_cases_and_where_it_runs(capsys):
     assert "each of the 15 or 16 cases (default: 4.0)" in shown["diag"]
     assert len(diag.cases(CPU, False)) == 15
     assert "(default: None)" not in shown["diag"]
-    assert "search the settings again" in shown["train"]
+    assert "search again where the best of a search is stored" in shown["sweep"]
     main([])
     assert "pip install --no-build-isolation -e" in capsys.readouterr().out
 

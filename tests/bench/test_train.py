@@ -1,27 +1,28 @@
-"""`python -m bench train`: its problems, loop, search, tables and plots."""
+"""`python -m bench train`: its problems, loop, methods, tables and plots."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from functools import partial
 from itertools import chain, pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.bench import CPU, RESULTS, needs_extras, row
-from torch.optim import SGD
 
 from bench import train
 from bench.__main__ import main
 from bench.measuring import rows
 from bench.optimizers import tuned
+from bench.report import plots
 from bench.report import training as tables
 from bench.workloads import text, training
+from bench.workloads.autoencoder import Autoencoder
 from bench.workloads.digits import Digits
+from bench.workloads.problems import PROBLEMS
 from bench.workloads.text import Text
-from rootfree_fused import RootFreeRMSprop
 
 # Problems -------------------------------------------------------------------------------------
 
@@ -69,6 +70,34 @@ def test_the_transformer_predicts_the_next_character_from_those_before():
     assert change[40:].min() > 0
 
 
+@needs_extras
+def test_the_autoencoder_is_trained_and_evaluated_on_all_images():
+    problem = Autoencoder()
+    torch.manual_seed(0)
+    model = problem.build_model()
+    assert [layer.out_features for layer in model[::2]] == [48, 24, 8, 24, 48, 64]
+    assert {type(layer) for layer in model[1::2]} == {torch.nn.Tanh}
+    images, held_out = problem.load(CPU, tuning=False)
+    assert images.shape == (1797, 64)
+    assert images is held_out
+    batches = list(problem.batches(images, torch.Generator().manual_seed(0)))
+    assert problem.rounds * len(batches) == 600
+    assert {batch.shape for batch in batches} == {(problem.batch_size, 64)}
+    with torch.no_grad():
+        by_hand = sum(((model(x) - x) ** 2).sum() for x in images) / len(images)
+        assert problem.evaluate(model, held_out)["loss"] == pytest.approx(float(by_hand), rel=1e-4)
+
+
+def test_text_is_trained_for_longer_and_at_width_256():
+    long, wide = PROBLEMS["long text"], PROBLEMS["wide text"]
+    assert text.STEPS_A_ROUND * long.rounds == 1500
+    assert text.STEPS_A_ROUND * wide.rounds == 300
+    model = wide.build_model()
+    assert len(model.blocks) == 4
+    assert model.head.in_features == 256
+    assert {len(p) for p in model.blocks.parameters() if p.ndim == 2} == {256, 768, 1024}
+
+
 @pytest.mark.parametrize("problem", [Digits(), Text()], ids=lambda p: p.name)
 @needs_extras
 def test_batch_size_is_the_number_of_terms_that_the_loss_averages(problem):
@@ -108,7 +137,7 @@ def test_optimizers_of_a_seed_start_alike_and_see_the_same_batches():
         name: lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for name in ("first", "second")
     }
-    runs = training.train(Digits(), twins, sets, CPU, seed=0, rounds=1, progress=lambda: None)
+    (runs,) = training.train(Digits(), twins, sets, CPU, seed=0, rounds=1)
     assert runs["first"].training_loss == runs["second"].training_loss
     assert runs["first"].held_out == runs["second"].held_out
     assert runs["first"].held_out.keys() == {"loss", "accuracy"}
@@ -126,58 +155,53 @@ def test_state_is_counted_in_lists_and_dicts_too():
     assert training.state_bytes(optimizer) == 12 + 16 + 10
 
 
-# Search ---------------------------------------------------------------------------------------
+# Methods --------------------------------------------------------------------------------------
 
 
-def test_the_best_setting_is_the_lowest_of_those_that_ended_with_every_seed():
-    def searched(value, seeds, lr):
-        return row("A", "validation loss", value, settings={"lr": lr}, seeds=seeds)
-
-    rows_ = [
-        searched(None, [1, 2], 4),
-        searched(0.2, [1, 2], 2),
-        searched(0.3, [1, 2], 1),
-        searched(0.1, [1], 3),
-    ]
-    assert train.best(rows_) == {"lr": 2}
+@pytest.mark.parametrize("name", tuned.BASE)
+@needs_extras
+def test_the_defaults_are_those_of_the_constructor(name):
+    method = tuned.BASE[name]
+    build = {tuned.soap: "SOAP", tuned.muon: "Muon"}.get(method.build)
+    build = getattr(pytest.importorskip("pytorch_optimizer"), build) if build else method.build
+    taken = inspect.signature(build).parameters
+    assert {key: taken[key].default for key in method.defaults} == method.defaults
+    assert set(method.search) == set(method.defaults)
 
 
-def test_only_the_best_of_the_first_seed_are_trained_with_the_others(monkeypatch):
-    method = tuned.Method(SGD, {"lr": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}, tuned={}, fixed={})
-    losses = {1.0: 0.5, 2.0: float("nan"), 3.0: 0.1, 4.0: 0.4, 5.0: 0.3, 6.0: 0.2}
-    trained = []
-
-    def fake_train(problem, optimizers, sets, device, *, seed, rounds, progress):
-        of = {i: build.keywords["settings"]["lr"] for i, build in optimizers.items()}
-        trained.append((seed, sorted(of.values())))
-        held_out = {i: {"loss": [9.0, losses[lr] + seed]} for i, lr in of.items()}
-        return {i: SimpleNamespace(held_out=curves) for i, curves in held_out.items()}
-
-    monkeypatch.setattr(train, "train", fake_train)
-    monkeypatch.setitem(train.FINALISTS, "text", 3)
-    ends = train.search(Text(), method, ((), ()), CPU, (0, 1, 2), rounds=2, progress=int)
-    finalists = [3.0, 5.0, 6.0]
-    assert trained == [(0, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), (1, finalists), (2, finalists)]
-    assert [len(end["loss"]) for end in ends] == [1, 1, 3, 1, 3, 3]
-    assert ends[2]["loss"] == [0.1, 1.1, 2.1]
+def test_muon_gets_the_hidden_matrices():
+    model = Text().build_model()
+    muon, others = (group["params"] for group in tuned.hidden_apart(model))
+    assert {id(p) for p in muon} == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+    assert len(muon) + len(others) == 30
 
 
-def test_interior_means_away_from_both_ends_of_every_range():
-    search = {"lr": (1, 2, 3), "betas": ((0.9, 0.8), (0.9, 0.9), (0.9, 0.95))}
-    assert train.interior({"lr": 2, "betas": [0.9, 0.9]}, search)
-    assert not train.interior({"lr": 1, "betas": [0.9, 0.9]}, search)
-    assert not train.interior({"lr": 2, "betas": [0.9, 0.95]}, search)
+def test_searches_are_of_equal_size():
+    sizes = {
+        task: {len(method.grid()) for method in methods.values()}
+        for task, methods in tuned.METHODS.items()
+    }
+    assert sizes.pop("wide text") == {5}
+    assert sizes.pop("long text") == {0}
+    assert sizes == {task: {25} for task in sizes}
 
 
-@pytest.mark.parametrize(
-    ("problem", "name"), [(p, name) for p, of in tuned.METHODS.items() for name in of]
-)
-def test_the_settings_in_use_are_the_best_of_a_stored_search_of_equal_size(problem, name):
-    (path,) = RESULTS.glob(f"*/train_{problem}_tuning.jsonl")
-    stored = rows.read_rows(path)
-    method, own = tuned.METHODS[problem][name], rows.select(stored, provider=name)
-    assert json.loads(json.dumps(method.tuned)) == train.best(own)
-    searched = [r["detail"]["settings"] for r in own]
+def stored_searches():
+    for path in RESULTS.glob("*/train_*_tuning.jsonl"):
+        stored = rows.read_rows(path)
+        for name in rows.unique(stored, "provider"):
+            yield pytest.param(rows.select(stored, provider=name), id=f"{path.stem}, {name}")
+
+
+@pytest.mark.parametrize("stored", list(stored_searches()))
+def test_the_settings_in_use_are_the_best_of_a_stored_search(stored):
+    """The lowest mean of those that were trained with every seed."""
+    method = tuned.METHODS[stored[0]["case"]][stored[0]["provider"]]
+    seeds = max(len(r["detail"]["seeds"]) for r in stored)
+    whole = [r for r in stored if r["value"] and len(r["detail"]["seeds"]) == seeds]
+    best = min(whole, key=lambda r: r["value"])["detail"]["settings"]
+    assert json.loads(json.dumps(method.tuned)) == best
+    searched = [{**r["detail"]["settings"], **method.fixed} for r in stored]
     assert json.loads(json.dumps(method.grid())) == searched
     assert len(searched) == 25
 
@@ -185,14 +209,23 @@ def test_the_settings_in_use_are_the_best_of_a_stored_search_of_equal_size(probl
 # Tables and subcommands -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", train.PROBLEMS)
-def test_the_stored_comparison_used_the_settings_in_use(problem):
-    (path,) = RESULTS.glob(f"*/train_{problem}.jsonl")
-    stored = rows.read_rows(path)
-    for name, method in tuned.METHODS[problem].items():
-        settings = json.loads(json.dumps({**method.tuned, **method.fixed}))
-        trained = rows.select(stored, provider=name, metric="test loss")
-        assert [row["detail"]["settings"] for row in trained] == [settings] * 3
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/train_*.jsonl")), ids=lambda p: p.stem)
+def test_the_stored_comparison_used_the_settings_in_use(path):
+    stored = [r for r in rows.read_rows(path) if r["metric"] in tables.GOALS]
+    for trained in stored:
+        method = tuned.METHODS[trained["case"]][trained["provider"].removesuffix(train.DEFAULTS)]
+        of = method.defaults if trained["provider"].endswith(train.DEFAULTS) else method.tuned
+        used = {key: trained["detail"]["settings"][key] for key in of}
+        assert used == json.loads(json.dumps(of))
+
+
+def test_a_method_without_a_search_is_trained_at_its_defaults():
+    chosen = train.chosen("text", None)
+    assert chosen["SOAP"] == ("SOAP", {"lr": 1e-2, "betas": (0.8, 0.95)})
+    assert chosen["KL-SOAP, defaults"] == ("KL-SOAP", None)
+    assert list(train.chosen("text", ["Muon, defaults", "Muon"])) == ["Muon, defaults", "Muon"]
+    with pytest.raises(SystemExit, match="KL-SOAP has no settings for text; take 'KL-SOAP, def"):
+        train.chosen("text", ["KL-SOAP"])
 
 
 def test_the_table_shows_mean_and_deviation_over_seeds():
@@ -216,20 +249,23 @@ def test_the_table_shows_mean_and_deviation_over_seeds():
 
 
 @needs_extras
-@pytest.mark.parametrize("problem", train.PROBLEMS)
+@pytest.mark.parametrize("problem", ["autoencoder", "digits", "text"])
 def test_train_end_to_end(problem, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "STEPS_A_ROUND", 2)
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["train", "--problem", problem, *options]) == 0
+    assert main(["train", "--tasks", problem, *options]) == 0
     written = rows.read_rows(tmp_path / f"train_{problem}.jsonl")
-    assert rows.unique(written, "provider") == list(tuned.METHODS[problem])
-    of_loss = [r["detail"] for r in rows.select(written, metric="test loss")]
-    assert len(of_loss) == len(tuned.METHODS[problem])
+    names = list(train.chosen(problem, None))
+    assert set(rows.unique(written, "provider")) == set(names)
+    of_loss = [r["detail"] for r in written if r["metric"] in tables.GOALS]
+    assert len(of_loss) == len(names)
     for detail in of_loss:
         assert len(detail["curve"]) == len(detail["steps"]) == len(detail["seconds"]) == 2
         assert detail["steps"][1] == 2 * detail["steps"][0]
         assert 0 < detail["seconds"][0] < detail["seconds"][1]
     assert (tmp_path / f"train_{problem}.md").read_text() == tables.train(written) + "\n"
+    plots.loss(plots.loss_rows(written), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
 
 
 @needs_extras
@@ -239,25 +275,14 @@ def test_an_optimizer_with_a_wrong_step_is_red_and_not_trained(tmp_path, monkeyp
         right, displacement=lambda p, g, interval: 1.1 * right.displacement(p, g, interval)
     )
     monkeypatch.setitem(train.PEERS, "RootFreeAdamW", off)
-    options = ["--problem", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["train", *options]) == 1
+    names = ["RootFreeAdamW", "IFShampoo", "torch AdamW", "torch SGD"]
+    options = ["--tasks", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train", *options, "--methods", *names]) == 1
     written = rows.read_rows(tmp_path / "train_digits.jsonl")
     (error,) = rows.select(written, provider="RootFreeAdamW")
     assert (error["metric"], error["detail"]["right"]) == ("error", False)
     assert "| RootFreeAdamW | **WRONG**, error" in (tmp_path / "train_digits.md").read_text()
     checked = rows.unique(rows.select(written, metric="error"), "provider")
-    assert checked == ["RootFreeRMSprop", "RootFreeAdamW", "IFShampoo", "torch AdamW"]
-    assert len(rows.unique(rows.select(written, metric="test loss"), "provider")) == 4
-
-
-@needs_extras
-def test_tuning_end_to_end(tmp_path, monkeypatch, capsys):
-    method = tuned.Method(
-        RootFreeRMSprop, {"lr": (1e-3, 1e-2)}, tuned={"lr": 1e-3}, fixed={"batch_size": 64}
-    )
-    monkeypatch.setitem(tuned.METHODS, "digits", {"RootFreeRMSprop": method})
-    options = ["--problem", "digits", "--quick", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["train", "--tune", *options]) == 0
-    written = rows.read_rows(tmp_path / "train_digits_tuning.jsonl")
-    assert [r["detail"]["settings"] for r in written] == [{"lr": 1e-3}, {"lr": 1e-2}]
-    assert "on the edge of the search" in capsys.readouterr().out
+    assert checked == ["RootFreeAdamW", "IFShampoo", "torch AdamW"]
+    trained = rows.unique(rows.select(written, metric="test loss"), "provider")
+    assert trained == ["IFShampoo", "torch AdamW", "torch SGD"]
