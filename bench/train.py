@@ -34,7 +34,8 @@ from .workloads.training import Problem, Run, state_bytes, train
 CHECK = "first steps"
 DEFAULTS = ", defaults"
 NAMES = [*BASE, *(name + DEFAULTS for name in BASE)]
-# Who in optimizers/peers.py has the truth of a method, IFShampoo in the dtype of its factors aside.
+OF_MATRICES = ("RootFreeShampoo", "IFShampoo")
+# Who in optimizers/peers.py has the truth of a method; of those of matrices in the factors' dtype.
 PEER_OF = {
     "RootFreeRMSprop": "RootFreeRMSprop, momentum 0.9",
     "RootFreeAdamW": "RootFreeAdamW",
@@ -133,19 +134,19 @@ def compare(
 def check(problem: Problem, chosen: dict[str, str], rows: Rows, device: torch.device) -> None:
     """Add the error of the first steps of each method on the network's shapes, against float64.
 
-    Settings are those of optimizers/peers.py, where the truth is known; IFShampoo's vectors take
-    the update of RootFreeRMSprop.
+    Settings are those of optimizers/peers.py, where the truth is known; those of matrices update
+    vectors by other methods.
     """
     shapes = [p.shape for p in problem.build_model().parameters()]
     float32 = {"dtype": torch.float32, "device": device}
     values, grads = (random_tensors(shapes, scale=0.1, seed=seed, **float32) for seed in (0, 1))
     factor_dtype = dtype_name(default_dtype(values[0]))
-    names = PEER_OF | {"IFShampoo": f"IFShampoo, {factor_dtype}"}
+    names = PEER_OF | {name: f"{name}, {factor_dtype}" for name in OF_MATRICES}
     for name, method in chosen.items():
         if method not in names:
             continue
         peer = PEERS[names[method]]
-        taken = [i for i, shape in enumerate(shapes) if method != "IFShampoo" or len(shape) > 1]
+        taken = [i for i, shape in enumerate(shapes) if method not in OF_MATRICES or len(shape) > 1]
         before, gradients = ([tensors[i] for i in taken] for tensors in (values, grads))
         checked_step(rows, problem.name, name, peer, before, gradients)
 

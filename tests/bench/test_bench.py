@@ -206,7 +206,7 @@ def test_the_command_alone_lists_its_subcommands(capsys):
 
 def test_the_help_names_defaults_cases_and_where_it_runs(capsys):
     shown = {}
-    for name in ("diag", "train"):
+    for name in ("diag", "sweep"):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         shown[name] = " ".join(capsys.readouterr().out.split())
