@@ -12,6 +12,7 @@ from pathlib import Path
 from ..measuring.common import PROBE_BYTES
 from ..measuring.rows import ROOT, Row, select, unique
 from .cells import NOISY, markdown, noisy, page, provenance, timed
+from .losses import KINDS, losses
 from .tables import FORWARD
 from .training import loss, reached, step_time
 
@@ -168,6 +169,13 @@ def text(files: Files) -> str:
     return page(markdown(header, lines), _measured(rows))
 
 
+def trained(files: Files) -> str:
+    """Losses at the defaults and at the best of a search, of every machine that has made some."""
+    runs = [rows for name, rows in files.items() if name.endswith("/sweep")]
+    rows = [row for own in runs for row in own if row["detail"]["kind"] in KINDS]
+    return page(losses(rows), _measured(*runs))
+
+
 # Of the optimizers of `bench step`, those in the pages.
 NETWORK_PEERS = (OURS, SIRFSHAMPOO, SOAP, EIGH, "torch Muon", "torch AdamW, fused")
 
@@ -261,6 +269,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "diag": diag,
     "networks": networks,
     "text": text,
+    "losses": trained,
     "epyc": _of_machine("epyc"),
     "xeon": _of_machine("xeon-amx"),
 }
