@@ -18,7 +18,7 @@ from bench.optimizers import eigh
 from bench.report import targets
 
 # What the CPU cannot rehearse.
-GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph")
+GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph", "RootFreeShampoo: graph")
 
 
 @needs_extras
