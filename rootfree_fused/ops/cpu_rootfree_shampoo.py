@@ -146,7 +146,8 @@ def _update_roots(
             continue
         value = matrix.join(factor, residual) if residual.numel() else factor
         ahead = torch.baddbmm((lam * value).to(dtype), gram.to(dtype), factor)
-        residue = (factor.mT @ ahead).to(gram.dtype)
+        # The identity goes before the rounding: near the end E is small beside it.
+        residue = factor.mT.to(gram.dtype) @ ahead.to(gram.dtype)
         structure.diagonal(residue).sub_(1)
         error = residue.to(dtype)
         bound = torch.fmin(
