@@ -332,3 +332,18 @@ def test_a_loop_that_counts_its_batches_takes_it_too():
     assert_identical(
         [p.detach() for p in model.parameters()], [*map(torch.detach, twin.parameters())]
     )
+
+
+@pytest.mark.parametrize("key", ["row_square_avg", "gram_0", "gram_1"])
+@pytest.mark.parametrize("limit", [2048, 4])
+def test_a_checkpoint_with_a_negative_square_is_refused(key, limit):
+    (param,) = parameters((8, 4))
+    optimizer = RootFreeShampoo([param], max_dense_dim=limit)
+    run(optimizer, [param], 1)
+    before = snapshot(optimizer, [param])
+    damaged = optimizer.state_dict()
+    value = damaged["state"][0][key]
+    (value.diagonal() if value.dim() == 2 else value)[2] = -1.0
+    with pytest.raises(ValueError, match=rf"{key} holds -1\.0.*load an earlier one"):
+        optimizer.load_state_dict(damaged)
+    assert_identical(snapshot(optimizer, [param]), before)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..ops.checks import DTYPES, HYPERPARAMETERS
 from ..ops.methods import second_moments
-from .state import Initial, State, initial_step, is_own
+from .state import ROWS, Initial, State, initial_step, is_own
 
 _DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load an earlier one"
 _FACTOR = re.compile(r"factor_\d+")
@@ -208,7 +208,10 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
             f"{where} is {value.dtype} but this optimizer keeps {declared.dtype}, which would lose "
             f"bits; use parameters of the saved dtype, or cast it to {declared.dtype} first"
         )
-    _check_numbers(where, value, not_negative=key in second_moments())
+    _check_numbers(where, value, not_negative=key in (ROWS, *second_moments()))
+    if key.startswith("gram_") and not is_sharded(value):
+        squares = value.diagonal() if value.dim() == 2 else value
+        _check_numbers(where, squares, not_negative=True)
     return value
 
 

@@ -159,14 +159,18 @@ def test_an_address_is_of_elements_until_it_is_overwritten():
 # Rows -----------------------------------------------------------------------------------------
 
 
+SCALE = "shampoo scale"
+ALONE = ("diag", "gather", SCALE)  # without a product
+
+
 @needs_compiler
 def test_quick_end_to_end(capsys):
     assert main(["sass", "--quick"]) == 0
     rows = [entry.row() for entry in sass.entries(90, quick=True)]
-    assert [row["kernel"] for row in rows] == ["diag", *launches.MATRIX_KERNELS]
+    assert [row["kernel"] for row in rows] == ["diag", *launches.MATRIX_KERNELS, SCALE]
     for row in rows:
         assert tuple(row) == (*sass.COLUMNS,)
-        assert row["tensor_core"] == ("none" if row["kernel"] in ("diag", "gather") else "HGMMA")
+        assert row["tensor_core"] == ("none" if row["kernel"] in ALONE else "HGMMA")
     shown = capsys.readouterr().out.splitlines()
     assert shown[-len(rows) :] == [sass.line(row) for row in rows]
     assert "| diag | rmsprop, float32 | sm_90 |" in shown[-len(rows)]
@@ -185,10 +189,10 @@ def test_a_kernel_that_does_not_compile_is_a_row_and_a_failure(monkeypatch, caps
     launches.matrix_program.cache_clear()
     monkeypatch.setattr(launches, "compile_call", broken)
     assert main(["sass", "--quick"]) == 1
-    shown = capsys.readouterr().out.splitlines()[-1 - len(launches.MATRIX_KERNELS) :]
+    shown = capsys.readouterr().out.splitlines()[-2 - len(launches.MATRIX_KERNELS) :]
     launches.matrix_program.cache_clear()
     failed = [line for line in shown if "Unresolved" in line]
-    assert len(shown) == 1 + len(launches.MATRIX_KERNELS)
+    assert len(shown) == 2 + len(launches.MATRIX_KERNELS)
     assert [line.split(" | ")[3] for line in failed] == [
         "**RuntimeError: ptxas fatal / Unresolved**"
     ]
@@ -198,7 +202,8 @@ def test_every_configuration_has_one_row_an_architecture():
     for architecture in launches.ARCHITECTURES:
         names = [entry[:2] for entry in sass.entries(architecture)]
         assert len(set(names)) == len(names)
-        assert {kernel for kernel, _ in names} == {"diag", *launches.MATRIX_KERNELS}
+        shampoo = {f"shampoo {name}" for name in launches.SHAMPOO_KERNELS}
+        assert {kernel for kernel, _ in names} == {"diag", *launches.MATRIX_KERNELS, *shampoo}
         diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
         assert sum(kernel == "diag" for kernel, _ in names) == diagonal
         stacked = {kernel for kernel, name in names if name.startswith("stacked")}

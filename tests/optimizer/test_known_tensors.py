@@ -225,7 +225,7 @@ def launches(monkeypatch, found):
 
     monkeypatch.setattr(dispatch, "triton_serves", lambda param: param.dtype != torch.float64)
     with interpreted():
-        assert dispatch.diagonal_kernels(parameters((3,))) is diag
+        assert dispatch.diagonal_kernels("rmsprop_", parameters((3,))) is diag
         yield found
 
 
