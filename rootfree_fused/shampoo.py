@@ -46,7 +46,7 @@ class RootFreeShampoo(MatrixOptimizer):
         p   <- (1 - lr weight_decay) p - lr P,   P with balanced rows and an RMS of update_rms
 
     The rows of P are balanced by the root of an average of their mean squares (``row_beta``). No
-    scale of a gradient matters: it needs no batch size, no clipping and no loss scale, and lr is
+    scale of a matrix' gradient matters: it needs no batch size, no clipping and no loss scale, and lr is
     what an entry moves in units of update_rms. A gradient that is exactly zero leaves S and K
     alone. Vectors and scalars take Adam's update with Nesterov's momentum.
 
@@ -59,8 +59,7 @@ class RootFreeShampoo(MatrixOptimizer):
         betas: decay per step of M and of S, each in [0, 1).
         damping: lam in units of the mean of S's diagonal, above 0.
         weight_decay: decoupled, per unit of lr.
-        update_rms: root mean square of a matrix' update, above 0. AdamW's is 0.2 to 0.4 in
-            training, so that an lr of AdamW's size is a start.
+        update_rms: root mean square of a matrix' update, above 0.
         update_interval: update S and K every so many steps; above 1 costs quality.
         structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
             pair of them, of the rows and the columns.
@@ -105,9 +104,9 @@ class RootFreeShampoo(MatrixOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-2,
         betas: tuple[float, float] = (0.9, 0.95),
+        *,
         damping: float = 0.1,
         weight_decay: float = 0.0,
-        *,
         update_rms: float = 0.4,
         update_interval: int = 1,
         structures: Structure | tuple[Structure, Structure] = "auto",
