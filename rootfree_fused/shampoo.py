@@ -46,8 +46,8 @@ class RootFreeShampoo(MatrixOptimizer):
         p   <- (1 - lr weight_decay) p - lr P,   P with balanced rows and an RMS of update_rms
 
     The rows of P are balanced by the root of an average of their mean squares (``row_beta``). No
-    scale of a matrix' gradient matters: it needs no batch size, no clipping and no loss scale, and lr is
-    what an entry moves in units of update_rms. A gradient that is exactly zero leaves S and K
+    scale of a matrix' gradient matters: it needs no batch size, no clipping and no loss scale, and
+    lr is what an entry moves in units of update_rms. A gradient that is exactly zero leaves S and K
     alone. Vectors and scalars take Adam's update with Nesterov's momentum.
 
     Args:
