@@ -13,7 +13,6 @@ from triton.runtime.jit import JITFunction
 from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index
 from bench.machine_code.launches import (
-    ARCHITECTURES,
     SHAMPOO_FLOPS,
     SHAMPOO_KERNELS,
     large_tiling,
@@ -38,8 +37,8 @@ TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 DENSE = (True, True)
 
 
-# Of every architecture the tiling of large models; `python -m bench sass` compiles the others too.
-TARGETS = [(architecture, large_tiling(architecture)) for architecture in ARCHITECTURES]
+# The tilings of large models on the newest chips; `python -m bench sass` compiles all others too.
+TARGETS = [(architecture, large_tiling(architecture)) for architecture in (90, 100)]
 
 
 @pytest.mark.parametrize("name", SHAMPOO_KERNELS)
