@@ -23,30 +23,30 @@ from bench.machine_code.occupancy import CHIPS
 from bench.machine_code.offline import compile_call
 from rootfree_fused.kernels import roots
 
-pytestmark = [
-    pytest.mark.skipif(
-        not isinstance(roots._roots_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
-    ),
-    pytest.mark.skipif(
-        triton.__version__.startswith("3.6"),
-        reason="3.6 spills in some of these launches, as bench/HISTORY.md says: to be mended",
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not isinstance(roots._roots_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
+)
+
+# What is to be mended: by Triton 3.6 or later, launches that miss what a test asks for.
+OLD = triton.__version__.startswith("3.6")
+SPILLED = {(90, "inverses")} if OLD else {(100, "descend")}
+ALONE = {"descend"} if OLD else set()
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 DENSE = (True, True)
 
 
 # The tilings of large models on the newest chips; `python -m bench sass` compiles all others too.
-TARGETS = [(architecture, large_tiling(architecture)) for architecture in (90, 100)]
+TARGETS = [
+    (architecture, large_tiling(architecture)) for architecture in ((90,) if OLD else (90, 100))
+]
 
 
 @pytest.mark.parametrize("name", SHAMPOO_KERNELS)
 @pytest.mark.parametrize(("architecture", "tiling"), TARGETS)
 def test_products_are_the_tensor_cores_and_nothing_spills(architecture, tiling, name, request):
-    if (architecture, name) == (100, "descend"):
-        reason = "two registers of the descent are spilled on sm_100, to be mended"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    if (architecture, name) in SPILLED:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a spill, to be mended"))
     program = shampoo_program(name, tiling, architecture)
     row = sass.shampoo_entry(name, tiling, architecture).row()
     assert row["spill_bytes"] == 0
@@ -58,8 +58,10 @@ def test_products_are_the_tensor_cores_and_nothing_spills(architecture, tiling, 
 
 
 @pytest.mark.parametrize("name", SHAMPOO_KERNELS)
-def test_two_programs_fit_a_hopper_multiprocessor(name):
+def test_two_programs_fit_a_hopper_multiprocessor(name, request):
     """One computes while the other begins or ends."""
+    if name in ALONE:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="one fits, to be mended"))
     assert shampoo_program(name, "large_hopper", 90).resident_programs >= 2
 
 
