@@ -33,7 +33,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group and changed
             between steps.
-        lr: step size. A 0-d tensor is read, never written.
+        lr: step size. A tensor of one number is read, never written.
         alpha: decay of s per step, in [0, 1]. The paper's ``1 - lr_cov``.
         damping: added to s. Without the root its unit is that of s, a squared gradient times the
             batch size: not the ``eps`` of RMSProp.
@@ -119,7 +119,7 @@ class RootFreeAdamW(DiagonalOptimizer):
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group and changed
             between steps.
-        lr: step size. A 0-d tensor is read, never written.
+        lr: step size. A tensor of one number is read, never written.
         betas: decay per step of the gradient's average and of s, each in [0, 1).
         damping: added to s. Without the root its unit is that of s, a squared gradient times the
             batch size: not the ``eps`` of AdamW.

@@ -49,7 +49,7 @@ class IFShampoo(MatrixOptimizer):
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
             ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``vector_method``
             and ``initial_square_avg``, which decide what state there is, may change between steps.
-        lr: step size. A 0-d tensor is read, never written. The paper's beta_1.
+        lr: step size. A tensor of one number is read, never written. The paper's beta_1.
         momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
         damping: weight of the identity, above 0, in the unit of a squared gradient times the batch
             size; sirfshampoo's lam. Without it a factor grows for ever where there is no gradient.

@@ -55,7 +55,7 @@ class RootFreeShampoo(MatrixOptimizer):
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
             ``factor_dtype``, ``structures``, ``max_dense_dim`` and ``vector_method``, which decide
             what state there is, may change between steps.
-        lr: step size. A 0-d tensor is read, never written.
+        lr: step size. A tensor of one number is read, never written.
         betas: decay per step of M and of S, each in [0, 1).
         damping: lam in units of the mean of S's diagonal, above 0.
         weight_decay: decoupled, per unit of lr.

@@ -60,12 +60,16 @@ _OPTIONAL = ("max_update", "row_beta")
 HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
 
-def check_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
+def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict[str, Any]:
     """The hyperparameters among `values`, their numbers as Python's own.
+
+    undamped: what goes wrong at a damping of 0, for a method that does not take it.
 
     Raises:
         ValueError, TypeError: a value out of its domain.
     """
+    damped = (lambda x: 0 < x <= LARGEST, f"a number > 0 that is finite in float32: {undamped}")
+    domains = {**_DOMAINS, "damping": damped} if undamped else _DOMAINS
     settings = {k: _plain(k, v) for k, v in values.items() if k in HYPERPARAMETERS}
     for name, value in settings.items():
         if name in _CHOICES:
@@ -78,7 +82,7 @@ def check_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
         elif name in ("update_interval", "max_dense_dim"):
             _check_count(name, value)
         elif value is not None or name not in _OPTIONAL:
-            contains, meaning = _DOMAINS[name]
+            contains, meaning = domains[name]
             for number in _numbers(name, value, meaning):
                 if not contains(number):
                     raise ValueError(f"{name} is {value!r}; pass {meaning}")
@@ -157,7 +161,7 @@ def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:
     if name == "lr" and isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point() or value.is_meta:
             raise ValueError(
-                f"lr is {describe(value)}; pass a float, or a floating 0-d tensor that has a value"
+                f"lr is {describe(value)}; pass a float, or one floating number as a tensor"
             )
         # Reading a tensor on another device would stall the host: such an lr is the caller's word.
         return (value.detach().reshape(()).item(),) if value.device.type == "cpu" else ()

@@ -48,7 +48,7 @@ def rmsprop_(
         square_avgs: s, one a parameter, of its shape; float64 for float64 parameters and float32
             for all others; ones before the first step. Updated.
         momentum_buffers: as `square_avgs`, zeros before the first step; empty without momentum.
-        lr: step size; a float, or a 0-d tensor that is read on its device.
+        lr: step size; a float, or a tensor of one number that is read on its device.
         alpha: decay of s, in [0, 1].
         damping: added to s, in the unit of a squared gradient times `batch_size`.
         weight_decay: per unit of lr.
@@ -107,7 +107,7 @@ def adamw_(
         exp_avg_sqs: s, as `exp_avgs`; ones before the first step. Updated.
         steps: float32, shape (len(params),): how many steps each parameter has taken, this one
             counted. None means no bias correction.
-        lr: step size; a float, or a 0-d tensor that is read on its device.
+        lr: step size; a float, or a tensor of one number that is read on its device.
         betas: decay of the gradient's average and of s, each in [0, 1).
         damping: added to s, in the unit of a squared gradient times `batch_size`.
         weight_decay: decoupled, per unit of lr.

@@ -15,6 +15,8 @@ from .matrix_checks import check_buckets, check_writable
 from .overlap import check_apart
 from .schemas import as_scalar_tensor, mark_changed
 
+UNDAMPED = "factors grow for ever where there is no gradient"
+
 
 @torch.no_grad()
 def ifshampoo_(
@@ -64,7 +66,7 @@ def ifshampoo_(
             left. None makes it anew where it is needed.
         momentum_buffers: one a parameter, of its shape, float64 for float64 parameters and float32
             for all others, zeros before the first step; empty without momentum. Updated.
-        lr: step size; a float, or a 0-d tensor that is read on its device.
+        lr: step size; a float, or a tensor of one number that is read on its device.
         axes: how many axes each bucket has; None means two each.
         update_factors: whether this step learns from the gradient, or preconditions alone.
         factor_lr: step size of the factors.
@@ -87,18 +89,19 @@ def ifshampoo_(
             range.
         TypeError: a dtype or layout that is not supported.
     """
-    settings = _checked_settings(
-        lr=lr,
-        factor_lr=factor_lr,
-        factor_momentum=factor_momentum,
-        damping=damping,
-        batch_size=batch_size,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        weight_decay_mode=weight_decay_mode,
-        max_update=max_update,
-        maximize=maximize,
-    )
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "factor_lr": factor_lr,
+        "factor_momentum": factor_momentum,
+        "damping": damping,
+        "batch_size": batch_size,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "weight_decay_mode": weight_decay_mode,
+        "max_update": max_update,
+        "maximize": maximize,
+    }
+    settings = check_hyperparameters(settings, UNDAMPED)
     params, grads, buffers = list(params), list(grads), list(momentum_buffers)
     if settings["momentum"] != 0 and params and not buffers:
         raise ValueError(
@@ -147,15 +150,6 @@ def ifshampoo_(
         **scaling,
     )
     mark_changed(params)
-
-
-def _checked_settings(**settings: Any) -> dict[str, Any]:
-    checked = check_hyperparameters(settings)
-    if checked["damping"] == 0:
-        raise ValueError(
-            "damping is 0; pass a number > 0: factors grow for ever where there is no gradient"
-        )
-    return checked
 
 
 def room_for_products(factors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -21,6 +21,8 @@ from .matrix import check_lists_apart, room_for_products
 from .matrix_checks import check_buckets, check_writable
 from .schemas import as_scalar_tensor, mark_changed
 
+UNDAMPED = "nothing else bounds the inverse of S where gradients are of low rank"
+
 
 @torch.no_grad()
 def rootfree_shampoo_(
@@ -73,7 +75,7 @@ def rootfree_shampoo_(
             left. None makes it anew where it is needed.
         steps: float32, shape (len(params),): how many steps each parameter has taken, this one
             counted.
-        lr: step size; a float, or a 0-d tensor that is read on its device.
+        lr: step size; a float, or a tensor of one number that is read on its device.
         update_factors: whether this step learns from the gradient, or preconditions alone.
         betas: decay of M and of S, each in [0, 1).
         damping: weight of the identity in units of the mean of S's diagonal, above 0.
@@ -90,15 +92,16 @@ def rootfree_shampoo_(
             range.
         TypeError: a dtype or layout that is not supported.
     """
-    settings = _checked_settings(
-        lr=lr,
-        betas=betas,
-        damping=damping,
-        weight_decay=weight_decay,
-        update_rms=update_rms,
-        row_beta=row_beta,
-        maximize=maximize,
-    )
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "betas": betas,
+        "damping": damping,
+        "weight_decay": weight_decay,
+        "update_rms": update_rms,
+        "row_beta": row_beta,
+        "maximize": maximize,
+    }
+    settings = check_hyperparameters(settings, UNDAMPED)
     check_switches(update_factors=update_factors)
     params, grads, buffers = list(params), list(grads), list(momentum_buffers)
     rows, scaling = list(row_square_avgs), {"grad_scale": grad_scale, "found_inf": found_inf}
@@ -151,15 +154,6 @@ def rootfree_shampoo_(
         **scaling,
     )
     mark_changed(params)
-
-
-def _checked_settings(**settings: Any) -> dict[str, Any]:
-    checked = check_hyperparameters(settings)
-    if checked["damping"] == 0:
-        raise ValueError(
-            "damping is 0; pass a number > 0: where S has no rank nothing else bounds its inverse"
-        )
-    return checked
 
 
 def _check_rows(

@@ -51,7 +51,7 @@ class DeclaringOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], unknown: Mapping[str, Any]) -> None:
         refuse_unknown(type(self), unknown, self._replaced)
-        given = check_hyperparameters({k: v for k, v in defaults.items() if v is not None})
+        given = self._check_settings({k: v for k, v in defaults.items() if v is not None})
         self._reset_caches()
         super().__init__(params, defaults | given)
 
@@ -63,6 +63,10 @@ class DeclaringOptimizer(Optimizer):
 
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""
+
+    def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings among `values` as Python's own, or an error."""
+        return check_hyperparameters(values)
 
     def _check_taken(self, index: int, position: int, group: Group) -> None:
         """Raise where the method would be another one for the parameter at this position."""
@@ -115,7 +119,7 @@ class DeclaringOptimizer(Optimizer):
         if missing := (HYPERPARAMETERS & self.defaults.keys()) - group.keys():
             name = min(missing)
             raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
-        group.update(check_hyperparameters(group))
+        group.update(self._check_settings(group))
         if group["damping"] == 0 and group.get("initial_square_avg") == AUTO:
             raise ValueError(
                 "damping is 0 and initial_square_avg is 'auto': a first gradient of zero would be "

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from ..ops.by_reference import skips
+from ..ops.checks import check_hyperparameters
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .checks import check_state, check_whole, name_of
@@ -27,10 +29,11 @@ class MatrixOptimizer(RootFreeOptimizer):
     _matrix_method: MatrixMethod
     _fixed = ("factor_dtype",)
 
+    def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return check_hyperparameters(values, self._matrix_method.undamped)
+
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        if group["damping"] == 0:
-            raise ValueError(f"damping is 0; pass a number > 0: {self._matrix_method.undamped}")
         chosen, methods = group["vector_method"], self._matrix_method.vectors
         if chosen not in methods:
             raise ValueError(f"vector_method is {chosen!r}; pass {' or '.join(map(repr, methods))}")

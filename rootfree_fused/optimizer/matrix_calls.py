@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import matrix, rootfree_shampoo
 from ..ops.dispatch import matrix_kernel
 from ..ops.methods import RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod, settings_of
 from ..ops.schemas import as_scalar_tensor
@@ -40,7 +41,7 @@ class MatrixMethod:
 
     kernel: the operator in C++ that serves one bucket of bfloat16 factors on the CPU.
     average: the keys of what the factors are learned from, an axis.
-    undamped: what goes wrong without damping.
+    undamped: what goes wrong at a damping of 0.
     vectors: what updates parameters without factors, by the setting vector_method.
     tensors, settings: what the operator takes, but for lr and which products are stale.
     """
@@ -190,7 +191,7 @@ IFSHAMPOO = MatrixMethod(
     name="ifshampoo_",
     kernel="_ifshampoo_bf16_",
     average="factor_momentum_{}",
-    undamped="factors grow for ever where there is no gradient",
+    undamped=matrix.UNDAMPED,
     vectors={"rmsprop": RMSPROP, "factor": RMSPROP},
     tensors=_ifshampoo_tensors,
     settings=_ifshampoo_settings,
@@ -199,7 +200,7 @@ ROOTFREE_SHAMPOO = MatrixMethod(
     name="rootfree_shampoo_",
     kernel="_rootfree_shampoo_bf16_",
     average="gram_{}",
-    undamped="where the gradients have no rank nothing else bounds the inverse",
+    undamped=rootfree_shampoo.UNDAMPED,
     vectors={"adam": VECTOR_ADAM, "rootfree": VECTOR_ROOTFREE},
     tensors=_rootfree_shampoo_tensors,
     settings=_rootfree_shampoo_settings,

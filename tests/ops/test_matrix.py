@@ -157,7 +157,7 @@ def test_a_class_and_the_function_are_one_update(device):
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"damping": 0.0}, ValueError, "damping is 0; pass a number > 0"),
+        ({"damping": 0.0}, ValueError, "damping is 0.0; pass a number > 0"),
         ({"factor_momentum": 1.0}, ValueError, "factor_momentum is 1.0"),
         ({"batch_size": 0}, ValueError, "batch_size is 0"),
         ({"axes": [2, 2]}, ValueError, "factors has 5 entries but the buckets have 4 axes"),

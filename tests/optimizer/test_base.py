@@ -183,9 +183,10 @@ def test_maximize_is_minimize_of_the_negated_gradient(name, device):
     assert_identical(snapshot(up, twins), snapshot(down, params))
 
 
-def test_tensor_lr_equals_float_lr_and_is_not_written(name, device):
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_tensor_lr_equals_float_lr_and_is_not_written(name, shape, device):
     params, twins = (parameters(*SHAPES, device=device) for _ in range(2))
-    lr = torch.tensor(0.0625, device=device)
+    lr = torch.full(shape, 0.0625, device=device)
     by_float, by_tensor = build(name, params, lr=0.0625), build(name, twins, lr=lr)
     run(by_float, params, 50)
     run(by_tensor, twins, 50)
@@ -201,6 +202,19 @@ def test_tensor_lr_equals_float_lr_and_is_not_written(name, device):
     before = [p.detach().clone() for p in twins]
     run(by_tensor, twins, 1, first=5)
     assert_identical([p.detach() for p in twins], before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (2,), (0,)])
+def test_a_tensor_lr_is_taken_where_torch_takes_it(name, shape, device):
+    """torch.optim takes any tensor of one element, and of no other number."""
+    params = parameters((3,), device=device)
+    try:
+        torch.optim.AdamW(params, lr=torch.full(shape, 0.1), capturable=True)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"lr is .*; pass a float, or one floating nu"):
+            build(name, params, lr=torch.full(shape, 0.1))
+    else:
+        assert build(name, params, lr=torch.full(shape, 0.1)).defaults["lr"].shape == shape
 
 
 def test_hyperparameters_change_between_steps_and_differ_by_group(name, device):

@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, ops, reference
+from rootfree_fused import (
+    IFShampoo,
+    RootFreeAdamW,
+    RootFreeRMSprop,
+    RootFreeShampoo,
+    ops,
+    reference,
+)
 
-CLASSES = [RootFreeRMSprop, RootFreeAdamW, IFShampoo]
+CLASSES = [RootFreeRMSprop, RootFreeAdamW, IFShampoo, RootFreeShampoo]
 KINDS = {
     "float32": np.float32,
     "float64": np.float64,
@@ -27,6 +34,11 @@ def param(value=1.0):
     return p
 
 
+def accepted(cls, settings):
+    """The settings without those that RootFreeShampoo has not."""
+    return {k: v for k, v in settings.items() if k != "batch_size" or cls is not RootFreeShampoo}
+
+
 # Whose numbers
 
 
@@ -35,9 +47,12 @@ def param(value=1.0):
 def test_other_numbers_are_taken_as_pythons(cls, kind):
     """In the constructor, a group, a changed group and a load; they are saved as Python's own."""
     values = {"lr": 0.25, "damping": 0.125, "weight_decay": 0.5, "batch_size": 8.0}
-    choices = {"maximize": True}
-    if cls is RootFreeAdamW:
+    values, choices = accepted(cls, values), {"maximize": True}
+    if cls in (RootFreeAdamW, RootFreeShampoo):
         values["betas"] = (0.5, 0.75)
+    if cls is RootFreeShampoo:
+        values |= {"update_rms": 0.5, "row_beta": 0.75, "vector_beta2": 0.5, "vector_rms": 2.0}
+        choices["update_interval"] = 2
     if cls is IFShampoo:
         values |= {"factor_lr": 0.5, "momentum": 0.5, "max_update": 4.0}
         choices["update_interval"] = 2
@@ -53,10 +68,10 @@ def test_other_numbers_are_taken_as_pythons(cls, kind):
     built, grouped, changed = (
         cls([param()], **others),
         cls([{"params": [param()], **others}]),
-        cls([param()], batch_size=1),
+        cls([param()], **accepted(cls, {"batch_size": 1})),
     )
     changed.param_groups[0].update(others)
-    loaded = cls([param()], batch_size=1)
+    loaded = cls([param()], **accepted(cls, {"batch_size": 1}))
     state_dict = by_hand.state_dict()
     state_dict["param_groups"][0].update(others)
     loaded.load_state_dict(state_dict)
@@ -74,7 +89,8 @@ def test_other_numbers_are_taken_as_pythons(cls, kind):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_scheduler_may_compute_in_numpy(cls):
-    optimizers = [cls([param()], lr=0.5, batch_size=8) for _ in range(2)]
+    settings = accepted(cls, {"lr": 0.5, "batch_size": 8})
+    optimizers = [cls([param()], **settings) for _ in range(2)]
     rules = lambda k: np.float32(0.5) ** np.float32(k), lambda k: 0.5**k
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(o, rule)
@@ -111,13 +127,19 @@ def test_what_is_no_number_has_its_cure(value):
 # Which are refused
 
 
-@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("value", [1e39, 10**400, float("inf"), float("nan"), -1.0])
-@pytest.mark.parametrize("name", ["lr", "batch_size", "weight_decay", "damping"])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (cls, name)
+        for cls in CLASSES
+        for name in accepted(cls, dict.fromkeys(["lr", "batch_size", "weight_decay", "damping"]))
+    ],
+)
 def test_what_float32_cannot_hold_is_refused(cls, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*finite in float32"):
-        cls([param()], **{"batch_size": 8, name: value})
-    optimizer = cls([param()], batch_size=8)
+        cls([param()], **accepted(cls, {"batch_size": 8, name: value}))
+    optimizer = cls([param()], **accepted(cls, {"batch_size": 8}))
     before = param().detach()
     optimizer.param_groups[0][name] = value
     with pytest.raises(ValueError, match=f"{name} is "):
@@ -132,11 +154,43 @@ def test_momentum_is_below_one(cls, value):
         cls([param()], batch_size=8, momentum=value)
 
 
-def test_ifshampoo_needs_damping():
-    with pytest.raises(ValueError, match="damping is 0"):
-        IFShampoo([param()], batch_size=8, damping=0.0)
-    with pytest.raises(ValueError, match="max_update is 0"):
-        IFShampoo([param()], batch_size=8, max_update=0)
+@pytest.mark.parametrize("value", [0, -0.5])
+@pytest.mark.parametrize("cls", [IFShampoo, RootFreeShampoo])
+def test_factors_need_damping_and_every_message_says_so(cls, value):
+    """In the constructor, a group, a group that is added, a changed group and a load."""
+    settings, words = (
+        accepted(cls, {"batch_size": 8}),
+        rf"damping is {value}; pass a number > 0 .*:",
+    )
+    optimizer = cls([param()], **settings)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["damping"] = value
+    for refused in (
+        lambda: cls([param()], damping=value, **settings),
+        lambda: cls([{"params": [param()], "damping": value}], **settings),
+        lambda: optimizer.add_param_group({"params": [param()], "damping": value}),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.raises(ValueError, match=words):
+            refused()
+    optimizer.param_groups[0]["damping"] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    if cls is IFShampoo:
+        with pytest.raises(ValueError, match="max_update is 0"):
+            cls([param()], max_update=0, **settings)
+
+
+@pytest.mark.parametrize("cls", [RootFreeRMSprop, RootFreeAdamW])
+def test_the_diagonal_classes_take_a_damping_of_zero(cls):
+    """As in the paper, where s starts at a number; with "auto" s could be 0."""
+    optimizer = cls([param()], batch_size=8, damping=0, initial_square_avg=1.0)
+    optimizer.step()
+    assert torch.isfinite(optimizer.param_groups[0]["params"][0]).all()
+    with pytest.raises(ValueError, match="damping is -1; pass a number >= 0"):
+        cls([param()], batch_size=8, damping=-1)
+    with pytest.raises(ValueError, match=r"damping is 0 and .*pass a damping > 0, or initial_squ"):
+        cls([param()], batch_size=8, damping=0)
 
 
 def test_the_order_of_torch_sets_nothing_else():
@@ -153,13 +207,18 @@ def test_the_order_of_torch_sets_nothing_else():
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(
     ("name", "cure"),
-    {"eps": "damping replaces it", "fused": "leave it out", "foreach": "leave it out"}.items(),
+    {
+        "eps": "damping replaces it|leave it out: damping",
+        "fused": "leave it out",
+        "foreach": "leave it out",
+    }.items(),
 )
 def test_what_torch_has_is_answered(cls, name, cure):
-    with pytest.raises(TypeError, match=f"{cls.__name__} has no argument '{name}'; {cure}"):
-        cls([param()], batch_size=8, **{name: 1e-8})
-    with pytest.raises(TypeError, match=r"has no argument 'beta3'; it has lr, .*batch_size"):
-        cls([param()], batch_size=8, beta3=0.5)
+    settings = accepted(cls, {"batch_size": 8})
+    with pytest.raises(TypeError, match=f"{cls.__name__} has no argument '{name}'; ({cure})"):
+        cls([param()], **{**settings, name: 1e-8})
+    with pytest.raises(TypeError, match=r"has no argument 'beta3'; it has lr, .*amp_scaling"):
+        cls([param()], beta3=0.5, **settings)
 
 
 # What a schedule counts
