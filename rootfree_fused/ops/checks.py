@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,34 +102,6 @@ def _plain(name: str, value: Any) -> Any:
         value = value.item()
     is_plain = type(value) in (bool, int, float) or not isinstance(value, numbers.Real)
     return value if is_plain else float(value)
-
-
-# What users of torch.optim pass from habit, and what there is instead.
-_REPLACED = {
-    "eps": "damping replaces it: added to s without a root, in the unit of s, a squared gradient "
-    "times the batch size",
-    "fused": "leave it out: every step runs fused kernels, as ops.backends() says",
-    "foreach": "leave it out: every step runs fused kernels, as ops.backends() says",
-    "differentiable": "leave it out: a step is not differentiable",
-    "amsgrad": "leave it out: there is no such variant",
-    "centered": "leave it out: there is no such variant",
-    "nesterov": "leave it out: there is no such variant",
-    "dampening": "leave it out: there is no such variant",
-    "decoupled_weight_decay": "pass weight_decay_mode='decoupled' or 'momentum' where there is one",
-}
-
-
-def refuse_unknown(owner: type, names: Iterable[str], replaced: Mapping[str, str]) -> None:
-    """Raise a TypeError for arguments that the constructor of `owner` does not have.
-
-    `replaced` says what `owner` has in place of some, before what all classes have.
-    """
-    cures = {**_REPLACED, **replaced}
-    for name in names:
-        known = ", ".join(list(inspect.signature(owner).parameters)[1:-1])
-        raise TypeError(
-            f"{owner.__name__} has no argument {name!r}; " + cures.get(name, f"it has {known}")
-        )
 
 
 def _check_structures(value: Any) -> None:

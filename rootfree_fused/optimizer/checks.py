@@ -5,19 +5,73 @@ Every error names the parameter, what is wrong with it and the cure; nothing has
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_param
+from ..ops.checks import HYPERPARAMETERS, check_param
 from ..ops.overlap import Named
 from .state import Initial, is_own
 
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
+
+
+# What users of torch.optim pass from habit, and what there is instead.
+_REPLACED = {
+    "eps": "damping replaces it: added to s without a root, in the unit of s, a squared gradient "
+    "times the batch size",
+    "fused": "leave it out: every step runs fused kernels, as ops.backends() says",
+    "foreach": "leave it out: every step runs fused kernels, as ops.backends() says",
+    "differentiable": "leave it out: a step is not differentiable",
+    "amsgrad": "leave it out: there is no such variant",
+    "centered": "leave it out: there is no such variant",
+    "nesterov": "leave it out: there is no such variant",
+    "dampening": "leave it out: there is no such variant",
+    "decoupled_weight_decay": "pass weight_decay_mode='decoupled' or 'momentum' where there is one",
+}
+
+
+def refuse_unknown(owner: type, names: Iterable[str], replaced: Mapping[str, str]) -> None:
+    """Raise a TypeError for arguments that the constructor of `owner` does not have.
+
+    `replaced` says what `owner` has in place of some, before what all classes have.
+    """
+    for name in names:
+        cure = _cure(owner, name, replaced)
+        raise TypeError(f"{owner.__name__} has no argument {name!r}; {cure}")
+
+
+def refuse_misspelt(
+    owner: type, index: int, keys: Iterable[Any], known: Iterable[str], replaced: Mapping[str, str]
+) -> None:
+    """Raise a TypeError for keys of a group that would be settings, but have no effect here.
+
+    Those of schedulers, frameworks and users stay, as in torch.optim: "initial_lr", "lr_scale".
+    """
+    settings = {"params", *known}
+    for key in keys:
+        if key in settings or not isinstance(key, str):
+            continue
+        if key in HYPERPARAMETERS or key in _REPLACED or key in replaced:
+            cure = _cure(owner, key, replaced)
+            raise TypeError(f"{owner.__name__} has no setting {key!r}, as in group {index}; {cure}")
+        close = get_close_matches(key.lower(), settings, cutoff=0.8)
+        if close and not any(name in key for name in close):  # as weight_decay in no_weight_decay
+            raise TypeError(
+                f"{owner.__name__} has no setting {key!r}, as in group {index}; spell it "
+                f"{close[0]!r}, or give a key of your own another name"
+            )
+
+
+def _cure(owner: type, name: str, replaced: Mapping[str, str]) -> str:
+    known = ", ".join(list(inspect.signature(owner).parameters)[1:-1])
+    return {**_REPLACED, **replaced}.get(name, f"it has {known}")
 
 
 def name_of(index: int, position: int, group: Mapping[str, Any]) -> str:

@@ -17,8 +17,15 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from ..ops.checks import HYPERPARAMETERS, check_hyperparameters, refuse_unknown
-from .checks import check_plain, has_no_values, lacks, name_of
+from ..ops.checks import HYPERPARAMETERS, check_hyperparameters
+from .checks import (
+    check_plain,
+    has_no_values,
+    lacks,
+    name_of,
+    refuse_misspelt,
+    refuse_unknown,
+)
 from .known_tensors import PreparedSteps
 from .stacks import allocate
 from .starts import AUTO, Starts
@@ -92,9 +99,11 @@ class DeclaringOptimizer(Optimizer):
         """Add a group and declare its state; on bad input nothing is added."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group is a {type(param_group).__name__}; pass a dict")
+        index = len(self.param_groups)
+        refuse_misspelt(type(self), index, param_group, self.defaults, self._replaced)
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        index, group = len(self.param_groups) - 1, self.param_groups[-1]
+        group = self.param_groups[-1]
         try:
             self._check_group(group)
             for position, param in enumerate(group["params"]):
