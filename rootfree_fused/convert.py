@@ -29,6 +29,8 @@ from .reference import is_update_step
 from .reference.rootfree_shampoo import scaled
 from .shampoo import RootFreeShampoo
 
+# How the state of another IF-Shampoo goes into a RootFreeShampoo.
+_ON = ", whose state from_ifshampoo then makes one of a RootFreeShampoo"
 # Their names of settings, and ours.
 _RMSPROP = {
     "lr": "lr",
@@ -75,7 +77,7 @@ def from_sirfshampoo(source: Optimizer | Mapping[str, Any], optimizer: IFShampoo
         TypeError: `optimizer` is not an IFShampoo.
     """
     if not isinstance(optimizer, IFShampoo):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass an IFShampoo")
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass an IFShampoo{_ON}")
     saved = state_dict_of(source)
     for key in ("global_step", "preconditioner", "preconditioner_momenta"):
         if key not in saved:
@@ -143,7 +145,7 @@ def from_released_code(
     if not adamw and not isinstance(optimizer, RootFreeRMSprop):
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}, which the released code has not; pass a "
-            "RootFreeRMSprop, a RootFreeAdamW or an IFShampoo"
+            f"RootFreeRMSprop, a RootFreeAdamW or an IFShampoo{_ON}"
         )
     saved = state_dict_of(source)
     names, moment = (_ADAMW, "exp_avg_sq") if adamw else (_RMSPROP, "square_avg")
@@ -203,7 +205,8 @@ def from_ifshampoo(
     saved = state_dict_of(source)
     if any("factor_lr" not in group for group in saved["param_groups"]):
         raise ValueError(
-            "the source has a group without factor_lr; pass an IFShampoo or its state_dict()"
+            "the source has a group without factor_lr; pass an IFShampoo or its state_dict(), or "
+            "begin with a new RootFreeShampoo at an lr of its own: it takes nothing along of others"
         )
 
     def convert(entry: Entry) -> Converted:
@@ -283,7 +286,7 @@ def _renamed(entry: Entry, names: Mapping[str, str]) -> Group:
     if "differentiable" in entry.group:
         raise ValueError(
             "the source is an optimizer of torch.optim, which divides by a root: its state is no "
-            "start for an optimizer without one"
+            "start for an optimizer without one; begin with a new one at an lr of its own"
         )
     kept = {key: entry.group[key] for key in ("initial_lr",) if key in entry.group}
     return {**kept, **{ours: entry.group[theirs] for theirs, ours in names.items()}}

@@ -68,6 +68,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
     """
 
     _method = RMSPROP
+    _converters = "convert.from_released_code makes one of the released code's"
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class RootFreeAdamW(DiagonalOptimizer):
     """
 
     _method = ADAMW
+    _converters = "convert.from_released_code makes one of the released code's"
 
     def __init__(
         self,

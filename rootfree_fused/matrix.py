@@ -103,6 +103,10 @@ class IFShampoo(MatrixOptimizer):
     """
 
     _matrix_method = IFSHAMPOO
+    _converters = (
+        "convert.from_sirfshampoo and convert.from_released_code make one of sirfshampoo's and of "
+        "the released code's"
+    )
     _shaping = (
         "factor_dtype",
         "structures",

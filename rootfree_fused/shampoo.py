@@ -97,6 +97,7 @@ class RootFreeShampoo(MatrixOptimizer):
 
     _matrix_method = ROOTFREE_SHAMPOO
     _replaced = _REPLACED
+    _converters = "convert.from_ifshampoo makes one of an IFShampoo's"
     _shaping = ("factor_dtype", "structures", "max_dense_dim", "vector_method")
 
     def __init__(

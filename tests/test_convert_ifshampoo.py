@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 
 import pytest
 import torch
 from helpers.optimizers import assert_identical, parameters, run, set_grads, snapshot
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo, convert
 from rootfree_fused.convert import from_ifshampoo
 
 FLOAT64 = torch.float64
@@ -155,3 +156,48 @@ def test_bad_sources_are_told(device):
     wrong["state"][0]["momentum_buffer"] = torch.zeros(5, 5)
     with pytest.raises(ValueError, match="momentum_buffer"):
         optimizer.load_state_dict(from_ifshampoo(wrong, optimizer))
+
+
+CONVERTERS = {
+    RootFreeShampoo: {"from_ifshampoo"},
+    IFShampoo: {"from_sirfshampoo", "from_released_code"},
+    RootFreeAdamW: {"from_released_code"},
+    RootFreeRMSprop: {"from_released_code"},
+}
+
+
+OTHERS = [torch.optim.AdamW, torch.optim.SGD, *CONVERTERS]
+
+
+def begun_by(cls, params):
+    has_scale = cls in CONVERTERS and cls is not RootFreeShampoo
+    optimizer = cls(params, **({"batch_size": 8} if has_scale else {}))
+    run(optimizer, params, 1)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("cls", "other"), [(cls, other) for cls in CONVERTERS for other in OTHERS if other is not cls]
+)
+def test_a_load_from_another_class_says_what_leads_here(cls, other, device):
+    params = parameters(*SHAPES, device=device)
+    optimizer, saved = begun_by(cls, params), begun_by(other, params).state_dict()
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=f"begin with a new {cls.__name__} at an lr of") as told:
+        optimizer.load_state_dict(saved)
+    named = set(re.findall(r"convert\.(\w+)", str(told.value)))
+    assert named == CONVERTERS[cls]
+    for name in named:  # each takes this optimizer, and refuses the source alone
+        with pytest.raises((ValueError, TypeError), match=r"source|state_dict"):
+            getattr(convert, name)({}, optimizer)
+    assert_identical(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("name", ["from_sirfshampoo", "from_released_code"])
+def test_an_older_if_shampoo_is_two_conversions_away(name, device):
+    """Which the converters say, that lead to an IFShampoo alone."""
+    source, params = begun(device)
+    optimizer = RootFreeShampoo(params)
+    with pytest.raises(TypeError, match="IFShampoo, whose state from_ifshampoo then makes one of"):
+        getattr(convert, name)(source.state_dict(), optimizer)
+    optimizer.load_state_dict(from_ifshampoo(source.state_dict(), optimizer))

@@ -95,7 +95,8 @@ def _merge_groups(optimizer: DeclaringOptimizer, saved_groups: list[Group]) -> l
     groups = []
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         where = f"state_dict group {index}"
-        check_settings(where, type(optimizer).__name__, group, saved)
+        owner = type(optimizer)
+        check_settings(where, owner.__name__, owner._converters, group, saved)
         merged = {**group, **loaded_group(group, saved), "params": group["params"]}
         try:
             optimizer._check_group(merged)

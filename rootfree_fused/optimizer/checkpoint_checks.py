@@ -112,19 +112,27 @@ def check_sizes(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str
 
 
 def check_settings(
-    where: str, owner: str, group: Mapping[str, Any], saved: Mapping[str, Any]
+    where: str, owner: str, converters: str, group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
-    """Raise a ValueError unless a saved group has the settings of the group that takes it."""
+    """Raise a ValueError unless a saved group has the settings of the group that takes it.
+
+    converters: what makes a state_dict of `owner` of another optimizer's, if anything does.
+    """
+    elsewhere = (
+        f"{converters}; any other optimizer has nothing to take along: load the model alone, and "
+        f"begin with a new {owner} at an lr of its own"
+    )
     missing = [name for name in group if name in HYPERPARAMETERS and name not in saved]
     if foreign := [name for name in saved if name in HYPERPARAMETERS and name not in group]:
         raise ValueError(
             f"{where} has {' and '.join(foreign)}, so it was not saved by {owner}; load a "
-            f"checkpoint of {owner}"
+            f"checkpoint of {owner}; {elsewhere}"
         )
     if missing:
         raise ValueError(
             f"{where} has no {', no '.join(missing)}, so it was not saved by {owner} or is cut "
-            f"short; load a checkpoint of {owner}, or set what is missing in that group"
+            f"short; load a checkpoint of {owner}, or set what is missing in that group; "
+            f"{elsewhere}"
         )
     for name, value in saved.items():
         for part in value if isinstance(value, (tuple, list)) else (value,):

@@ -55,6 +55,8 @@ class DeclaringOptimizer(Optimizer):
     _fixed: tuple[str, ...] = ()
     # What a subclass has in place of arguments of other classes, for who passes those.
     _replaced: Mapping[str, str] = {}
+    # What makes a state_dict of another optimizer's, for who loads that one.
+    _converters = "nothing converts one"
 
     def __init__(self, params: Any, defaults: dict[str, Any], unknown: Mapping[str, Any]) -> None:
         refuse_unknown(type(self), unknown, self._replaced)
