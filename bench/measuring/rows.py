@@ -123,7 +123,7 @@ class Rows:
         if append:
             return
         if arguments and path.exists() and self._note.exists():
-            noted = json.loads(self._note.read_text())
+            noted = self._noted()
             named = not self._constants["commit"].endswith((DIRTY, "unknown"))
             if named and noted["run"] == self._run:
                 self._whole = noted["whole"]
@@ -133,6 +133,14 @@ class Rows:
         else:
             self._note.unlink(missing_ok=True)
             path.write_text("")
+
+    def _noted(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._note.read_text())
+        except ValueError as error:
+            raise SystemExit(
+                f"{self._note} is damaged ({error}); remove it, and the run begins anew"
+            ) from None
 
     def refuse_others(self) -> None:
         """Stop where the file has rows of another commit, device or version, or of none."""
@@ -208,11 +216,25 @@ def _plain(arguments: argparse.Namespace | None) -> dict[str, str]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for number, row in enumerate(rows, start=1):
-        if tuple(row) != ROW_KEYS:
-            raise ValueError(f"{path.name} line {number} has keys {list(row)}, not {ROW_KEYS}")
+    """The rows of a file; stop at a line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            rows.append(_row(line))
+        except ValueError as error:
+            raise SystemExit(
+                f"{path} line {number} is no row: {error}. Remove the line, which a run that was "
+                "killed leaves cut short, or take the file from git again"
+            ) from None
     return rows
+
+
+def _row(line: bytes) -> Row:
+    row = json.loads(line)
+    if not isinstance(row, dict) or tuple(row) != ROW_KEYS:
+        found = f"has keys {list(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+        raise ValueError(f"it {found}, not the keys {', '.join(ROW_KEYS)}")
+    return row
 
 
 def select(rows: list[Row], **wanted: str) -> list[Row]:

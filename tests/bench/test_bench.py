@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -139,13 +138,6 @@ def test_a_row_is_in_the_file_at_once_and_has_every_key(tmp_path):
     assert str(ROOT) not in written.path.read_text()
 
 
-def test_a_row_with_other_keys_is_refused(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"kernel": "diag"}) + "\n")
-    with pytest.raises(ValueError, match=r"rows.jsonl line 1 has keys \['kernel'\]"):
-        rows.read_rows(path)
-
-
 def test_rows_of_uncommitted_code_are_refused_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_COMMIT", "abc-dirty")
     monkeypatch.setattr(diag, "cases", lambda *_: TINY)
@@ -219,13 +211,17 @@ def test_the_help_names_defaults_cases_and_where_it_runs(capsys):
 
 
 def test_make_bench_takes_a_part_of_the_cases(tmp_path, monkeypatch):
-    assert set(diag.SHORT) < set(diag.cases(CPU, False))
     assert set(matrix.SHORT) < set(matrix.CASES)
-    tiny = {name: TINY["tiny, float32"] for name in (*TINY, *diag.SHORT)}
-    monkeypatch.setattr(diag, "cases", lambda *_: tiny)
+    every = {quick: list(diag.cases(CPU, quick)) for quick in (False, True)}
+    parts = {quick: [c for c in cases if c.endswith(diag.SHORT)] for quick, cases in every.items()}
+    assert parts[False] == ["ResNet-50, float32", "1,000 tensors of 1,000, float32"]
+    assert len(parts[True]) == 2
+    tiny = TINY["tiny, float32"]
+    monkeypatch.setattr(diag, "cases", lambda _, quick: dict.fromkeys(every[quick], tiny))
     command = ["diag", "--short", "--seconds", "0", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(command) == 0
-    assert tuple(rows.unique(rows.read_rows(tmp_path / "diag.jsonl"), "case")) == diag.SHORT
+    for quick, options in ((False, []), (True, ["--quick"])):
+        assert main([*command, *options]) == 0
+        assert rows.unique(rows.read_rows(tmp_path / "diag.jsonl"), "case") == parts[quick]
 
 
 def test_the_commands_of_the_makefile_are_understood():

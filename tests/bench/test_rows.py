@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.bench import needs_extras, row
+from helpers.bench import CPU, needs_extras, row
 
 from bench import diag
 from bench.__main__ import main
@@ -106,3 +106,48 @@ def test_rows_of_different_runs_do_not_stand_in_one_table():
     other = {**row("B", "time", 1.0), "commit": "def"}
     with pytest.raises(ValueError, match=r"different runs: a CPU.*commit abc; and .*commit def"):
         cells.provenance([row("A", "time", 1.0), other])
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda line: line[:-20], "Unterminated string"),
+        (lambda _: b"", "Expecting value"),
+        (
+            lambda _: b'{"kernel": "diag"}',
+            r"it has keys \['kernel'\], not the keys benchmark",
+        ),
+        (lambda _: b"[1]", "it is a list, not the keys"),
+        (lambda line: b"\xff" + line, "codec can't decode"),
+    ],
+    ids=["cut short", "empty", "other keys", "a list", "no text"],
+)
+def test_a_line_that_is_no_row_is_named_with_its_cure(tmp_path, damage, fault, monkeypatch):
+    """In a report, and where a run goes on with its file."""
+    monkeypatch.setenv("BENCH_COMMIT", "abc")
+    written = rows.Rows(tmp_path / "train_text.jsonl", "train", CPU)
+    for value in (1.0, 2.0, 3.0):
+        written.add("case", "provider", "loss", value, "nat")
+    first, second, third = written.path.read_bytes().splitlines()
+    written.path.write_bytes(b"\n".join([first, damage(second), third]) + b"\n")
+    words = rf"train_text\.jsonl line 2 is no row: .*{fault}.*Remove the line"
+    with pytest.raises(SystemExit, match=words):
+        main(["report", "--rows", str(tmp_path)])
+    with pytest.raises(SystemExit, match=words):
+        written.refuse_others()
+
+
+@needs_extras
+def test_a_damaged_note_of_an_interrupted_run_is_named_with_its_cure(tmp_path, run):
+    assert run(at="second") == (130, ["first", "second"])
+    note = tmp_path / "diag.unfinished.json"
+    note.write_text(note.read_text()[:-10])
+    before = (tmp_path / "diag.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match=r"diag\.unfinished\.json is damaged .*; remove it, and"):
+        run()
+    assert (tmp_path / "diag.jsonl").read_bytes() == before
+    note.unlink()
+    assert run() == (0, list(CASES))
