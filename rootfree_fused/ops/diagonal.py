@@ -16,7 +16,7 @@ from .checks import (
     check_tensors,
 )
 from .methods import ADAMW, RMSPROP, DiagonalMethod
-from .overlap import check_apart
+from .overlap import check_written
 from .schemas import as_scalar_tensor, mark_changed
 
 WeightDecayMode = Literal["decoupled", "momentum"]
@@ -163,7 +163,7 @@ def run_(
     check_scaling(**scaling)
     check_tensors(params, grads, given)
     check_reachable(params, {"lr": settings["lr"], "steps": steps, **scaling})
-    check_apart(
+    check_written(
         (f"{name}[{i}]", tensor, name != "grads")
         for name, tensors in {"params": params, "grads": grads, **given}.items()
         for i, tensor in enumerate(tensors)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..reference.matrix import largest_update
 from .checks import check_hyperparameters, check_reachable, check_scaling, check_tensors
 from .diagonal import WeightDecayMode
-from .matrix_checks import check_buckets, check_writable
-from .overlap import check_apart
+from .matrix_checks import check_buckets
+from .overlap import check_written
 from .schemas import as_scalar_tensor, mark_changed
 
 UNDAMPED = "factors grow for ever where there is no gradient"
@@ -121,8 +121,7 @@ def ifshampoo_(
     }
     check_buckets(params, axes, per_axis, products_are_given=products is not None)
     written: dict[str, Sequence[Tensor | None]] = {"momentum_buffers": buffers, **per_axis}
-    check_writable({"params": params, **written})
-    check_lists_apart(params, grads, written)
+    check_lists_written(params, grads, written)
 
     if products is None:
         per_axis["products"] = room_for_products(per_axis["factors"])
@@ -160,13 +159,13 @@ def room_for_products(factors: Sequence[Tensor | None]) -> list[Tensor | None]:
     ]
 
 
-def check_lists_apart(
+def check_lists_written(
     params: list[Tensor],
     grads: list[Tensor],
     written: Mapping[str, Sequence[Tensor | None]],
 ) -> None:
-    """Raise a ValueError where tensors of a call share memory and one of them is written."""
-    check_apart(
+    """Raise a ValueError for memory that a call may not write, or would twice."""
+    check_written(
         (f"{name}[{i}]", tensor, name != "grads")
         for name, tensors in {"params": params, "grads": grads, **written}.items()
         for i, tensor in enumerate(tensors)

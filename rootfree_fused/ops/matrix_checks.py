@@ -74,19 +74,6 @@ def check_buckets(
         )
 
 
-def check_writable(written: Mapping[str, Sequence[Tensor | None]]) -> None:
-    """Raise a ValueError for a tensor that torch would refuse to write, in the middle of a step."""
-    if torch.is_inference_mode_enabled():
-        return
-    for name, tensors in written.items():
-        for i, tensor in enumerate(tensors):
-            if tensor is not None and tensor.is_inference():
-                raise ValueError(
-                    f"{name}[{i}] was made in torch.inference_mode(), outside which nothing may "
-                    "write it; clone() it"
-                )
-
-
 def _merges(shape: Sequence[int], sizes: Sequence[int]) -> bool:
     """Whether the sizes are those of a tensor's axes, in order, with neighbours merged."""
     axes = [size for size in shape if size != 1]

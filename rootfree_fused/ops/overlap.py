@@ -1,4 +1,4 @@
-"""Whether tensors share memory, which makes an update depend on the order of its threads."""
+"""Whether memory may be written, and by one tensor: else an update depends on its threads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from .checks import PLAIN
 Named = tuple[str, Tensor, bool]
 
 
-def check_apart(tensors: Iterable[Named]) -> None:
+def check_written(tensors: Iterable[Named]) -> None:
     """Raise a ValueError where an element that a step writes is also one of another place.
 
-    Tensors that are only read may share what they like with each other.
+    Tensors that are only read may share what they like with each other. As in torch, none of
+    inference mode is written outside it.
     """
     placed: list[tuple[int, int, Named]] = []
     for named in tensors:
         name, tensor, written = named
+        if written and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode(), outside which nothing may write it; "
+                "pass a copy (tensor.clone())"
+            )
         if type(tensor) not in PLAIN or tensor.is_meta or not tensor.numel():
             continue  # without memory of its own
         first = tensor.data_ptr()

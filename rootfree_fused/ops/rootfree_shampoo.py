@@ -17,8 +17,8 @@ from .checks import (
     check_tensors,
     state_dtype,
 )
-from .matrix import check_lists_apart, room_for_products
-from .matrix_checks import check_buckets, check_writable
+from .matrix import check_lists_written, room_for_products
+from .matrix_checks import check_buckets
 from .schemas import as_scalar_tensor, mark_changed
 
 UNDAMPED = "nothing else bounds the inverse of S where gradients are of low rank"
@@ -125,8 +125,7 @@ def rootfree_shampoo_(
         "row_square_avgs": rows,
         **per_axis,
     }
-    check_writable({"params": params, **written})
-    check_lists_apart(params, grads, written)
+    check_lists_written(params, grads, written)
 
     if products is None:
         per_axis["products"] = room_for_products(stacks)

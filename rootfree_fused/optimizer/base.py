@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..ops.checks import check_scaling, usable_gradients
-from ..ops.overlap import check_apart
+from ..ops.overlap import check_written
 from ..ops.schemas import mark_changed
 from . import checkpoint
 from .amp_and_graphs import (
@@ -133,7 +133,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
             self._gather(index, group) if step is None else step.params
             for index, (group, step) in enumerate(zip(self.param_groups, known, strict=True))
         ]
-        self._check_apart(gathered)
+        self._check_written(gathered)
         return [
             (group, step or self._build(index, group, params, scaling))
             for index, (group, step, params) in enumerate(
@@ -169,9 +169,9 @@ class RootFreeOptimizer(DeclaringOptimizer):
                     state[key] = state[key].to(device)
         return params
 
-    def _check_apart(self, gathered: list[list[Tensor]]) -> None:
-        """Raise a ValueError where tensors of a step share memory."""
-        check_apart(
+    def _check_written(self, gathered: list[list[Tensor]]) -> None:
+        """Raise a ValueError for memory that a step may not write, or would twice."""
+        check_written(
             named
             for index, (group, params) in enumerate(zip(self.param_groups, gathered, strict=True))
             if params

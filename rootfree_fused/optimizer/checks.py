@@ -202,11 +202,6 @@ def check_state(
             raise ValueError(f"{key} of {name} is not contiguous; {_ANEW}")
         if value.is_meta and not param.is_meta:
             raise ValueError(f"{key} of {name} is on meta, where it has no values; {_ANEW}")
-        if value.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(
-                f"{key} of {name} was made in torch.inference_mode(), outside which nothing may "
-                f"write it; clone() it, or {_ANEW}"
-            )
         if key == "step" and value.is_cpu and not 0 <= value.item() < math.inf:
             raise ValueError(f"step of {name} is {value.item()}, which counts nothing; {_ANEW}")
 

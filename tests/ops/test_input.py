@@ -81,3 +81,27 @@ def test_a_tensor_on_meta_in_a_call_of_others_is_an_error():
         with pytest.raises(ValueError, match=r"params\[\d\] is on cpu but .* on meta"):
             operator(*bad, **kwargs)
         assert_identical(list(args[0]), before)
+
+
+@pytest.mark.parametrize("function", [ops.rmsprop_, ops.adamw_])
+@pytest.mark.parametrize("place", range(4))
+def test_tensors_of_inference_mode_are_written_inside_it_alone(function, place):
+    """As torch's own functions on lists: outside they refuse to write one, and read it."""
+    settings = {"lr": 0.1, "batch_size": 8}
+    if function is ops.rmsprop_:
+        settings["momentum"] = 0.9
+    args, expected = lists(), lists()
+    function(*expected, **settings)
+    with torch.inference_mode():
+        args[place][1] = args[place][1].clone()
+    before = [t.clone() for group in args for t in group]
+    if place != 1:  # gradients are only read
+        with pytest.raises(RuntimeError, match="outside InferenceMode"):
+            torch._foreach_mul_(args[place], 1.0)
+        with pytest.raises(ValueError, match=r"s\[1\] was made in torch.inference_mode.*clone"):
+            function(*args, **settings)
+        assert_identical([t for group in args for t in group], before)
+    with torch.inference_mode(place != 1):
+        function(*args, **settings)
+    for group, others in zip(args, expected, strict=True):
+        assert_identical(group, others)

@@ -324,7 +324,7 @@ def test_a_gradient_of_any_floating_dtype_is_taken(name):
         assert_identical(snapshot(optimizer, params), snapshot(plain, twins))
 
 
-@pytest.mark.parametrize("key", ["step", "second moment"])
+@pytest.mark.parametrize("key", ["step", "second moment", "parameter"])
 def test_state_that_nothing_may_write_or_count_is_named_before_anything_moves(name, key):
     """A tensor made in inference mode, which raises where it is written; a count of infinity."""
     params = parameters((5, 3), (5, 3))
@@ -334,6 +334,11 @@ def test_state_that_nothing_may_write_or_count_is_named_before_anything_moves(na
     if key == "step":
         state["step"] = torch.tensor(torch.inf)
         words = "step of parameter 0 of group 1 is inf.*pop"
+    elif key == "parameter":
+        with torch.inference_mode():
+            params[1].data = params[1].data.clone()
+        assert params[1].is_inference()
+        words = r"parameter 0 of group 1 was made in torch.inference_mode\(\).*clone"
     else:
         key = next(k for k in ("square_avg", "exp_avg_sq", "factor_0") if k in state)
         with torch.inference_mode():
