@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import matrix, rootfree_shampoo
 from .methods import DiagonalMethod
+
+
+class IFShampooTensors(NamedTuple):
+    """What a call of `ifshampoo_` takes, in its order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    factors: list[Tensor]
+    residuals: list[Tensor]
+    momenta: list[Tensor]
+    products: list[Tensor]
+    buffers: list[Tensor]
+    lr: Tensor
+
+
+class RootFreeShampooTensors(NamedTuple):
+    """What a call of `rootfree_shampoo_` takes, in its order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+    rows: list[Tensor]
+    grams: list[Tensor]
+    factors: list[Tensor]
+    residuals: list[Tensor]
+    products: list[Tensor]
+    steps: Tensor
+    lr: Tensor
 
 
 def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
@@ -189,54 +217,36 @@ def store(value: Tensor, factor: Tensor, residual: Tensor | None) -> None:
         residual.copy_(low)
 
 
-def take_bucket(
-    bucket: int,
-    params: list[Tensor],
-    grads: list[Tensor],
-    factors: list[Tensor],
-    residuals: list[Tensor],
-    factor_momenta: list[Tensor],
-    products: list[Tensor],
-    momentum_buffers: list[Tensor],
-    *others: Any,
-    axes: list[int],
-) -> tuple[Any, ...]:
-    """The tensors of one bucket out of those of a call of `ifshampoo_`."""
+def take_bucket(bucket: int, tensors: IFShampooTensors, axes: list[int]) -> IFShampooTensors:
+    """The tensors of one bucket out of those of a call."""
     starts = [sum(axes[:i]) for i in range(bucket + 1)]
-    sizes = [factors[start].shape[0] for start in starts]
+    sizes = [tensors.factors[start].shape[0] for start in starts]
     here = slice(starts[-1], starts[-1] + axes[bucket])
     members = slice(sum(sizes[:-1]), sum(sizes))
-    per_axis = (factors, residuals, factor_momenta, products)
-    return (
-        params[members],
-        grads[members],
-        *(tensors[here] for tensors in per_axis),
-        momentum_buffers[members],
-        *others,
+    return tensors._replace(
+        params=tensors.params[members],
+        grads=tensors.grads[members],
+        factors=tensors.factors[here],
+        residuals=tensors.residuals[here],
+        momenta=tensors.momenta[here],
+        products=tensors.products[here],
+        buffers=tensors.buffers[members],
     )
 
 
-def take_pair(
-    bucket: int,
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    row_square_avgs: list[Tensor],
-    grams: list[Tensor],
-    factors: list[Tensor],
-    residuals: list[Tensor],
-    products: list[Tensor],
-    steps: Tensor,
-    lr: Tensor,
-) -> tuple[Any, ...]:
-    """The tensors of one bucket out of those of a call of `rootfree_shampoo_`."""
+def take_pair(bucket: int, tensors: RootFreeShampooTensors) -> RootFreeShampooTensors:
+    """The tensors of one bucket out of those of a call."""
     pair = slice(2 * bucket, 2 * bucket + 2)
-    first = sum(factor.shape[0] for factor in factors[: pair.start : 2])
-    here = slice(first, first + factors[pair.start].shape[0])
-    per_parameter = (params, grads, momentum_buffers, row_square_avgs)
-    return (
-        *(tensors[here] for tensors in per_parameter),
-        *(tensors[pair] for tensors in (grams, factors, residuals, products)),
-        steps[here],
-        lr,
+    first = sum(factor.shape[0] for factor in tensors.factors[: pair.start : 2])
+    here = slice(first, first + tensors.factors[pair.start].shape[0])
+    return tensors._replace(
+        params=tensors.params[here],
+        grads=tensors.grads[here],
+        buffers=tensors.buffers[here],
+        rows=tensors.rows[here],
+        grams=tensors.grams[pair],
+        factors=tensors.factors[pair],
+        residuals=tensors.residuals[pair],
+        products=tensors.products[pair],
+        steps=tensors.steps[here],
     )

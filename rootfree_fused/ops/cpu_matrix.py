@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,19 +13,7 @@ from torch import Tensor
 from ..reference import matrix
 from ..reference.structures import structure_of_stack
 from . import by_reference
-
-
-@dataclass
-class _Stacks:
-    """The arguments that belong to one bucket; see `layouts.Bucket`."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    factors: list[Tensor]
-    residuals: list[Tensor]
-    momenta: list[Tensor]
-    products: list[Tensor]
-    buffers: list[Tensor]
+from .by_reference import IFShampooTensors
 
 
 def ifshampoo_(
@@ -45,31 +32,17 @@ def ifshampoo_(
     """
     if by_reference.skips(found_inf):
         return
-    tensors = (params, by_reference.unscaled(grads, grad_scale), *tensors)
+    grads = by_reference.unscaled(grads, grad_scale)
+    every = IFShampooTensors(params, grads, *tensors)
     for bucket, count in enumerate(axes):
-        *lists, lr = by_reference.take_bucket(bucket, *tensors, axes=axes)
-        stacks = _Stacks(*lists)
-        if kernel_serves("_ifshampoo_bf16_", stacks.params, stacks.residuals):
-            _in_the_kernel(stacks, lr, scalars)
+        own = by_reference.take_bucket(bucket, every, axes)
+        if kernel_serves("_ifshampoo_bf16_", own.params, own.residuals):
+            _in_the_kernel(own, scalars)
         elif count == 2:
-            _stacked(stacks, lr, **scalars)
+            _stacked(own, **scalars)
         else:
-            _one_by_one(stacks, lr, count, scalars)
-
-
-def _one_by_one(stacks: _Stacks, lr: Tensor, count: int, scalars: dict[str, Any]) -> None:
-    by_reference.ifshampoo_(
-        stacks.params,
-        stacks.grads,
-        unversioned(stacks.factors),
-        stacks.residuals,
-        stacks.momenta,
-        stacks.products,
-        stacks.buffers,
-        lr,
-        axes=[count],
-        **scalars,
-    )
+            own = own._replace(factors=unversioned(own.factors))
+            by_reference.ifshampoo_(*own, axes=[count], **scalars)
 
 
 def kernel_serves(name: str, params: list[Tensor], residuals: list[Tensor]) -> bool:
@@ -94,24 +67,15 @@ def contiguous_copies(*lists: list[Tensor]) -> Iterator[list[list[Tensor]]]:
                 original.copy_(result)
 
 
-def _in_the_kernel(stacks: _Stacks, lr: Tensor, scalars: dict[str, Any]) -> None:
-    with contiguous_copies(stacks.params, stacks.buffers) as (params, buffers):
-        torch.ops.rootfree_fused._ifshampoo_bf16_(
-            params,
-            [g.contiguous() for g in stacks.grads],
-            stacks.factors,
-            stacks.residuals,
-            stacks.momenta,
-            stacks.products,
-            buffers,
-            lr,
-            **scalars,
-        )
+def _in_the_kernel(own: IFShampooTensors, scalars: dict[str, Any]) -> None:
+    with contiguous_copies(own.params, own.buffers) as (params, buffers):
+        grads = [g.contiguous() for g in own.grads]
+        operands = own._replace(params=params, grads=grads, buffers=buffers)
+        torch.ops.rootfree_fused._ifshampoo_bf16_(*operands, **scalars)
 
 
 def _stacked(
-    stacks: _Stacks,
-    lr: Tensor,
+    own: IFShampooTensors,
     *,
     update_factors: bool,
     refresh_products: bool,
@@ -122,51 +86,51 @@ def _stacked(
     bound: float | None = None,
     **scalars: float,
 ) -> None:
-    sizes = [factor.shape[1] for factor in stacks.factors]
-    dense = [f.dtype for f in stacks.factors if structure_of_stack(f).is_dense]
-    dtype = dense[0] if dense else stacks.factors[0].dtype
-    grad = torch.stack([g.reshape(sizes) for g in stacks.grads])
+    sizes = [factor.shape[1] for factor in own.factors]
+    dense = [f.dtype for f in own.factors if structure_of_stack(f).is_dense]
+    dtype = dense[0] if dense else own.factors[0].dtype
+    grad = torch.stack([g.reshape(sizes) for g in own.grads])
     lowest, highest = torch.aminmax(grad.flatten(1), dim=1)
     if bool((torch.maximum(-lowest, highest) > matrix.LARGEST_GRADIENT).any()):
         grad = matrix.limited(grad)
     grad = grad.to(dtype)
-    factors = unversioned(stacks.factors)
+    factors = unversioned(own.factors)
     if update_factors:
-        untold = (lowest == 0) & (highest == 0)
-        kept = _rows(untold, factors, stacks.residuals, stacks.momenta)
-        _update_factors(grad, factors, stacks.residuals, stacks.momenta, **scalars)
+        is_zero = (lowest == 0) & (highest == 0)  # of which K and m learn nothing
+        kept = _rows(is_zero, factors, own.residuals, own.momenta)
+        _update_factors(grad, factors, own.residuals, own.momenta, **scalars)
         for stack, rows in kept:
-            stack[untold] = rows
+            stack[is_zero] = rows
     if update_factors or refresh_products:
-        for factor, product in zip(factors, stacks.products, strict=True):
+        for factor, product in zip(factors, own.products, strict=True):
             if product.numel():
                 torch.bmm(factor, factor.mT, out=product.data)
 
     update = -grad if maximize else grad
-    for axis, (factor, product) in enumerate(zip(factors, stacks.products, strict=True)):
+    for axis, (factor, product) in enumerate(zip(factors, own.products, strict=True)):
         if product.numel():
             update = times(update, product, axis)
         else:
             transposed = structure_of_stack(factor).transposed(factor)
             update = times(times(update, factor, axis), transposed, axis)
-    p = torch.stack([param.reshape(sizes) for param in stacks.params])
+    p = torch.stack([param.reshape(sizes) for param in own.params])
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     buffer = None
-    if stacks.buffers:
-        buffer = torch.stack([b.reshape(sizes) for b in stacks.buffers])
+    if own.buffers:
+        buffer = torch.stack([b.reshape(sizes) for b in own.buffers])
     matrix.apply_(
         p,
         update,
         buffer,
-        lr=lr.double(),
+        lr=own.lr.double(),
         momentum=momentum,
         weight_decay=weight_decay,
         decoupled=decoupled,
         bound=math.inf if bound is None else bound,
     )
-    scatter(p, stacks.params)
+    scatter(p, own.params)
     if buffer is not None:
-        scatter(buffer, stacks.buffers)
+        scatter(buffer, own.buffers)
 
 
 def _rows(chosen: Tensor, *lists: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

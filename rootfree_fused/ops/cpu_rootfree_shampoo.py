@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,22 +11,8 @@ from ..reference import matrix
 from ..reference.rootfree_shampoo import ROW_DAMPING
 from ..reference.structures import structure_of_stack
 from . import by_reference
+from .by_reference import RootFreeShampooTensors
 from .cpu_matrix import contiguous_copies, kernel_serves, scatter, square_sums, times, unversioned
-
-
-@dataclass
-class _Stacks:
-    """The arguments that belong to one bucket; see `layouts.Bucket`."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    buffers: list[Tensor]
-    rows: list[Tensor]
-    grams: list[Tensor]
-    factors: list[Tensor]
-    residuals: list[Tensor]
-    products: list[Tensor]
-    steps: Tensor
 
 
 def rootfree_shampoo_(
@@ -46,31 +31,24 @@ def rootfree_shampoo_(
     if by_reference.skips(found_inf):
         return
     grads = by_reference.unscaled(grads, grad_scale)
-    factors = tensors[3]
-    for bucket in range(len(factors) // 2):
-        *lists, lr = by_reference.take_pair(bucket, params, grads, *tensors)
-        stacks = _Stacks(*lists)
-        if kernel_serves("_rootfree_shampoo_bf16_", stacks.params, stacks.residuals):
-            _in_the_kernel(stacks, lr, scalars)
+    every = RootFreeShampooTensors(params, grads, *tensors)
+    for bucket in range(len(every.factors) // 2):
+        own = by_reference.take_pair(bucket, every)
+        if kernel_serves("_rootfree_shampoo_bf16_", own.params, own.residuals):
+            _in_the_kernel(own, scalars)
         else:
-            _stacked(stacks, lr, **scalars)
+            _stacked(own, **scalars)
 
 
-def _in_the_kernel(stacks: _Stacks, lr: Tensor, scalars: dict[str, Any]) -> None:
-    with contiguous_copies(stacks.params, stacks.buffers) as (params, buffers):
-        torch.ops.rootfree_fused._rootfree_shampoo_bf16_(
-            params,
-            [g.contiguous() for g in stacks.grads],
-            buffers,
-            *(getattr(stacks, field.name) for field in fields(stacks)[3:]),
-            lr,
-            **scalars,
-        )
+def _in_the_kernel(own: RootFreeShampooTensors, scalars: dict[str, Any]) -> None:
+    with contiguous_copies(own.params, own.buffers) as (params, buffers):
+        grads = [g.contiguous() for g in own.grads]
+        operands = own._replace(params=params, grads=grads, buffers=buffers)
+        torch.ops.rootfree_fused._rootfree_shampoo_bf16_(*operands, **scalars)
 
 
 def _stacked(
-    stacks: _Stacks,
-    lr: Tensor,
+    own: RootFreeShampooTensors,
     *,
     update_factors: bool,
     refresh_products: bool,
@@ -82,26 +60,26 @@ def _stacked(
     row_beta: float | None,
     maximize: bool,
 ) -> None:
-    factors = unversioned(stacks.factors)
+    factors = unversioned(own.factors)
     sizes = [factor.shape[1] for factor in factors]
     dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
-    wide = torch.promote_types(stacks.grams[0].dtype, stacks.buffers[0].dtype)
-    grad = _scaled(torch.stack([g.reshape(sizes) for g in stacks.grads]).to(wide), 1.0)
+    wide = torch.promote_types(own.grams[0].dtype, own.buffers[0].dtype)
+    grad = _scaled(torch.stack([g.reshape(sizes) for g in own.grads]).to(wide), 1.0)
     grad = -grad if maximize else grad
-    buffer = torch.stack([b.reshape(sizes) for b in stacks.buffers]).to(wide)
+    buffer = torch.stack([b.reshape(sizes) for b in own.buffers]).to(wide)
     buffer.lerp_(grad, 1 - beta1)
     ahead = buffer * beta1 + grad * (1 - beta1)
-    scatter(buffer, stacks.buffers)
+    scatter(buffer, own.buffers)
 
     if update_factors:
-        told = grad.flatten(1).any(1)
-        _update_roots(grad, told, stacks.grams, factors, stacks.residuals, beta2, damping)
+        learns = grad.flatten(1).any(1)
+        _update_roots(grad, learns, own.grams, factors, own.residuals, beta2, damping)
     if update_factors or refresh_products:
-        for factor, product in zip(factors, stacks.products, strict=True):
+        for factor, product in zip(factors, own.products, strict=True):
             if product.numel():
                 torch.bmm(factor, factor.mT, out=product.data)
     update = ahead.to(dtype)
-    for axis, (factor, product) in enumerate(zip(factors, stacks.products, strict=True)):
+    for axis, (factor, product) in enumerate(zip(factors, own.products, strict=True)):
         if product.numel():
             update = times(update, product, axis)
         else:
@@ -110,39 +88,39 @@ def _stacked(
     update = update.to(wide)
     if row_beta is not None:
         update = _scaled(update, 1.0)
-        rows = torch.stack(stacks.rows).to(wide)
-        weights = stacks.steps.to(rows.dtype).reciprocal().clamp_min(1 - row_beta).unsqueeze(1)
+        rows = torch.stack(own.rows).to(wide)
+        weights = own.steps.to(rows.dtype).reciprocal().clamp_min(1 - row_beta).unsqueeze(1)
         rows.lerp_(update.square().mean(2), weights)
-        scatter(rows, stacks.rows)
+        scatter(rows, own.rows)
         update = update / (rows + ROW_DAMPING).sqrt().unsqueeze(2)
     update = _scaled(update, update_rms)
 
-    p = torch.stack([param.reshape(sizes) for param in stacks.params])
+    p = torch.stack([param.reshape(sizes) for param in own.params])
     p = p.to(torch.promote_types(p.dtype, wide))
-    scatter(p - lr.double() * weight_decay * p - lr.double() * update, stacks.params)
+    scatter(p - own.lr.double() * weight_decay * p - own.lr.double() * update, own.params)
 
 
 def _update_roots(
     grad: Tensor,
-    told: Tensor,
+    learns: Tensor,
     grams: list[Tensor],
     factors: list[Tensor],
     residuals: list[Tensor],
     beta2: float,
     damping: float,
 ) -> None:
-    """`reference.update_roots_` of a stack, where `told` says whose gradient is not zero."""
+    """`reference.update_roots_` of a stack; only what `learns` does, whose gradient is not zero."""
     dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
     seen = times(grad.to(dtype), factors[1], 1), times(grad.to(dtype), factors[0], 0).mT
     for gram, factor, residual, unfolded in zip(grams, factors, residuals, seen, strict=True):
         structure = structure_of_stack(factor)
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
         new = structure.gram(unfolded if structure.is_dense else unfolded.to(gram.dtype))
-        weight = (told.to(gram.dtype) * (1 - beta2)).view(each)
+        weight = (learns.to(gram.dtype) * (1 - beta2)).view(each)
         _lerp(gram, new.to(gram.dtype) / unfolded.shape[2], weight)
         lam = (damping * structure.diagonal(gram).mean(1)).view(each)
         if not structure.is_dense:
-            factor.copy_(torch.where(told.view(each), (gram + lam).rsqrt(), factor))
+            factor.copy_(torch.where(learns.view(each), (gram + lam).rsqrt(), factor))
             continue
         value = matrix.join(factor, residual) if residual.numel() else factor
         ahead = torch.baddbmm((lam * value).to(dtype), gram.to(dtype), factor)
@@ -153,9 +131,9 @@ def _update_roots(
         bound = torch.fmin(
             square_sums(residue).sqrt(), square_sums((error @ error).to(gram.dtype)).sqrt().sqrt()
         )
-        step = torch.where(told, 0.5 / bound.clamp_min(1), 0.0).view(each)
+        step = torch.where(learns, 0.5 / bound.clamp_min(1), 0.0).view(each)
         moved = value - step * (factor @ error).to(value.dtype)
-        value = torch.where(told.view(each), moved, value)
+        value = torch.where(learns.view(each), moved, value)
         by_reference.store(value, factor, residual if residual.numel() else None)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import by_reference, cpu_matrix, cpu_rootfree_shampoo, extensions, install
+from .by_reference import IFShampooTensors, RootFreeShampooTensors
 from .methods import DiagonalMethod
 
 
@@ -201,7 +202,7 @@ def _ifshampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
         kernels.ifshampoo_(list(filter(None, buckets)), params, grads, buffers, lr, **scalars)
         for i, served in enumerate(buckets):
             if served is None:
-                own = by_reference.take_bucket(i, *tensors, axes=axes)
+                own = by_reference.take_bucket(i, IFShampooTensors(*tensors), axes)
                 slow(*own, axes=[axes[i]], **scalars)
 
     return run
@@ -222,6 +223,7 @@ def _rootfree_shampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
         kernels.rootfree_shampoo_(served, *lists, **scalars)
         for bucket, found in enumerate(buckets):
             if found is None:
-                slow(*by_reference.take_pair(bucket, *tensors), **scalars)
+                own = by_reference.take_pair(bucket, RootFreeShampooTensors(*tensors))
+                slow(*own, **scalars)
 
     return run

@@ -59,7 +59,7 @@ def update_factors_(
     A diagonal factor keeps the diagonal of H_n alone. Where G is exactly zero nothing changes: it
     says nothing, and without it the factors would grow to 1 / damping.
     """
-    told = (grad != 0).any().to(factors[0].dtype)
+    learns = (grad != 0).any().to(factors[0].dtype)
     transformed = limited(grad).to(factors[0].dtype)
     for axis, factor in enumerate(factors):
         transformed = _mode_product(transformed, factor, axis, transpose=True)
@@ -76,9 +76,9 @@ def update_factors_(
         targets.append((batch_size / others * gram + damping * trace * square - identity) / 2)
 
     for factor, momentum, target in zip(factors, factor_momenta, targets, strict=True):
-        momentum.lerp_(target, (1 - factor_momentum) * told)
+        momentum.lerp_(target, (1 - factor_momentum) * learns)
         momentum.clamp_(-LARGEST_MOMENTUM, LARGEST_MOMENTUM)
-        step = told * factor_lr / momentum.norm().clamp_min(1)
+        step = learns * factor_lr / momentum.norm().clamp_min(1)
         factor.sub_(step * structure_of(factor).product(factor, momentum))
 
 
