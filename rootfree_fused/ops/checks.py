@@ -56,6 +56,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "amp_scaling": (False, True),
 }
 _OPTIONAL = ("max_update", "row_beta")
+NUMBERS = _DOMAINS.keys()
+SWITCHES = {name for name, choices in _CHOICES.items() if choices == (False, True)}
 HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
 
 

@@ -7,12 +7,14 @@ one.
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ..reference import diag, rootfree_shampoo
+from .checks import NUMBERS, SWITCHES
 
 # Fills a state that starts where the setting initial_square_avg says; see optimizer/starts.py.
 SECOND_MOMENT: Final = None
@@ -44,6 +46,9 @@ class DiagonalMethod:
     switches: tuple[str, ...]
     counts: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self)
+
     @property
     def schema(self) -> str:
         """Lists of parameters, gradients and states; lr and batch_size are 0-d tensors."""
@@ -69,6 +74,35 @@ class DiagonalMethod:
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's settings as the operator takes them, but for lr and batch_size."""
         return settings_of(group, (*self.numbers, *self.switches))
+
+
+def _check(method: DiagonalMethod) -> None:
+    """Raise a ValueError for a declaration that no step could follow, where it is made."""
+    name, settings = method.name, (*method.numbers, *method.switches)
+    if not (name.isidentifier() and name.endswith("_")):
+        raise ValueError(f"the method {name!r} must end in _, as its operator updates its tensors")
+    for key, value in method.states.items():
+        if not key.isidentifier() or key == "step" or not isinstance(value, (float, type(None))):
+            raise ValueError(
+                f"{name} has the state {key!r} of {value!r}; name it otherwise than step, and fill "
+                "it with a float or SECOND_MOMENT"
+            )
+    if len({*method.states, *settings}) < len(method.states) + len(settings):
+        raise ValueError(f"{name} names one of {(*method.states, *settings)} twice")
+    numbers = {*NUMBERS, "beta1", "beta2"} - {"betas"}
+    ranges = {"numbers": numbers, "switches": {*SWITCHES, "decoupled"}}
+    for kind, known in ranges.items():
+        if unknown := [setting for setting in getattr(method, kind) if setting not in known]:
+            raise ValueError(f"{name} has {unknown} as {kind}; give them a range in ops/checks.py")
+    tensors = ["param", "grad", *method.states, *(["step"] if method.counts else [])]
+    try:
+        inspect.signature(method.reference).bind(
+            *tensors, **dict.fromkeys(("lr", "batch_size", *settings))
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"the reference of {name} takes other than what it says: {error}"
+        ) from None
 
 
 def settings_of(group: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -37,6 +37,31 @@ def test_a_name_is_taken_once():
     assert before == METHODS
 
 
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"name": "adagrad"}, "'adagrad' must end in _"),
+        ({"name": "ada grad_"}, "'ada grad_' must end in _"),
+        ({"states": {"square sum": 0.0}}, "the state 'square sum' of 0.0; name it"),
+        ({"states": {"step": 0.0}}, "the state 'step' of 0.0; name it otherwise than step"),
+        ({"states": {"square_sum": "one"}}, "of 'one'; .* fill it with a float or SECOND_MOMENT"),
+        ({"states": {"square_sum": 0.0, "other": 0.0}}, "takes other .*: too many positional"),
+        ({"states": {}}, "takes other .*: missing .*'square_sum'"),
+        ({"counts": True}, "takes other .*: too many positional"),
+        ({"numbers": ("damping", "damping", "weight_decay")}, "twice"),
+        ({"numbers": ("damping", "wieght_decay")}, r"\['wieght_decay'\] as numbers; give them"),
+        ({"numbers": ("damping", "weight_decay", "capturable")}, r"\['capturable'\] as numbers"),
+        ({"numbers": ("damping", "weight_decay", "betas")}, r"\['betas'\] as numbers"),
+        ({"numbers": ("damping",)}, "takes other .*: missing .*'weight_decay'"),
+        ({"numbers": ("damping", "weight_decay", "alpha")}, "takes other .*unexpected .*'alpha'"),
+        ({"switches": ("maximize", "alpha")}, r"\['alpha'\] as switches"),
+    ],
+)
+def test_a_declaration_that_no_step_could_follow_is_refused_where_it_is_made(entry, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(ADAGRAD, **entry)
+
+
 def test_it_takes_fewer_than_60_lines():
     lines = (Path(__file__).parents[1] / "helpers" / "adagrad.py").read_text().splitlines()
     assert len([line for line in lines if line.strip()]) < 60
