@@ -191,6 +191,10 @@ def from_ifshampoo(
     that it is new. Vectors start anew, steps and all: Adam's averages are of plain gradients.
     Settings are those of `optimizer`, since lr has another unit, but `maximize` is the source's.
 
+    Build a scheduler anew on `optimizer`, after the load, and step it as often as the old one was
+    (`for _ in range(old.last_epoch): scheduler.step()`): the `state_dict()` of the old one would
+    bring the source's lr along.
+
     Args:
         source: an IFShampoo on the parameters of `optimizer`, or its `state_dict()`, whose
             parameters must then come in the order of those of `optimizer`. Either stays as it is.

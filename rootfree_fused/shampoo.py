@@ -60,7 +60,8 @@ class RootFreeShampoo(MatrixOptimizer):
         damping: lam in units of the mean of S's diagonal, above 0.
         weight_decay: decoupled, per unit of lr.
         update_rms: root mean square of a matrix' update, above 0.
-        update_interval: update S and K every so many steps; above 1 costs quality.
+        update_interval: update S and K every so many steps; what more than 1 costs in
+            training is not measured.
         structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
             pair of them, of the rows and the columns.
         max_dense_dim: the largest axis that may have a dense factor.

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from helpers.optimizers import assert_identical, parameters, run, set_grads, snapshot
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo, convert
 from rootfree_fused.convert import from_ifshampoo
@@ -201,3 +202,24 @@ def test_an_older_if_shampoo_is_two_conversions_away(name, device):
     with pytest.raises(TypeError, match="IFShampoo, whose state from_ifshampoo then makes one of"):
         getattr(convert, name)(source.state_dict(), optimizer)
     optimizer.load_state_dict(from_ifshampoo(source.state_dict(), optimizer))
+
+
+def test_a_schedule_goes_on_as_the_docs_say(device):
+    """Built anew and stepped as often; the old one's state brings the source's lr."""
+    source, params = begun(device, lr=0.5)
+    never = RootFreeShampoo(params, lr=0.01)
+    old, other = (CosineAnnealingLR(o, T_max=20) for o in (source, never))
+    for _ in range(7):
+        for each in (source, never, old, other):
+            each.step()
+    optimizer = converted(source, params, lr=0.01)
+    scheduler = CosineAnnealingLR(optimizer, T_max=20)
+    optimizer.step()
+    for _ in range(old.last_epoch):
+        scheduler.step()
+    for _ in range(3):
+        assert optimizer.param_groups[0]["lr"] == never.param_groups[0]["lr"]
+        for each in (optimizer, never, scheduler, other):
+            each.step()
+    scheduler.load_state_dict(old.state_dict())
+    assert scheduler.base_lrs == [0.5]
