@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rootfree_fused import IFShampoo
+from rootfree_fused import RootFreeShampoo
 
 
 def save(state: Any, path: Path) -> None:
@@ -37,7 +37,7 @@ class Training:
         torch.manual_seed(0)
         self.path = path
         self.model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-        self.optimizer = IFShampoo(self.model.parameters(), batch_size=32)
+        self.optimizer = RootFreeShampoo(self.model.parameters())
         self.steps = 0
         if path.exists():
             # On the CPU, wherever it was saved; load_state_dict moves the state to its device.

@@ -16,7 +16,7 @@ def run_example(name):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"checkpoint", "plain_loop", "hf_trainer", "lightning_module"}
+    assert names == {"checkpoint", "train", "plain_loop", "hf_trainer", "lightning_module"}
 
 
 def test_plain_loop():
@@ -24,6 +24,14 @@ def test_plain_loop():
     assert batch_sizes == [32, 32, 32, 4] * 10
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_train():
+    lrs, losses = run_example("train")
+    assert len(lrs) == len(losses) == 100
+    assert lrs == sorted(lrs, reverse=True)
+    assert lrs[0] == 0.01
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 
 def test_checkpoint():
