@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -170,11 +169,9 @@ class Bucket:
 
     def part(self, first: int, members: list[int]) -> Bucket:
         """The `members` that lie from position `first` on."""
-        if len(members) == len(self.members):
-            return dataclasses.replace(self, members=members, versions=None)
 
         def cut(tensors: list[Tensor]) -> list[Tensor]:
-            return [t[first : first + len(members)] if t.numel() else t for t in tensors]
+            return [tensor[first : first + len(members)] for tensor in tensors]
 
         return Bucket(
             members,

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rootfree_fused.optimizer.layouts import Layout, caches_product, factor_state, layout_of
+from rootfree_fused.optimizer.layouts import (
+    Layout,
+    Stacks,
+    caches_product,
+    factor_state,
+    layout_of,
+)
+from rootfree_fused.optimizer.stacks import allocate
 from rootfree_fused.reference import join
 from rootfree_fused.reference.structures import DENSE, DIAGONAL
 
@@ -86,3 +93,65 @@ def test_factor_state_by_dtype():
     assert torch.equal(whole, torch.eye(4) * 0.3**-0.25)
     assert "factor_0_residual" not in factor_state(layout, torch.float32, 1.0)
     assert factor_state(layout, torch.float64, 1.0)["factor_1"](CPU).dtype == torch.float64
+
+
+# Buckets of the stacks
+
+
+def stacked_states(count=5, dtype=torch.float32, interval=1):
+    spec = factor_state(Layout((4, 3), (DENSE, DENSE)), dtype, 1.0)
+    states = allocate([spec] * count, [dict.fromkeys(spec, CPU)] * count)
+    for i, state in enumerate(states):
+        state["factor_0"].fill_(i)
+    return states, Stacks(states, "factor_momentum_{}", interval)
+
+
+def buckets_of(stacks, states, updates):
+    """By bucket the members, and whose factors it has, which `stacked_states` numbers."""
+    plan = stacks.plan(states, updates)
+    assert not plan.vectors
+    return [(b.members, b.factors[0][:, 0, 0].tolist()) for b in plan.buckets]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bucket_is_what_lies_together_and_steps_alike(dtype):
+    states, stacks = stacked_states(dtype=dtype)
+    every, all_of_them = [True] * 5, list(range(5))
+    assert buckets_of(stacks, states, every) == [(all_of_them, all_of_them)]
+    backwards = buckets_of(stacks, states[::-1], every)  # in the order of the stack
+    assert backwards == [(all_of_them[::-1], all_of_them)]
+    # Where the third has no gradient, the others are two buckets, each of its own factors.
+    gap = [states[i] for i in (0, 1, 3, 4)]
+    assert buckets_of(stacks, gap, every[:4]) == [([0, 1], [0, 1]), ([2, 3], [3, 4])]
+    mixed = buckets_of(stacks, states, [True, False, False, True, True])
+    assert sorted(mixed) == [([0], [0]), ([1, 2], [1, 2]), ([3, 4], [3, 4])]
+    part = stacks.plan(gap, every[:4]).buckets[1]
+    assert [r.shape[0] for r in part.residuals] == [2 * (dtype == torch.bfloat16)] * 2
+    assert part.products_are_stale()  # nobody has made K K^T of it
+
+
+@pytest.mark.parametrize("key", ["factor_0", "factor_1", "factor_momentum_1"])
+def test_states_of_which_one_tensor_is_elsewhere_are_no_stack(key):
+    """Whoever replaced it; every tensor of a state must lie in the stacks, not the first alone."""
+    states, stacks = stacked_states()
+    states[2][key] = states[2][key].clone()
+    assert not stacks.hold(states)
+    anew = Stacks(states, "factor_momentum_{}", 1)
+    found = buckets_of(anew, states, [True] * 5)
+    assert found == [([0, 1], [0, 1]), ([2], [2]), ([3, 4], [3, 4])]
+    last = anew.plan(states, [True] * 5).buckets[-1]
+    assert all(
+        torch.equal(whole[i], states[3 + i][name])
+        for name, whole in zip(("factor_0", "factor_1"), last.factors, strict=True)
+        for i in (0, 1)
+    )
+
+
+def test_room_for_products_is_where_they_are_kept():
+    """Axis 0 of (4, 3) is worth it at every step; of (60, 3) at long intervals alone."""
+    for size, interval, kept in ((4, 1, True), (60, 1, False), (60, 20, True)):
+        spec = factor_state(Layout((size, 3), (DENSE, DENSE)), torch.float32, 1.0)
+        states = allocate([spec], [dict.fromkeys(spec, CPU)])
+        (bucket,) = Stacks(states, "factor_momentum_{}", interval).plan(states, [True]).buckets
+        assert (bucket.products[0].numel() > 0) is kept
+        assert bucket.products[0].shape in (bucket.factors[0].shape, (0,))
