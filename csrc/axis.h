@@ -112,6 +112,16 @@ ROOTFREE_BF16 inline void write(const Tile& tile, T* to, int64_t stride) {
   }
 }
 
+// Asks for the part of a matrix at a tile, so that it comes from memory while the tile is computed.
+template <class T>
+inline void prefetch(const Tile& tile, const T* matrix, int64_t stride) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const T* row = matrix + (tile.row + i) * stride + tile.column;
+    for (int64_t j = 0; j < tile.columns; j += line) __builtin_prefetch(row + j);
+  }
+}
+
 // Visits a tile of the lower triangle of a symmetric matrix, and its mirror image.
 template <class Visit>
 void visit_both(const Tile& tile, const Visit& visit) {

@@ -55,6 +55,8 @@ inline void pack_unchanged(const FactorAxis& axis, int64_t strip, bool products_
 // K <- K - step K m, on a tile.
 ROOTFREE_BF16 inline void update_factor(const FactorAxis& axis, int64_t task, float step) {
   Tile tile = square_tile(axis, task);
+  prefetch(tile, axis.factor, axis.size);
+  prefetch(tile, axis.residual, axis.size);
   multiply(tile, axis.left_factor, axis.change_then_product.as_right());
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t offset = (tile.row + i) * axis.size + tile.column;

@@ -90,6 +90,7 @@ inline void update_momentum(const MomentumAxis& axis, const MomentumAxis& other,
   const double mean_square = sum(other.factor_squares, other.strips()) / other.size;
   const double gram_scale = options.batch_size / other.size;
   Tile gram = triangle_tile(axis, pair);
+  prefetch(gram, axis.momentum, axis.size);
   multiply(gram, axis.transpose_times_factor());
   scale(gram, options.damping * mean_square / gram_scale);
   multiply(gram, transformed, true);

@@ -252,16 +252,31 @@ void pack_transposed(const Operand& to, const Submatrix<T>& from) {
   pack_blocks<std::is_same_v<Operand, Left>>(to, from);
 }
 
+// Both operands of X X^T: a block is read and rounded once, for either of them.
 template <class T>
-void pack(const Gram& to, const Submatrix<T>& x) {
-  pack(to.x, x);
-  pack_transposed(to.x_transposed, x);
+ROOTFREE_BF16 void pack(const Gram& to, const Submatrix<T>& x) {
+  for (int64_t i = 0; i < x.rows; i += lanes) {
+    for (int64_t j = 0; j < x.columns; j += block_depth) {
+      __m512i r[16];
+      load_rows(x, i, j, r);
+      store(r, to.x.at(x.row + i, x.column + j));
+      transpose(r);
+      store(r, to.x_transposed.at(x.column + j, x.row + i));
+    }
+  }
 }
 // X being the transpose of what is packed.
 template <class T>
-void pack_transposed(const Gram& to, const Submatrix<T>& x_transposed) {
-  pack_transposed(to.x, x_transposed);
-  pack(to.x_transposed, x_transposed);
+ROOTFREE_BF16 void pack_transposed(const Gram& to, const Submatrix<T>& x) {
+  for (int64_t i = 0; i < x.rows; i += block_depth) {
+    for (int64_t j = 0; j < x.columns; j += lanes) {
+      __m512i r[16];
+      load_pairs(x, i, j, r);
+      store(r, to.x_transposed.at(x.row + i, x.column + j));
+      transpose(r);
+      store(r, to.x.at(x.column + j, x.row + i));
+    }
+  }
 }
 
 }  // namespace rootfree_fused

@@ -35,6 +35,7 @@ struct RootAxis : FactorAxis {
     error_squares = arena.take<double>(pairs_of_tiles());
     squared_error_squares = arena.take<double>(pairs_of_tiles());
   }
+  Gram both_of_error() const { return {gram_then_error, change_then_product.as_right()}; }
   double error_norm() const { return std::sqrt(sum(error_squares, pairs_of_tiles())); }
 };
 
@@ -107,6 +108,7 @@ ROOTFREE_BF16 inline void average_gram(const RootAxis& axis, Tile& gram, float g
 ROOTFREE_BF16 inline void multiply_gram(const RootAxis& axis, int64_t task, double damping) {
   const float lam = damping * sum(axis.traces, axis.tiles) / axis.size;
   Tile tile = square_tile(axis, task);
+  prefetch(tile, axis.factor, axis.size);
   multiply(tile, axis.gram_then_error, axis.packed_factor.as_right());
   for (int64_t i = 0; i < tile.rows; ++i) {
     const BFloat16* factor = axis.factor + (tile.row + i) * axis.size + tile.column;
@@ -124,16 +126,15 @@ inline void find_error(const RootAxis& axis, int64_t pair) {
     for (int64_t i = 0; i < error.rows; ++i) error.values[i][i] -= 1;
   }
   axis.error_squares[pair] = symmetric_sum_of_squares(error);
-  visit_both(error, [&](const Tile& part) {
-    pack(axis.gram_then_error, part.submatrix());
-    pack(axis.change_then_product.as_right(), part.submatrix());
-  });
+  // Of the tile and of its mirror image: E is its own transpose.
+  pack(axis.both_of_error(), error.submatrix());
+  if (error.row != error.column) pack_transposed(axis.both_of_error(), error.submatrix());
 }
 
 // The sum of the squares of E^2, on a tile of the lower triangle.
 inline void square_error(const RootAxis& axis, int64_t pair) {
   Tile tile = triangle_tile(axis, pair);
-  multiply(tile, Gram{axis.gram_then_error, axis.change_then_product.as_right()});
+  multiply(tile, axis.both_of_error());
   if (tile.row == tile.column) mirror(tile);
   axis.squared_error_squares[pair] = symmetric_sum_of_squares(tile);
 }
@@ -161,6 +162,7 @@ inline void update_roots(RootMatrix* matrices, int64_t count, const RootOptions&
       [&](const RootAxis& axis, const RootAxis& other, const Gram& transformed, int64_t task) {
         if (!axis.has_gradient) return;
         Tile gram = triangle_tile(axis, task);
+        prefetch(gram, axis.gram, axis.size);
         multiply(gram, transformed);
         average_gram(axis, gram, 1.0 / other.size, 1 - options.beta2);
       });
