@@ -193,20 +193,30 @@ ROOTFREE_BF16 inline void store(const __m512i (&r)[16], uint32_t* to) {
   for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * lanes, r[i]);
 }
 
-// A block of a Left, or of a Right transposed: 16 rows of 32 numbers, as they lie.
-template <class T>
+// A block of a Left, or of a Right transposed: 16 rows of 32 numbers, as they lie. A whole one needs
+// no masks.
+template <bool whole, class T>
 ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Submatrix<T>& from, int64_t i, int64_t j,
                                              __m512i (&r)[16]) {
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k) {
     const T* row = from.values + (i + k) * from.stride + j;
-    const int64_t count = i + k < from.rows ? from.columns - j : 0;
+    const int64_t count = whole ? block_depth : i + k < from.rows ? from.columns - j : 0;
     r[k] = load_bf16(row, count, row + lanes, count - lanes);
+  }
+}
+template <class T>
+ROOTFREE_BF16 ROOTFREE_INLINE void load_rows(const Submatrix<T>& from, int64_t i, int64_t j,
+                                             __m512i (&r)[16]) {
+  if (i + lanes <= from.rows && j + block_depth <= from.columns) {
+    load_rows<true>(from, i, j, r);
+  } else {
+    load_rows<false>(from, i, j, r);
   }
 }
 
 // A block of a Right, or of a Left transposed: 16 pairs of rows of 16 numbers.
-template <class T>
+template <bool whole, class T>
 ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Submatrix<T>& from, int64_t i, int64_t j,
                                               __m512i (&r)[16]) {
   const __m512i interleave =
@@ -214,11 +224,20 @@ ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Submatrix<T>& from, int64_t 
                        21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k) {
-    const int64_t row = i + 2 * k, count = from.columns - j;
+    const int64_t row = i + 2 * k, count = whole ? lanes : from.columns - j;
     const T* even = from.values + row * from.stride + j;
-    const __m512i pair = load_bf16(even, row < from.rows ? count : 0, even + from.stride,
-                                   row + 1 < from.rows ? count : 0);
+    const __m512i pair = load_bf16(even, whole || row < from.rows ? count : 0, even + from.stride,
+                                   whole || row + 1 < from.rows ? count : 0);
     r[k] = _mm512_permutexvar_epi16(interleave, pair);
+  }
+}
+template <class T>
+ROOTFREE_BF16 ROOTFREE_INLINE void load_pairs(const Submatrix<T>& from, int64_t i, int64_t j,
+                                              __m512i (&r)[16]) {
+  if (i + block_depth <= from.rows && j + lanes <= from.columns) {
+    load_pairs<true>(from, i, j, r);
+  } else {
+    load_pairs<false>(from, i, j, r);
   }
 }
 

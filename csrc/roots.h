@@ -92,6 +92,7 @@ ROOTFREE_BF16 inline void average_gram(const RootAxis& axis, Tile& gram, float g
   for (int64_t i = 0; i < gram.rows; ++i) {
     const float* old = axis.gram + (gram.row + i) * axis.size + gram.column;
     float* values = gram.values[i];
+    ROOTFREE_INDEPENDENT_ITERATIONS
     for (int64_t j = 0; j < gram.columns; ++j) {
       values[j] = lerp(old[j], gram_scale * values[j], weight);
     }
@@ -112,6 +113,7 @@ ROOTFREE_BF16 inline void multiply_gram(const RootAxis& axis, int64_t task, doub
   multiply(tile, axis.gram_then_error, axis.packed_factor.as_right());
   for (int64_t i = 0; i < tile.rows; ++i) {
     const BFloat16* factor = axis.factor + (tile.row + i) * axis.size + tile.column;
+    ROOTFREE_INDEPENDENT_ITERATIONS
     for (int64_t j = 0; j < tile.columns; ++j) tile.values[i][j] += lam * float(factor[j]);
   }
   pack(axis.gram_times_factor, tile.submatrix());
