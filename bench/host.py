@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop
-from rootfree_fused.ops import dispatch, extensions
+from rootfree_fused.ops import by_reference, dispatch, extensions
+from rootfree_fused.ops.methods import ADAMW, RMSPROP, VECTOR_ADAM
+from rootfree_fused.optimizer import matrix_calls
 
 from .measuring.common import (
     add_measurement_arguments,
@@ -39,11 +43,35 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
 
 
 @contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """CPU tensors go where CUDA tensors go: through the dispatcher to the launchers in Triton."""
+    bodies = {
+        "ifshampoo_": dispatch._ifshampoo_on_cuda(by_reference.ifshampoo_),
+        "rootfree_shampoo_": dispatch._rootfree_shampoo_on_cuda(by_reference.rootfree_shampoo_),
+    }
+    for method in (RMSPROP, ADAMW, VECTOR_ADAM):
+        bodies[method.name] = dispatch._on_cuda(method, by_reference.diagonal(method))
+    library = torch.library.Library("rootfree_fused", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is a body already
+        for name, body in bodies.items():
+            library.impl(name, body, "CPU", allow_override=True)
+    try:
+        with (
+            patch.object(dispatch, "triton_serves", lambda param: True),
+            patch.object(matrix_calls, "matrix_kernel", lambda *args: None),
+        ):
+            yield
+    finally:
+        library._destroy()
+
+
+@contextmanager
 def stubbed() -> Iterator[None]:
-    """CPU tensors go where CUDA tensors go, compiled for sm_90, and the driver does nothing."""
+    """As on CUDA, with kernels that are compiled for sm_90, and a driver that does nothing."""
     target = optional("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     driver = optional("triton").runtime.driver
-    kept, served = driver._active, dispatch.triton_serves
+    kept = driver._active
     nothing = SimpleNamespace(
         load_binary=lambda *args: (0, 0, 32, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 227 << 10},
@@ -57,11 +85,11 @@ def stubbed() -> Iterator[None]:
             utils=nothing,
         )
     )
-    dispatch.triton_serves = lambda param: True
     try:
-        yield
+        with as_on_cuda():
+            yield
     finally:
-        driver._active, dispatch.triton_serves = kept, served
+        driver._active = kept
 
 
 def steps(count: int) -> dict[tuple[str, str], Callable[[], Any]]:

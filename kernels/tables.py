@@ -19,6 +19,7 @@ from torch import Tensor
 from .slots import ROW, Row
 
 _MAX_PLANS = 128
+_STREAMS = 2  # of which a table keeps a copy
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -42,23 +43,23 @@ class DeviceTable:
     """A small host tensor and its copy on one device.
 
     The copy is ordered with the work of the stream that was current when it was made, so another
-    stream gets one of its own. A copy that a capture finds is complete, because torch.cuda.graph
-    synchronizes first; one that it has to make becomes a node of the graph, which reads the pinned
-    memory at every replay (under capture torch refuses a copy from any other).
+    stream gets one of its own; the last two are kept. A copy that a capture finds is complete,
+    because torch.cuda.graph synchronizes first; one that it has to make becomes a node of the
+    graph, which reads the pinned memory at every replay (under capture torch refuses a copy from
+    any other).
     """
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
         self.host = host
         self._device = device
-        self._copy: Tensor | None = None
-        self._stream: int | None = None
+        self._copies: dict[int, Tensor] = {}  # by stream; replaced, never changed: for threads
 
     def on_device(self) -> Tensor:
         """The copy for the current stream; the current device is the table's."""
         if self._device.type == "cpu":
             return self.host
         if torch.cuda.is_current_stream_capturing():
-            copy = self._copy
+            copy = next(iter(self._copies.values()), None)
             if copy is None:
                 pinned = self.host.pin_memory()
                 copy = pinned.to(self._device, non_blocking=True)
@@ -66,10 +67,10 @@ class DeviceTable:
             _captured.append(copy)
             return copy
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        copy = self._copy
-        if copy is None or self._stream != stream:
+        copy = self._copies.get(stream)
+        if copy is None:
             copy = self.host.pin_memory().to(self._device, non_blocking=True)
-            self._copy, self._stream = copy, stream
+            self._copies = dict([*self._copies.items(), (stream, copy)][-_STREAMS:])
         return copy
 
 
