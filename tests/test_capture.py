@@ -197,6 +197,10 @@ def test_bad_input():
         CapturedStep(int, theirs)
     with pytest.raises(ValueError, match="capturable=False; build it with capturable=True"):
         CapturedStep(int, RootFreeRMSprop(params, batch_size=1))
+    elsewhere = [*params, torch.nn.Parameter(torch.ones(3, device="meta"))]
+    optimizer = RootFreeRMSprop(elsewhere, batch_size=1, capturable=True)
+    with pytest.raises(ValueError, match=r"parameters are on cpu, meta, .* an optimizer a device"):
+        CapturedStep(int, optimizer)
     optimizer = RootFreeRMSprop(params, batch_size=1, capturable=True)
     for warmup in (0, True, 1.5):
         with pytest.raises(ValueError, match="pass a whole number >= 1"):
