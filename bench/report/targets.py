@@ -73,16 +73,7 @@ def table(rows: list[Row]) -> str:
     parts = ["# GPU: measured against the targets", provenance(rows)]
     if not on_gpu(rows):
         parts.append("**A rehearsal on the CPU with small sizes: none of these is a result.**")
-    troubles = [
-        f"- {row['case']}, {row['metric']}: {row['detail'].get('why') or row['detail'].get('test')}"
-        for row in rows
-        if row["detail"].keys() & {"why", "test"}
-    ]
-    troubles += [
-        f"- {row['case']}, {row['provider']}: **WRONG**, error {number(row['value'], '.3g')} "
-        f"{row['unit']}"
-        for row in wrong(rows)
-    ]
+    troubles = [*_told(rows, "why"), *_wrong(rows), *_told(rows, "test")]
     if more := len(troubles) - SHOWN_TROUBLES:
         troubles[SHOWN_TROUBLES:] = [f"- and {more} more: see the rows"] if more > 0 else []
     if troubles:
@@ -92,6 +83,20 @@ def table(rows: list[Row]) -> str:
         parts.append(f"{name}: {', '.join(numbers) or 'none'}")
     parts.append(markdown(("what", "measured", "target", ""), [_line(t, rows) for t in TARGETS]))
     return page(*parts)
+
+
+def _told(rows: list[Row], key: str) -> list[str]:
+    """Of parts and providers that are missing ("why"), or of tests ("test"), which may be many."""
+    found = [row for row in rows if key in row["detail"]]
+    return [f"- {row['case']}, {row['metric']}: {row['detail'][key]}" for row in found]
+
+
+def _wrong(rows: list[Row]) -> list[str]:
+    return [
+        f"- {row['case']}, {row['provider']}: **WRONG**, error {number(row['value'], '.3g')} "
+        f"{row['unit']}"
+        for row in wrong(rows)
+    ]
 
 
 def _line(target: Target, rows: list[Row]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -97,18 +98,78 @@ def test_a_part_without_time_is_not_started(tmp_path):
     assert row["metric"] == "skipped"
 
 
-def test_a_failing_test_is_counted_and_named(tmp_path, monkeypatch):
-    output = "tests/test_a.py::test_b[cuda] FAILED\n12 failed is no summary\n=== short\n"
-    output += "FAILED tests/test_a.py::test_b[cuda] - assert\n"
-    output += "=== 2 failed, 31 passed, 4 skipped in 9s ==="
-    monkeypatch.setattr(gpu, "run_part", lambda *_: output)
+def test_failing_tests_are_counted_and_named_also_where_the_run_was_stopped(tmp_path, monkeypatch):
+    alone = [
+        "tests/test_a.py::test_b[cuda-a case] FAILED             [ 16%]",
+        "tests/test_a.py::test_c SKIPPED (needs 40 GB)           [ 20%]",
+    ]
+    workers = [
+        "tests/test_a.py::test_d ",
+        "[gw0] [ 33%] PASSED tests/test_a.py::test_d ",
+        "[gw1] [100%] ERROR tests/test_a.py::test_e[F16 F32] ",
+    ]
+    for lines in (
+        [*alone, *workers],
+        [*alone, *workers, "FAILED tests/test_a.py::test_b[cuda-a case] - assert"],
+    ):
+        monkeypatch.setattr(gpu, "run_part", lambda *_, lines=lines: "\n".join(lines))
+        monkeypatch.setattr(gpu, "small", lambda _: False)
+        found = collected(tmp_path)
+        gpu.run_tests(found, CPU, 60.0, "tests")
+        written = rows.read_rows(found.path)
+        counts = {row["metric"]: row["value"] for row in written if row["unit"] == "tests"}
+        assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
+        shown = targets.table(written)
+        assert "tests, failed test: tests/test_a.py::test_b[cuda-a case]" in shown
+        assert "tests, error test: tests/test_a.py::test_e[F16 F32]" in shown
+    assert "test_b[cuda-a case] - assert" in shown
+
+
+@needs_extras
+def test_targets_are_the_end_of_what_a_disaster_prints(tmp_path, monkeypatch, capfd):
+    """A case hangs, one dies of a signal, 500 tests fail; the others have their rows."""
+    failing = tmp_path / "test_failing.py"
+    failing.write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(500))\n"
+        "def test_fails(i):\n    assert i < 0, 'x' * 200\n"
+    )
+    scripts = {"products": "import time; print('compiles', flush=True); time.sleep(300)"}
+    scripts["many tensors"] = "import os; os.kill(os.getpid(), 11)"
+    scripts["large diagonal"] = "pass"
+    real_case, real_tests = gpu.case_command, gpu.pytest_command
+
+    def case_command(args, name):
+        script = scripts.get(name)
+        return [sys.executable, "-c", script] if script else real_case(args, name)
+
+    def pytest_command(selection):
+        if selection is gpu.SMOKE:
+            return [sys.executable, "-c", "pass"]
+        command = real_tests([str(failing), "-p", "no:cacheprovider"])
+        command[command.index("-m", 3) + 1] = ""  # whatever the mark
+        return command
+
+    monkeypatch.setattr(gpu, "case_command", case_command)
+    monkeypatch.setattr(gpu, "pytest_command", pytest_command)
     monkeypatch.setattr(gpu, "small", lambda _: False)
-    found = collected(tmp_path)
-    gpu.run_tests(found, CPU, 60.0)
-    written = rows.read_rows(found.path)
-    counts = {row["metric"]: row["value"] for row in written if row["unit"] == "tests"}
-    assert counts == {"passed": 31, "failed": 2, "skipped": 4, "error": 0}
-    assert "test_b[cuda]" in targets.table(written)
+    monkeypatch.setattr(gpu, "WORKERS", 2)
+    limits = {name: (10 if name == "products" else 120, 0.1) for name in gpu.LIMITS}
+    monkeypatch.setattr(gpu, "LIMITS", limits)
+    arguments = ["gpu", "--device", "cpu", "--quick", "--dirty", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    streams = capfd.readouterr()
+    end = (streams.err + streams.out)[-12_000:]
+    assert all(target.what in end[-4000:] for target in targets.TARGETS)
+    assert "products, failed: stopped after 10 s: compiles" in end
+    assert "many tensors, failed: exit status -11" in end
+    assert "tests, failed test" in end
+    assert "more: see the rows" in end
+    assert "failed 500 tests" in end
+    written = rows.read_rows(tmp_path / "out" / "gpu.jsonl")
+    assert rows.select(written, case="114 of 1024", provider=gpu_cases.AVERAGED, metric="time")
+    assert "test_failing.py::test_fails[499]" in (tmp_path / "out" / "gpu-tests.log").read_text()
+    with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as tar:
+        assert {"gpu.jsonl", "gpu-tests.log", "gpu-products.log"} <= set(tar.getnames())
 
 
 def off(optimizer, factor=1.1):
