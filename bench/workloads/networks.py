@@ -103,6 +103,23 @@ def llama_1b(
     yield Layer((width,))
 
 
+def qwen3_30b_a3b(
+    width: int = 2048, depth: int = 1, experts: int = 32, inner: int = 768, context: int = 2048
+) -> Iterator[Layer]:
+    """Linear layers of Qwen3-30B-A3B: a slice of its 48 layers, and of the 128 experts of each.
+
+    Of 32 heads of 128 for queries, 4 for keys and values, a router; 8 of 128 experts see a token,
+    so each of them every 16th position.
+    """
+    for _ in range(depth):
+        for rows, columns in ((2 * width, width), (width // 4, width), (width // 4, width)):
+            yield Layer((rows, columns), context)
+        yield from (Layer((width, 2 * width), context), Layer((128, width), context))
+        for _ in range(experts):
+            for rows, columns in ((inner, width), (inner, width), (width, inner)):
+                yield Layer((rows, columns), context // 16)
+
+
 @dataclass(frozen=True)
 class Model:
     """Layers, and the samples of the batch whose forward and backward a step is compared with."""
@@ -121,6 +138,9 @@ FULL: dict[str, Callable[[], Model]] = {
     "GPT-2 small, 16 x 1024 tokens": lambda: Model(list(gpt2()), 16),
     "GPT-2 medium, 16 x 1024 tokens": lambda: Model(list(gpt2(1024, 24)), 16),
     "Llama 1B, 8 x 2048 tokens": lambda: Model(list(llama_1b()), 8),
+    "Qwen3-30B-A3B, 1 of 48 layers, 32 of 128 experts, 8 x 2048 tokens": lambda: Model(
+        list(qwen3_30b_a3b()), 8
+    ),
 }
 # For a CPU: fewer and narrower layers in the same proportions, and small batches.
 SCALED: dict[str, Callable[[], Model]] = {

@@ -34,6 +34,8 @@ TINY = networks.Model(list(networks.gpt2(16, 1, 8, 32)), 2)
         (networks.gpt2(), 148, 124_439_808),
         (networks.gpt2(1024, 24), 292, 354_823_168),
         (networks.llama_1b(), 146, 1_235_814_400),
+        # A whole layer: attention, router, experts.
+        (networks.qwen3_30b_a3b(experts=128), 389, 18_874_368 + 262_144 + 603_979_776),
     ],
 )
 def test_networks_have_the_published_sizes(layers, count, elements):
