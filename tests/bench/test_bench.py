@@ -342,7 +342,7 @@ def test_host_end_to_end(tmp_path, monkeypatch):
     assert main(["host", "--quick", "--out", str(tmp_path)]) == 0
     assert (triton.runtime.driver._active, dispatch.triton_serves) == before
     written = rows.read_rows(tmp_path / "host.jsonl")
-    assert len(written) == 2 * len(host.OPTIMIZERS) * 3
+    assert len(written) == 2 * len(host.OPTIMIZERS) * 4
     assert all(r["unit"] == "ms" and r["value"] > 0 for r in written)
     assert (tmp_path / "host.md").read_text() == tables.host(written) + "\n"
 
