@@ -35,6 +35,7 @@ from .tiles import (
     pointer_at,
     product_tile,
     quarters,
+    ragged_pointer_at,
     size_at,
     spill,
     spilled,
@@ -96,9 +97,9 @@ def _update_momentum_tile(
 ):
     """Returns what the tile and its mirror image add to ||m||^2."""
     ROWS: tl.constexpr = LAYOUT.spilled_rows
-    momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]
     if tl.load(job_ptr + MOMENTA.spill) == 0:  # rows are aligned
+        momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
         parts = quarters(gram)
         squares = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(4):
@@ -108,6 +109,7 @@ def _update_momentum_tile(
             )
         norm = tl.sum(squares, 0)
     else:
+        ragged_ptr = ragged_pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
         spill_ptr = pointer_at(job_ptr + MOMENTA.spill, scratch_ptr, tl.float32)
         copy_ptr = pointer_at(job_ptr + MOMENTA.copy, scratch_ptr, FACTOR)
         spill(gram, spill_ptr, (d, d), tile)
@@ -116,7 +118,7 @@ def _update_momentum_tile(
             part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
             gram_part = spilled(spill_ptr, (d, d), part, ROWS, BLOCK)
             rows += _update_momentum_part(
-                momentum_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
+                ragged_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
             )
         norm = tl.sum(rows, 0)
     return norm * tl.where(is_diagonal, 1.0, 2.0)
@@ -128,8 +130,8 @@ def _update_diagonal_momentum(job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, p
     mask = offs < d
     squares_ptr = pointer_at(job_ptr + MOMENTA.transformed, scratch_ptr, tl.float32)
     gram = sum_rows(squares_ptr, d, size_at(job_ptr + MOMENTA.columns), pid, BLOCK)
-    k_ptrs = pointer_at(job_ptr + MOMENTA.factor, scratch_ptr, tl.float32) + offs
-    m_ptrs = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, tl.float32) + offs
+    k_ptrs = ragged_pointer_at(job_ptr + MOMENTA.factor, scratch_ptr, tl.float32) + offs
+    m_ptrs = ragged_pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, tl.float32) + offs
     k = tl.load(k_ptrs, mask=mask, other=0.0)
     m = tl.load(m_ptrs, mask=mask, other=0.0)
     m = _momentum_update(m, gram + ratio * k * k, c1, 1.0, scalars_ptr)
@@ -154,7 +156,7 @@ def _factor_momenta_kernel(
     job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + MOMENTA.size)
     e = size_at(job_ptr + MOMENTA.others)
-    trace_ptr = pointer_at(job_ptr + MOMENTA.trace, scratch_ptr, tl.float32)
+    trace_ptr = ragged_pointer_at(job_ptr + MOMENTA.trace, scratch_ptr, tl.float32)
     trace_count = size_at(job_ptr + MOMENTA.trace_count)
     trace = sum_of(trace_ptr, trace_count, tl.load(job_ptr + MOMENTA.trace_squares) != 0, BLOCK) / e
     c1 = tl.load(scalars_ptr + IFSHAMPOO.batch_size) / e
@@ -288,9 +290,9 @@ def _factors_kernel(
 
     if structure == STRUCTURE.diagonal:
         offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
-        ptrs = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
+        ptrs = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
         diagonal = tl.load(ptrs, mask=offs < d)
-        m_ptr = pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
+        m_ptr = ragged_pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
         m = tl.load(m_ptr + offs, mask=offs < d)
         tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
     else:
@@ -298,15 +300,17 @@ def _factors_kernel(
         momentum = (pointer_at(job_ptr + FACTORS.operand, scratch_ptr, FACTOR), d)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION)
-        factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
-        residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
         if structure == STRUCTURE.aligned:
+            factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+            residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
             update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
         else:
+            ragged_ptr = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+            low_ptr = ragged_pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
             spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
             copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
             update_ragged_factor_tile(
-                factor_ptr, residual_ptr, d, copy_ptr, spill_ptr, acc, step, tile, BLOCK
+                ragged_ptr, low_ptr, d, copy_ptr, spill_ptr, acc, step, tile, BLOCK
             )
 
 

@@ -267,7 +267,7 @@ class _Builder(PlanDraft):
             row = Product(
                 a=left_product if left.dense else gradient,
                 a_columns=columns,
-                b=right.old,
+                b=right.old if right.dense else 0,
                 b_columns=columns,
                 output=transformed,
                 m=rows,

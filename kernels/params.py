@@ -26,6 +26,7 @@ from .tiles import (
     pointer_at,
     product_tile,
     quarters,
+    ragged_pointer_at,
     scales,
     size_at,
     spill,
@@ -50,11 +51,11 @@ def _update_param_part(
     COLUMNS: tl.constexpr = update.shape[1]
     m, n = size
     if tl.load(job_ptr + PARAMS.row_scales) != 0:
-        rows_ptr = pointer_at(job_ptr + PARAMS.row_scales, scratch_ptr, tl.float32)
+        rows_ptr = ragged_pointer_at(job_ptr + PARAMS.row_scales, scratch_ptr, tl.float32)
         rows = scales(rows_ptr, m, part[0], ROWS)
         update *= (rows * rows)[:, None]
     if tl.load(job_ptr + PARAMS.column_scales) != 0:
-        columns_ptr = pointer_at(job_ptr + PARAMS.column_scales, scratch_ptr, tl.float32)
+        columns_ptr = ragged_pointer_at(job_ptr + PARAMS.column_scales, scratch_ptr, tl.float32)
         columns = scales(columns_ptr, n, part[1], COLUMNS)
         update *= (columns * columns)[None, :]
     # Before p and buf are loaded: with them in registers it would spill.

@@ -28,6 +28,7 @@ from .tiles import (
     padded,
     pointer_at,
     product_tile,
+    ragged_pointer_at,
     scales,
     size_at,
     spill,
@@ -113,12 +114,17 @@ def _gather_kernel(
     if sums_ptr.to(tl.int64) != 0:
         sums_ptr += index
     if gathered == GATHERED.state:
-        source_ptr = pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
         target_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, FACTOR)
-        aligned = tl.load(job_ptr + GATHER.aligned) != 0
-        copy_tile(
-            source_ptr, aligned, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
-        )
+        if tl.load(job_ptr + GATHER.aligned) != 0:
+            source_ptr = pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
+            copy_tile(
+                source_ptr, True, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
+            )
+        else:
+            ragged_ptr = ragged_pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
+            copy_tile(
+                ragged_ptr, False, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
+            )
     else:
         unscale = inverse_of(grad_scale_ptr)
         member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + GATHER.source)
@@ -203,8 +209,8 @@ def _product_kernel(
         tl.store(ptrs, acc.to(FACTOR), mask=mask)
     else:
         pointers = (
-            pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32),
-            pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32),
+            ragged_pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32),
+            ragged_pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32),
             pointer_at(job_ptr + PRODUCT.row_sums, scratch_ptr, tl.float32),
         )
         if k > 0:
@@ -223,10 +229,11 @@ def _product_kernel(
 @triton.jit
 def store_square(job_ptr, scratch_ptr, d, square, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
     """Store a tile of K K^T, and its mirror image, as a row of `slots.Square` says."""
-    product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
     if tl.load(job_ptr + SQUARE.spill) == 0:  # rows are aligned
+        product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
         store_symmetric_tile(product_ptr, d, square, tile)
     else:
+        ragged_ptr = ragged_pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
         is_diagonal = tile[0] == tile[1]
         spill_ptr = pointer_at(job_ptr + SQUARE.spill, scratch_ptr, tl.float32)
         copy_ptr = pointer_at(job_ptr + SQUARE.copy, scratch_ptr, FACTOR)
@@ -234,7 +241,7 @@ def store_square(job_ptr, scratch_ptr, d, square, tile, FACTOR: tl.constexpr, BL
         for i in range(BLOCK // LAYOUT.spilled_rows):
             part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
             product = spilled(spill_ptr, (d, d), part, LAYOUT.spilled_rows, BLOCK)
-            store_symmetric(product_ptr, d, d, product, part, is_diagonal)
+            store_symmetric(ragged_ptr, d, d, product, part, is_diagonal)
             store_symmetric(copy_ptr, d, padded(d), product, part, is_diagonal)
 
 

@@ -29,11 +29,27 @@ def tile_at(tiles_ptr, jobs_ptr, index):
 
 @triton.jit
 def pointer_at(column_ptr, scratch_ptr, DTYPE: tl.constexpr):
-    """The pointer in a job's column: an address, or -1 - the index of a byte in the scratch."""
+    """The pointer in a job's column, which is promised to start aligned.
+
+    The promise is of the operation that makes a pointer, and holds wherever that one is used. So
+    rows that may be ragged need a pointer of their own, by `ragged_pointer_at`.
+    """
     ALIGNMENT: tl.constexpr = LAYOUT.alignment
-    value = tl.load(column_ptr)
-    address = tl.where(value < 0, scratch_ptr.to(tl.int64) - 1 - value, value)
+    address = _address_at(column_ptr, scratch_ptr)
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
+
+
+@triton.jit
+def ragged_pointer_at(column_ptr, scratch_ptr, DTYPE: tl.constexpr):
+    """As `pointer_at`, of what may start anywhere: of ragged rows, or a diagonal factor's."""
+    return _address_at(column_ptr, scratch_ptr).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _address_at(column_ptr, scratch_ptr):
+    """The address in a job's column, or -1 - the index of a byte in the scratch."""
+    value = tl.load(column_ptr)
+    return tl.where(value < 0, scratch_ptr.to(tl.int64) - 1 - value, value)
 
 
 @triton.jit
