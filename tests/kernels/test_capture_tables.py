@@ -160,8 +160,10 @@ def test_a_whole_step_is_captured(name, offset, stand_in):
     for p in params:
         p.data = torch.cat([torch.zeros(offset), p.data.flatten()])[offset:].view(p.shape)
     with as_on_cuda():
+        seen = []  # kept, so that the next gradients lie elsewhere
         for t in range(3):
             set_grads(params, t)
+            seen += [p.grad for p in params]
             optimizer.step()
         assert stand_in.copies
         set_grads(params, 3)

@@ -102,6 +102,9 @@ def test_a_kept_product_changes_nothing(dtype, device):
         for tensors in (kept, fresh):
             call(tensors, step, update_factors=step != 2)
         for factor, product in zip(kept["factors"], kept["products"], strict=True):
+            if dtype == F64 and factor.is_cuda:  # no kernel serves it, and none reads a product
+                assert product.isnan().all()
+                continue
             made = (factor.double() @ factor.double().mT).to(dtype)
             torch.testing.assert_close(product, made, rtol=2e-2 if dtype == BF16 else 1e-5, atol=0)
     scale = 0.05 * 3 * SETTINGS["update_rms"]  # of what three steps moved
@@ -112,7 +115,7 @@ def test_a_kept_product_changes_nothing(dtype, device):
 
 def test_a_stale_product_is_read_where_factors_stay(device):
     """What is said of products: kept between calls, or None to be made anew."""
-    tensors = lists(device=device, buckets=BUCKETS[:1])
+    tensors = lists(F32, device, BUCKETS[:1])
     twins = copied(tensors)
     tensors["products"] = [torch.full_like(factor, NAN) for factor in tensors["factors"]]
     for each in (tensors, twins):
