@@ -13,11 +13,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rootfree_fused import RootFreeShampoo
 
-STEPS = 100
+STEPS = 200
 
 
 def main() -> tuple[list[float], list[float]]:
-    """Train for a hundred steps of two micro-batches; return each step's lr and loss."""
+    """Train for two hundred steps of two micro-batches; return each step's lr and loss."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 3))
     optimizer = RootFreeShampoo(
@@ -25,7 +25,7 @@ def main() -> tuple[list[float], list[float]]:
             {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.dim() < 2]},  # biases and gains
         ],
-        lr=1e-2,
+        lr=5e-3,
     )
     scheduler = CosineAnnealingLR(optimizer, T_max=STEPS)
     lrs, losses = [], []

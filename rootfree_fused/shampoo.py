@@ -104,7 +104,7 @@ class RootFreeShampoo(MatrixOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor = 5e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         *,
         damping: float = 0.1,

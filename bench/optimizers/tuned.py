@@ -84,7 +84,7 @@ _AVERAGES = ((0.9, 0.8), (0.9, 0.9), (0.9, 0.95), (0.9, 0.98), (0.95, 0.95))
 BASE = {
     "RootFreeShampoo": Method(
         RootFreeShampoo,
-        defaults={"lr": 1e-2, "betas": (0.9, 0.95)},
+        defaults={"lr": 5e-3, "betas": (0.9, 0.95)},
         search={"lr": DECADES, "betas": _AVERAGES},
     ),
     "SOAP": Method(

@@ -28,9 +28,9 @@ def test_plain_loop():
 
 def test_train():
     lrs, losses = run_example("train")
-    assert len(lrs) == len(losses) == 100
+    assert len(lrs) == len(losses) == 200
     assert lrs == sorted(lrs, reverse=True)
-    assert lrs[0] == 0.01
+    assert lrs[0] == 0.005
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 
