@@ -21,6 +21,8 @@ struct ShampooOptions {
 
 // Added to the mean square of a row before it divides.
 constexpr double row_damping = 0.1;
+// The sides of the square matrix whose update has the RMS update_rms.
+constexpr double reference_side = 256;
 // P of a smaller root mean square gives a smaller update: what multiplies it stays finite.
 constexpr double smallest_rms = 0x1p-120;
 
@@ -137,7 +139,7 @@ ROOTFREE_BF16 void store_preconditioned(const RootMatrix& m, const Tile& tile) {
 //   P  <- P / rms(P)
 //   v  <- v + max(1 - row_beta, 1 / step) (r - v),   r_i = mean_j P_ij^2
 //   P_i <- P_i / sqrt(v_i + 0.1)                     where row_beta is given
-//   P  <- update_rms P / rms(P)
+//   P  <- update_rms 2 sqrt(256 m / n) / (sqrt(m) + sqrt(n)) P / rms(P)
 void scale_rows(const RootMatrix& m, const ShampooOptions& options) {
   const int64_t rows = m.rows.size, columns = m.columns.size, tiles = m.columns.tiles;
   const double square = sum(m.row_squares, rows * tiles) / (rows * columns);
@@ -156,7 +158,10 @@ void scale_rows(const RootMatrix& m, const ShampooOptions& options) {
     after += row_square * balance * balance / rows;
   }
   // Zero stays zero; where P is not finite, no row is.
-  const double factor = after == 0 ? 0 : after / after * options.update_rms / std::sqrt(after);
+  const double shape_scale = 2 * std::sqrt(reference_side * rows / columns) /
+                             (std::sqrt(double(rows)) + std::sqrt(double(columns)));
+  const double update_rms = options.update_rms * shape_scale;
+  const double factor = after == 0 ? 0 : after / after * update_rms / std::sqrt(after);
   for (int64_t i = 0; i < rows; ++i) m.row_scales[i] *= factor / rms;
 }
 

@@ -3,7 +3,8 @@
     directions   X_A N,  then  P = (X_A N) X_B;  sums of P's squares by row and by tile
     descend      P <- P / rms(P);   r_i = mean_j P_ij^2
                  v <- v + max(1 - row_beta, 1 / step) (r - v),   P_i <- P_i / sqrt(v_i + 0.1)
-                 p <- (1 - lr weight_decay) p - lr update_rms P / rms(P)
+                 p <- (1 - lr weight_decay) p - lr rms P / rms(P),
+                 rms = update_rms 2 sqrt(256 m / n) / (sqrt(m) + sqrt(n))
 
 Where an axis is diagonal P is X N or N X alone, with its rows or columns times the squares of K.
 N's largest magnitude is taken out in the first product, so that the squares of P stay in range.
@@ -31,6 +32,7 @@ from .tiles import find_tile, padded, pointer_at, product_tile, size_at, spilled
 
 # Added to the mean square of a row before it divides, as in the specification.
 _ROW_DAMPING = tl.constexpr(0.1)
+_REFERENCE_SIDE = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -190,6 +192,13 @@ def _descend(
         )  # fmt: skip
 
 
+@triton.jit
+def _shape_scale(size):
+    """RMS of the update of an (m, n) matrix in units of that of a 256 x 256 one."""
+    m, n = size[0].to(tl.float32), size[1].to(tl.float32)
+    return tl.sqrt(m / n * _REFERENCE_SIDE) * 2.0 / (tl.sqrt(m) + tl.sqrt(n))
+
+
 @triton.jit(do_not_specialize_on_alignment=["steps_ptr", "lr_ptr", "found_inf_ptr"])
 def _descend_kernel(
     tiles_ptr,
@@ -222,7 +231,7 @@ def _descend_kernel(
             job_ptr, scratch_ptr, member_ptr, size, change, inverse, tile, BLOCK_M, 256
         )
     lr = tl.load(lr_ptr).to(tl.float32)
-    factors *= lr * tl.load(scalars_ptr + SHAMPOO.update_rms)
+    factors *= lr * tl.load(scalars_ptr + SHAMPOO.update_rms) * _shape_scale(size)
     decay = lr * tl.load(scalars_ptr + SHAMPOO.weight_decay)
     dtype = tl.load(job_ptr + DESCENT.dtype)
     column_ptr = member_ptr + MEMBER.param

@@ -43,12 +43,15 @@ class RootFreeShampoo(MatrixOptimizer):
         K   <- K - (b / 2) K E,         b = 1 / max(1, min(||E||_F, sqrt(||E^2||_F)))
         M   <- beta1 M + (1 - beta1) G
         P    = K_A K_A^T (beta1 M + (1 - beta1) G) K_B K_B^T
-        p   <- (1 - lr weight_decay) p - lr P,   P with balanced rows and an RMS of update_rms
+        p   <- (1 - lr weight_decay) p - lr P,   P with balanced rows, at the RMS
+               update_rms 2 sqrt(256 m / n) / (sqrt(m) + sqrt(n))
 
     The rows of P are balanced by the root of an average of their mean squares (``row_beta``). No
-    scale of a matrix' gradient matters: it needs no batch size, no clipping and no loss scale, and
-    lr is what an entry moves in units of update_rms. A gradient that is exactly zero leaves S and K
-    alone. Vectors and scalars take Adam's update with Nesterov's momentum.
+    scale of a matrix' gradient matters: it needs no batch size, no clipping and no loss scale. lr
+    is what an entry of a 256 x 256 matrix moves, in units of update_rms; in another shape as much
+    as moves the m outputs of n inputs alike, so that an lr need not change with the width. A
+    gradient that is exactly zero leaves S and K alone. Vectors and scalars take Adam's update with
+    Nesterov's momentum.
 
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
@@ -59,7 +62,7 @@ class RootFreeShampoo(MatrixOptimizer):
         betas: decay per step of M and of S, each in [0, 1).
         damping: lam in units of the mean of S's diagonal, above 0.
         weight_decay: decoupled, per unit of lr.
-        update_rms: root mean square of a matrix' update, above 0.
+        update_rms: root mean square of the update of a 256 x 256 matrix, above 0.
         update_interval: update S and K every so many steps; what more than 1 costs in
             training is not measured.
         structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
@@ -109,7 +112,7 @@ class RootFreeShampoo(MatrixOptimizer):
         *,
         damping: float = 0.1,
         weight_decay: float = 0.0,
-        update_rms: float = 0.4,
+        update_rms: float = 0.3,
         update_interval: int = 1,
         structures: Structure | tuple[Structure, Structure] = "auto",
         max_dense_dim: int = 2048,

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers.golden import GOLDEN, load
+from helpers.golden import GOLDEN, load, rootfree_update_rms
 from helpers.optimizers import assert_identical, parameters, run, set_grads, snapshot
 from helpers.truth import start, step_
 
@@ -21,7 +21,13 @@ NAN, INF = float("nan"), float("inf")
 
 def golden_optimizer(params, meta):
     names = RootFreeShampoo([torch.zeros(2)]).param_groups[0].keys() - {"params"}
-    return RootFreeShampoo(params, **{key: meta[key] for key in names & meta.keys()})
+    groups = {}
+    for p in params:
+        groups.setdefault(rootfree_update_rms(p.shape, meta), []).append(p)
+    return RootFreeShampoo(
+        [{"params": of_shape, "update_rms": rms} for rms, of_shape in groups.items()],
+        **{key: meta[key] for key in names & meta.keys()},
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -151,7 +151,7 @@ def averaged(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) -
             beta2=0.95,
             damping=0.1,
             weight_decay=0.0,
-            update_rms=0.4,
+            update_rms=0.3,
             row_beta=0.95,
             update_factors=step % interval == 0,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import matrix
-from ..reference.rootfree_shampoo import ROW_DAMPING
+from ..reference.rootfree_shampoo import ROW_DAMPING, shape_scale
 from ..reference.structures import structure_of_stack
 from . import by_reference
 from .by_reference import RootFreeShampooTensors
@@ -93,7 +93,7 @@ def _stacked(
         rows.lerp_(update.square().mean(2), weights)
         scatter(rows, own.rows)
         update = update / (rows + ROW_DAMPING).sqrt().unsqueeze(2)
-    update = _scaled(update, update_rms)
+    update = _scaled(update, update_rms * shape_scale(*sizes))
 
     p = torch.stack([param.reshape(sizes) for param in own.params])
     p = p.to(torch.promote_types(p.dtype, wide))
@@ -146,4 +146,4 @@ def _scaled(x: Tensor, rms: float) -> Tensor:
     """`reference.rootfree_shampoo.scaled` of each matrix of a stack."""
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(tiny)
-    return x * (rms / x.square().mean((1, 2), keepdim=True).sqrt().clamp_min(tiny))
+    return x * (rms / x.square().mean((1, 2), keepdim=True).sqrt().clamp_min(tiny**0.5))

@@ -41,7 +41,7 @@ def rootfree_shampoo_(
     betas: tuple[float, float] = (0.9, 0.95),
     damping: float = 0.1,
     weight_decay: float = 0.0,
-    update_rms: float = 0.4,
+    update_rms: float = 0.3,
     row_beta: float | None = 0.95,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
@@ -80,7 +80,8 @@ def rootfree_shampoo_(
         betas: decay of M and of S, each in [0, 1).
         damping: weight of the identity in units of the mean of S's diagonal, above 0.
         weight_decay: decoupled, per unit of lr.
-        update_rms: root mean square of the update, above 0.
+        update_rms: root mean square of the update of a 256 x 256 matrix, above 0; of one of (m, n)
+            it is `reference.shape_scale` times that.
         row_beta: decay of v, in [0, 1); None leaves the rows of the update as they are.
         maximize: ascend instead of descend.
         grad_scale: what the gradients were multiplied by: one float32 or float64, read on its

@@ -13,6 +13,7 @@ from .matrix import (
 )
 from .rootfree_shampoo import (
     rootfree_shampoo_,
+    shape_scale,
     start_values,
     vector_adam_,
     vector_rootfree_,
@@ -29,6 +30,7 @@ __all__ = [
     "precondition",
     "rmsprop_",
     "rootfree_shampoo_",
+    "shape_scale",
     "split",
     "start_values",
     "update_factors_",

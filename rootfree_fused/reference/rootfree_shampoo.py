@@ -7,8 +7,8 @@ From IF-Shampoo (Lin et al., "Can We Remove the Square-Root in Adaptive Gradient
 2024): the root-free exponent -1, K learned by products, its start at the gradient's scale. From the
 Kullback-Leibler form of Shampoo (Lin et al., arXiv 2509.03378): each gram is taken through the
 other axis's K. Ours: the bounded Newton-Schulz step in place of a decomposition; gradients and
-updates of a fixed scale, so that neither a batch size nor a loss scale enters; rows that are
-balanced, as NorMuon balances those of Muon's update.
+updates of a scale that the shape alone sets, so that neither a batch size nor a loss scale enters;
+rows that are balanced, as NorMuon balances those of Muon's update.
 
 A gradient is seen as a matrix G (m, n), axis A its rows and axis B its columns; S and K of an axis
 of d entries are dense, (d, d), or diagonal, (d,); both start at `start_values` times the identity,
@@ -17,6 +17,7 @@ M and v at zero. Everything is computed in the dtype of the state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,8 @@ from .structures import structure_of
 
 # Added to the mean square of a row before it divides: no row grows by more than 0.1^(-1/2).
 ROW_DAMPING = 0.1
+# The sides of the square matrix whose update has the RMS `update_rms`.
+REFERENCE_SIDE = 256
 
 
 def start_values(damping: float) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -47,7 +50,19 @@ def scaled(x: Tensor, rms: float) -> Tensor:
         return x
     tiny = torch.finfo(x.dtype).tiny
     x = x / x.abs().amax().clamp_min(tiny)
-    return x * (rms / x.square().mean().sqrt().clamp_min(tiny))
+    return x * (rms / x.square().mean().sqrt().clamp_min(tiny**0.5))
+
+
+def shape_scale(m: int, n: int) -> float:
+    """RMS of the update of an (m, n) matrix in units of that of a 256 x 256 one.
+
+    2 sqrt(256) sqrt(m / n) / (sqrt(m) + sqrt(n))
+
+    A matrix of independent entries of RMS r has a spectral norm near r (sqrt(m) + sqrt(n)). So the
+    update's is in proportion to sqrt(m / n): whatever the width, it moves the m outputs of n inputs
+    of RMS 1 by as much (the spectral condition of Yang, Simon and Bernstein, arXiv 2310.17813).
+    """
+    return 2 * math.sqrt(REFERENCE_SIDE * m / n) / (math.sqrt(m) + math.sqrt(n))
 
 
 def update_roots_(
@@ -124,7 +139,8 @@ def rootfree_shampoo_(
 
     G <- G / rms(G);  S and K as in `update_roots_`, unless update_factors is False
     M <- beta1 M + (1 - beta1) G,   N = beta1 M + (1 - beta1) G
-    P = K_A K_A^T N K_B K_B^T, rows balanced unless row_beta is None, at RMS update_rms
+    P = K_A K_A^T N K_B K_B^T, rows balanced unless row_beta is None, at an RMS of update_rms times
+    `shape_scale`
     p <- (1 - lr weight_decay) p - lr P
 
     param: of any shape with the elements of the momentum buffer, which is (m, n), as is G.
@@ -137,7 +153,8 @@ def rootfree_shampoo_(
     update = direction(_ahead(momentum_buffer, g, beta1), roots)
     if row_square_avg is not None and row_beta is not None:
         update = balance_rows_(update, row_square_avg, step, row_beta)
-    _descend_(param, scaled(update, update_rms), lr, weight_decay)
+    rms = update_rms * shape_scale(*update.shape) if update.numel() else 0.0
+    _descend_(param, scaled(update, rms), lr, weight_decay)
 
 
 def vector_adam_(

@@ -196,5 +196,6 @@ def rounded_step_(
         update = product(update, factor)
     if row_beta is not None:
         update = balance_rows_(update, rows, step, row_beta)
-    update = scaled(update, update_rms).reshape(param.shape)
+    rms = update_rms * reference.shape_scale(*update.shape)
+    update = scaled(update, rms).reshape(param.shape)
     param.copy_(param.float() - lr * weight_decay * param.float() - lr * update)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
+from rootfree_fused.reference import shape_scale
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MATRIX = sorted(path.stem for path in GOLDEN.glob("ifshampoo_*.npz"))
@@ -54,3 +56,15 @@ def matrix_optimizer(params, meta):
         vector_method="factor",
         initial_square_avg=1.0,
     )
+
+
+def rootfree_update_rms(shape, meta):
+    """What gives an update the RMS of the trajectory, which followed no shape."""
+    size = as_matrix(shape)
+    return meta["update_rms"] / (shape_scale(*size) if size else 1.0)
+
+
+def as_matrix(shape):
+    """(first axis, all others), or None for a vector."""
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, 1)
+    return None if 1 in (rows, columns) else (rows, columns)

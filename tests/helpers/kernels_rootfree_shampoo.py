@@ -185,7 +185,8 @@ class Model:
             update = self.times(update, square, axis)
         if rows is not None:
             update = balance_rows_(update, rows, step, own["row_beta"])
-        update = scaled(update, own["update_rms"]).reshape(param.shape)
+        rms = own["update_rms"] * reference.shape_scale(*update.shape)
+        update = scaled(update, rms).reshape(param.shape)
         decay = lr * own["weight_decay"]
         param.copy_(param.float() - decay * param.float() - lr * update)
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.golden import GOLDEN, load
+from helpers.golden import GOLDEN, as_matrix, load, rootfree_update_rms
 
 from rootfree_fused.reference import rootfree_shampoo as spec
 
 F64 = torch.float64
 CASES = sorted(path.stem for path in (GOLDEN / "rootfree_shampoo").glob("*.npz"))
-
-
-def as_matrix(shape):
-    """(first axis, all others), or None for a vector."""
-    rows, columns = (shape[0], int(torch.tensor(shape[1:]).prod())) if len(shape) > 1 else (1, 1)
-    return None if 1 in (rows, columns) else (rows, columns)
 
 
 class Parameter:
@@ -67,7 +61,9 @@ def test_every_trajectory_is_here():
 def test_golden(case):
     data, meta = load(f"rootfree_shampoo/{case}")
     for i in range(len(meta["shapes"])):
-        parameter = Parameter(data[f"param0.{i}"], meta)
+        start = data[f"param0.{i}"]
+        own = {"update_rms": rootfree_update_rms(start.shape, meta)}
+        parameter = Parameter(start, meta | own)
         for t in range(meta["steps"]):
             parameter.update(data[f"grad.{t}.{i}"])
             assert_close(parameter.param, data[f"param.{t}.{i}"])
@@ -108,6 +104,18 @@ def test_no_scale_of_a_gradient_matters():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((256, 256), 1), ((64, 64), 2), ((64, 256), 2 / 3), ((256, 64), 8 / 3)]
+)
+def test_the_rms_of_an_update_follows_the_shape(shape, scale):
+    """So that its spectral norm, by that of independent entries, goes with sqrt(m / n)."""
+    ((update, _),) = updates([torch.randn(shape, dtype=F64)])
+    assert rms(update).item() == pytest.approx(SETTINGS["update_rms"] * scale, rel=1e-12)
+    m, n = shape
+    norm = rms(update).item() * (m**0.5 + n**0.5)
+    assert norm == pytest.approx(SETTINGS["update_rms"] * 32 * (m / n) ** 0.5, rel=1e-12)
+
+
 def test_a_change_of_basis_changes_the_basis_of_the_update():
     """Of either axis, with rows as they are: balanced rows are those of one basis."""
     grads = [torch.randn(7, 5, dtype=F64) for _ in range(12)]
@@ -137,7 +145,7 @@ def test_every_update_is_finite_and_of_one_rms(adversary, dtype):
         started = started or bool(grad.any())
         assert update.isfinite().all()
         # A momentum of zero gradients dies out in the end; a zero update stays zero.
-        expected = SETTINGS["update_rms"] if started and update.any() else 0.0
+        expected = 0.4 * spec.shape_scale(9, 6) if started and update.any() else 0.0
         assert abs(rms(update).item() - expected) <= 1e-4
 
 

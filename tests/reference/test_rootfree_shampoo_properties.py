@@ -72,7 +72,8 @@ def test_every_update_is_finite_and_of_one_rms(sequence, dense, damping, dtype):
     for grad in gradients_of(sequence, dtype):
         update = trial.step(grad)
         assert all(t.isfinite().all() for t in (*trial.grams, *trial.roots, trial.rows))
-        assert rms(update) == pytest.approx(RMS if trial.momentum.any() else 0, rel=1e-4)
+        expected = RMS * spec.shape_scale(*trial.shape) if trial.momentum.any() else 0
+        assert rms(update) == pytest.approx(expected, rel=1e-4)
 
 
 @certainly()
