@@ -96,7 +96,7 @@ class RootFreeShampoo(MatrixOptimizer):
 
     Source: ours, on the root-free factors of Lin et al., "Can We Remove the Square-Root in Adaptive
     Gradient Methods?", ICML 2024, and the Kullback-Leibler form of Shampoo, arXiv 2509.03378;
-    docs/method.md has the derivation and what was measured.
+    docs/interface.md has what follows from the equations, bench/HISTORY.md what was measured.
     """
 
     _matrix_method = ROOTFREE_SHAMPOO
