@@ -67,17 +67,21 @@ def _three_digits(value: float) -> str:
 
 
 def provenance(rows: list[Row]) -> str:
-    """One line that says where, with what and from which commit the rows come.
+    """One line that says where, with what and from which commits the rows come.
 
     Raises:
-        ValueError: they come from several, so that they cannot stand in one table.
+        ValueError: they come from several machines, or of what is timed from several commits, so
+            that they cannot stand in one table.
     """
-    lines = list(dict.fromkeys(map(_provenance, rows)))
-    if len(lines) > 1:
+    machines = list(dict.fromkeys(map(_machine, rows)))
+    commits = unique(rows, "commit")
+    is_timed = any(row["benchmark"] != "sweep" for row in rows)
+    if len(machines) > 1 or (is_timed and len(commits) > 1):
+        lines = dict.fromkeys(f"{_machine(row)}; commit {row['commit']}" for row in rows)
         raise ValueError(f"rows of one table come from different runs: {'; and '.join(lines)}")
-    return lines[0]
+    return f"{machines[0]}; commit {', '.join(commits)}"
 
 
-def _provenance(row: Row) -> str:
+def _machine(row: Row) -> str:
     names = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"{row['device']}; {names}; commit {row['commit']}"
+    return f"{row['device']}; {names}"

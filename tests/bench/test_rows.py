@@ -106,6 +106,11 @@ def test_rows_of_different_runs_do_not_stand_in_one_table():
     other = {**row("B", "time", 1.0), "commit": "def"}
     with pytest.raises(ValueError, match=r"different runs: a CPU.*commit abc; and .*commit def"):
         cells.provenance([row("A", "time", 1.0), other])
+    lost = [{**own, "benchmark": "sweep"} for own in (row("A", "time", 1.0), other)]
+    assert cells.provenance(lost).endswith("; commit abc, def")
+    elsewhere = {**lost[1], "device": "another CPU"}
+    with pytest.raises(ValueError, match="different runs: a CPU"):
+        cells.provenance([*lost, elsewhere])
 
 
 # Damaged files
