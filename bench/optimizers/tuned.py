@@ -4,7 +4,8 @@
 the authors' code. `tuned` is the best of the 25 settings of `search`: the lowest loss after the
 last round, mean of the tuning seeds, on a part of the data that the comparison does not show. All
 settings were trained with one seed, and the best five of them with two more; on digits, in the
-searches of results/epyc, all of them with five. Rows: results/*/train_*_tuning.jsonl.
+searches of results/epyc, all of them with five. Rows: results/*/train_*_tuning.jsonl, and those of
+kind search in results/*/sweep.jsonl.
 """
 
 from __future__ import annotations
@@ -165,9 +166,24 @@ def _methods(
 _released = {"damping": 1e-4, "initial_square_avg": 1.0}
 _ifshampoo = {"damping": 1e-3, "initial_square_avg": 1.0}
 
+AUTOENCODER = _methods(
+    Autoencoder.batch_size,
+    RootFreeShampoo={"tuned": {"lr": 1e-2, "betas": (0.9, 0.95)}},
+    SOAP={"tuned": {"lr": 3e-2, "betas": (0.7, 0.95)}},
+    Muon={"tuned": {"lr": 6e-2, "adamw_lr": 1e-2}},
+    torch_AdamW={"tuned": {"lr": 3e-2, "betas": (0.9, 0.99)}},
+    KL_Shampoo={"tuned": {"lr": 3e-2, "betas": (0.9, 0.9)}},
+    KL_SOAP={"tuned": {"lr": 3e-2, "betas": (0.9, 0.95)}},
+    IFShampoo={"tuned": {"lr": 3e-2, "factor_lr": 0.2}},
+    RootFreeAdamW={"tuned": {"lr": 1e-1, "betas": (0.9, 0.98)}},
+)
+
 DIGITS = _methods(
     Digits.batch_size,
     BASE,
+    RootFreeShampoo={"tuned": {"lr": 3e-3, "betas": (0.9, 0.98)}},
+    SOAP={"tuned": {"lr": 1e-2, "betas": (0.8, 0.95)}},
+    Muon={"tuned": {"lr": 2e-2, "adamw_lr": 3e-2}},
     RootFreeRMSprop={"tuned": {"lr": 1e-3, "alpha": 0.9}, "fixed": _released},
     RootFreeAdamW={
         "search": {
@@ -194,6 +210,7 @@ DIGITS = _methods(
 
 TEXT = _methods(
     Text.batch_size,
+    RootFreeShampoo={"tuned": {"lr": 1e-2, "betas": (0.9, 0.95)}},
     IFShampoo={
         "search": {"lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
         "tuned": {"lr": 2e-2, "factor_lr": 0.4},
@@ -226,7 +243,7 @@ TEXT = _methods(
 _at_any_lr = {name: {"lr": method.search["lr"]} for name, method in BASE.items()}
 # By problem. Long text takes the settings of text, and wide text is searched over lr alone.
 METHODS: dict[str, dict[str, Method]] = {
-    "autoencoder": _methods(Autoencoder.batch_size),
+    "autoencoder": AUTOENCODER,
     "digits": DIGITS,
     "text": TEXT,
     "long text": {name: replace(of, search={}) for name, of in TEXT.items()},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.bench import CPU, RESULTS, needs_extras, row
 
-from bench import train
+from bench import plan, train
 from bench.__main__ import main
 from bench.measuring import rows
 from bench.optimizers import tuned
@@ -204,6 +204,15 @@ def test_the_settings_in_use_are_the_best_of_a_stored_search(stored):
     searched = [{**r["detail"]["settings"], **method.fixed} for r in stored]
     assert json.loads(json.dumps(method.grid())) == searched
     assert len(searched) == 25
+
+
+def test_the_settings_in_use_are_the_best_of_stored_sweeps():
+    found = {}
+    for path in RESULTS.glob("*/sweep.jsonl"):
+        found |= plan.all_best(rows.read_rows(path))
+    assert len(found) >= 12
+    for (task, name), best in found.items():
+        assert tuned.METHODS[task][name].tuned == best, (task, name)
 
 
 # Tables and subcommands -----------------------------------------------------------------------
