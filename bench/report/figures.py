@@ -70,13 +70,13 @@ def subplots(columns: int = 1, height: float = 3.9) -> tuple[Any, Any]:
     return figure, axes
 
 
-def logarithmic(axis: Any, *sides: str) -> None:
-    """Make the sides, "x" and "y", logarithmic, with plain numbers at 1, 2 and 5."""
+def logarithmic(axis: Any, *sides: str, at: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Make the sides, "x" and "y", logarithmic, with plain numbers at these of each decade."""
     ticker = optional("matplotlib.ticker")
     for side in sides:
         getattr(axis, f"set_{side}scale")("log")
         of_side = getattr(axis, f"{side}axis")
-        of_side.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
+        of_side.set_major_locator(ticker.LogLocator(subs=at, numticks=20))
         of_side.set_major_formatter("{x:g}")
         of_side.set_minor_formatter("")
 

@@ -115,13 +115,15 @@ def basin(rows: list[Row], path: Path) -> None:
     figure, _ = subplots(len(cases), height=4.6)
     for axis, case in zip(figure.axes, cases, strict=True):
         own = select(rows, case=case)
-        lowest, top = edges([row["value"] for row in own if row["value"] is not None])
+        ended = {name: _ended(select(own, provider=name)) for name in unique(own, "provider")}
+        lowest, top = edges(list(ended.values()))
         for name, look in styles(unique(own, "provider")).items():
             of = select(own, provider=name)
             x = [row["detail"]["settings"]["lr"] for row in of]
             y = [top if row["value"] is None else min(top, row["value"]) for row in of]
             axis.plot(x, y, **look, lw=1.8, ms=5, clip_on=False)
-        logarithmic(axis, "x")
+        logarithmic(axis, "x", at=(1,))
+        logarithmic(axis, "y")
         axis.set(xlabel="lr", ylabel=f"{own[0]['metric']}, {own[0]['unit']}", title=case)
         axis.set_ylim(lowest, top)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -129,8 +131,13 @@ def basin(rows: list[Row], path: Path) -> None:
     save(figure, rows, path, "Last loss against lr, one seed; at the top: above it, or diverged")
 
 
-def edges(ended: list[float]) -> tuple[float, float]:
-    """Of the axis of losses: at most three times the lowest, so that what trained is told apart."""
-    lowest, highest = min(ended), min(max(ended), 3 * min(ended))
-    margin = 0.04 * (highest - lowest)
-    return lowest - margin, highest + margin
+def _ended(rows: list[Row]) -> list[float]:
+    return [row["value"] for row in rows if row["value"] is not None]
+
+
+def edges(ended: list[list[float]]) -> tuple[float, float]:
+    """Of the logarithmic axis of losses, of each optimizer's: to three times the worst best."""
+    bests = [min(own) for own in ended if own]
+    lowest, highest = min(bests), min(max(map(max, filter(None, ended))), 3 * max(bests))
+    margin = (highest / lowest) ** 0.04
+    return lowest / margin, highest * margin
