@@ -13,13 +13,6 @@ accumulated in float32 and rounded once, at the write; a diagonal factor float32
 2 d^2 (d + e) for m, of which a program computes one tile on or below the diagonal and stores it
 twice, the second time transposed; 2 d^3 for K. Norms leave as one partial sum a tile, for
 `tiles.sum_of`. A program works on one tile of one job: a row of `slots.Momenta` or `slots.Factors`.
-
-`_stacked_factors_kernel` is for stacks of aligned matrices, on Hopper: the same jobs, the same
-epilogue and the same bits; what differs is how operands are read and tiles dealt out. The factors
-and momenta of a bucket are stacks, so one tensor descriptor a stack, made on the host, serves all
-members: the tensor memory accelerator reads whole tiles, and zeros beyond the edge of each matrix.
-As many programs as a GPU holds share the tiles of a launch, so that the products of one hide the
-epilogue of another. `old` has copies of the factors, which the launch overwrites.
 """
 
 from __future__ import annotations
@@ -39,10 +32,8 @@ from .tiles import (
     size_at,
     spill,
     spilled,
-    stacked_product_tile,
     store_symmetric,
     sum_of,
-    tile_at,
     tile_of,
 )
 
@@ -269,6 +260,42 @@ def _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK: tl.constexpr):
     return tl.where(nonzeros > 0, step, 0.0)
 
 
+@triton.jit
+def finish_factor(
+    job_ptr, scratch_ptr, product, tile, _, scalars_ptr,
+    FACTOR: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """A tile of K after the step, from one of K m."""
+    d = size_at(job_ptr + FACTORS.size)
+    step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
+    aligned = True
+    if RAGGED:
+        aligned = tl.load(job_ptr + FACTORS.structure) == STRUCTURE.aligned
+    if aligned:
+        old_ptr = pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR)
+        factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+        residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
+        update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, tile)
+    else:
+        ragged_ptr = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+        low_ptr = ragged_pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
+        spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
+        copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
+        update_ragged_factor_tile(
+            ragged_ptr, low_ptr, d, copy_ptr, spill_ptr, product, step, tile, BLOCK
+        )
+
+
+@triton.jit
+def _update_diagonal_factor(job_ptr, scratch_ptr, d, step, pid, BLOCK: tl.constexpr):
+    offs = pid * BLOCK + tl.arange(0, BLOCK)
+    ptrs = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
+    diagonal = tl.load(ptrs, mask=offs < d)
+    m_ptr = ragged_pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
+    m = tl.load(m_ptr + offs, mask=offs < d)
+    tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
+
+
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
 def _factors_kernel(
     tiles_ptr,
@@ -283,61 +310,14 @@ def _factors_kernel(
 ):
     if skips(found_inf_ptr):
         return
-    job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
+    job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + FACTORS.size)
-    step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
-    structure = tl.load(job_ptr + FACTORS.structure)
-
-    if structure == STRUCTURE.diagonal:
-        offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
-        ptrs = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
-        diagonal = tl.load(ptrs, mask=offs < d)
-        m_ptr = ragged_pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
-        m = tl.load(m_ptr + offs, mask=offs < d)
-        tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
+    if tl.load(job_ptr + FACTORS.structure) == STRUCTURE.diagonal:
+        step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
+        _update_diagonal_factor(job_ptr, scratch_ptr, d, step, tile[0], BLOCK)
     else:
         factor = (pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR), d)
         momentum = (pointer_at(job_ptr + FACTORS.operand, scratch_ptr, FACTOR), d)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION)
-        if structure == STRUCTURE.aligned:
-            factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
-            residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
-            update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
-        else:
-            ragged_ptr = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
-            low_ptr = ragged_pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
-            spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
-            copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
-            update_ragged_factor_tile(
-                ragged_ptr, low_ptr, d, copy_ptr, spill_ptr, acc, step, tile, BLOCK
-            )
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["found_inf_ptr"])
-def _stacked_factors_kernel(
-    tiles_ptr,
-    jobs_ptr,
-    scratch_ptr,
-    count,
-    old,
-    momenta,
-    scalars_ptr,
-    found_inf_ptr,
-    FACTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    if skips(found_inf_ptr):
-        return
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
-        job_ptr, tile, _ = tile_at(tiles_ptr, jobs_ptr, index)
-        matrix = size_at(job_ptr + LAYOUT.matrix)
-        d = size_at(job_ptr + FACTORS.size)
-        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-        acc = stacked_product_tile(old, momenta, acc, d, matrix, tile, False, BLOCK_K)
-        step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
-        old_ptr = pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR)
-        factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
-        residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
-        update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
+        finish_factor(job_ptr, scratch_ptr, acc, tile, index, scalars_ptr, FACTOR, BLOCK, True)

@@ -1,19 +1,20 @@
-"""What root-free Shampoo makes of a gradient, in Triton: its scale, Y and Z, the momentum.
+"""What root-free Shampoo makes of a gradient, in Triton: its scale, the momentum, Y and Z.
 
-    scale        G -> GEMM dtype as it is; partial maxima and sums of squares, of which
-                 `scale_of` has 1 / rms(G);  K that no GEMM can read -> copies
-    transform    Y = G K_B / rms(G),   Z = K_A^T G / rms(G)
+    scale        partial maxima and sums of squares of G, of which `scale_of` has 1 / rms(G);
+                 K that no GEMM can read -> copies
+    momentum     G / rms(G) -> GEMM dtype
                  M <- beta1 M + (1 - beta1) G / rms(G),   N = beta1 M + (1 - beta1) G / rms(G)
+    transform    Y = G K_B,   Z = K_A^T G, of that G
 
-Shapes: G, Y, Z, M, N (m, n), K (d, d) or a diagonal (d,). Dtypes: G in GEMM operands' dtype,
-bfloat16 or float32, in float32 where both axes are diagonal; so Y, Z and N, accumulated in float32
-and rounded once, at the write; M float32. bfloat16 has float32's range: only a sum of squares has
-to have the largest entry taken out first. FLOPs: 2 m n (m + n). Bytes an element of a float32
-gradient: 6, and 12 for M and N, beside the operands of products.
+Shapes: G, Y, Z, M, N (m, n), K (d, d) or a diagonal (d,). Dtypes: G float32, bfloat16 or float16,
+computed with in float32; GEMM operands, Y, Z and N bfloat16 or float32, accumulated in float32 and
+rounded once, at the write; N float32 where both axes are diagonal; M float32. FLOPs: 2 m n (m + n).
+Bytes an element of a float32 gradient: 4, and 16 for the momentum's launch.
 
-A program works on one tile of one job, a row of `Scale` or `Transform`. Sums are of numbers a tile,
-in one fixed order. Where a K is diagonal, Y or Z is G with its columns or rows scaled; where S is,
-sums of squares of its rows or columns are all that is kept of it.
+A program works on one tile of one job, a row of `Scale`, `Momentum` or `Transform`. Sums are of
+numbers a tile, in one fixed order. Where a K is diagonal, Y or Z is G with its columns or rows
+scaled, which the momentum's launch does; where S is, sums of squares of its rows or columns are all
+that is kept of it.
 """
 
 from __future__ import annotations
@@ -22,15 +23,25 @@ import triton
 import triton.language as tl
 
 from .arithmetic import decayed, inverse_of, skips
-from .products import copy_tile, store_column_sums, store_scaled
-from .rootfree_shampoo_slots import DTYPE, ROLE, SCALE, SHAMPOO, TRANSFORM
-from .slots import LAYOUT, MEMBER
-from .tiles import find_tile, padded, pointer_at, product_tile, size_at, spilled, tile_of
+from .products import copy_tile, store_column_sums, store_scaled, store_summed
+from .rootfree_shampoo_slots import DTYPE, MOMENTUM, SCALE, SHAMPOO, TRANSFORM
+from .slots import LAYOUT, MEMBER, SIDE
+from .tiles import (
+    find_tile,
+    padded,
+    pointer_at,
+    product_tile,
+    ragged_pointer_at,
+    size_at,
+    tile_of,
+)
 
 # The smallest normal number: what the largest entry is taken for where it is smaller.
 _TINY = tl.constexpr(2.0**-126)
 # Numbers that are read at a time, of one for each of a few thousand tiles.
 _WIDTH = tl.constexpr(1024)
+# Rows of a tile that an elementwise launch works on at a time.
+PART_ROWS = tl.constexpr(8)
 
 
 @triton.jit
@@ -71,51 +82,43 @@ def inverse_root(square):
 
 
 @triton.jit
-def _scale_rows(ptr, stride, target_ptr, size, stats_ptr, count, unscale, tile, BLOCK_M, BLOCK_N):
-    """Copy a tile of rows `stride` apart into padded ones, and store its statistics."""
-    ptrs, mask = tile_of(ptr, stride, (size[0], stride), tile, BLOCK_M, BLOCK_N)
-    value = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+def _gradient_part(
+    column_ptr, scratch_ptr, dtype, stride, size, unscale, part,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A part of a gradient in any dtype, in float32."""
+    shape = (size[0], stride)
+    if dtype == DTYPE.float32:
+        single_ptr = pointer_at(column_ptr, scratch_ptr, tl.float32)
+        single_ptrs, mask = tile_of(single_ptr, stride, shape, part, ROWS, COLUMNS)
+        g = tl.load(single_ptrs, mask=mask, other=0.0)
+    elif dtype == DTYPE.bfloat16:
+        brain_ptr = pointer_at(column_ptr, scratch_ptr, tl.bfloat16)
+        brain_ptrs, mask = tile_of(brain_ptr, stride, shape, part, ROWS, COLUMNS)
+        g = tl.load(brain_ptrs, mask=mask, other=0.0).to(tl.float32)
+    else:
+        half_ptr = pointer_at(column_ptr, scratch_ptr, tl.float16)
+        half_ptrs, mask = tile_of(half_ptr, stride, shape, part, ROWS, COLUMNS)
+        g = tl.load(half_ptrs, mask=mask, other=0.0).to(tl.float32)
     if unscale is not None:
-        value *= unscale
-    target = padded(size[1])
-    ptrs, mask = tile_of(target_ptr, target, (size[0], target), tile, BLOCK_M, BLOCK_N)
-    tl.store(ptrs, value.to(target_ptr.dtype.element_ty), mask=mask)
-    largest = tl.max(tl.max(tl.abs(value), 1), 0)
-    value /= tl.maximum(largest, _TINY)
-    tl.store(stats_ptr, largest)
-    tl.store(stats_ptr + count, tl.sum(tl.sum(value * value, 1), 0))
+        g *= unscale
+    return g
 
 
 @triton.jit
 def _scale_tile(
-    job_ptr, scratch_ptr, grad_ptr, size, unscale, tile, index, TARGET, BLOCK_M, BLOCK_N
+    job_ptr, scratch_ptr, column_ptr, stride, size, unscale, tile, index, BLOCK_M, BLOCK_N
 ):
-    target_ptr = pointer_at(job_ptr + SCALE.target, scratch_ptr, TARGET)
+    """Store a tile's statistics."""
+    dtype = tl.load(job_ptr + SCALE.dtype)
+    g = _gradient_part(
+        column_ptr, scratch_ptr, dtype, stride, size, unscale, tile, BLOCK_M, BLOCK_N
+    )
+    largest = tl.max(tl.max(tl.abs(g), 1), 0)
+    g /= tl.maximum(largest, _TINY)
     stats_ptr = pointer_at(job_ptr + SCALE.stats, scratch_ptr, tl.float32) + index
-    count = size_at(job_ptr + SCALE.stats_count)
-    if size[1] % LAYOUT.row_multiple == 0:
-        stride = padded(size[1])
-        _scale_rows(
-            grad_ptr, stride, target_ptr, size, stats_ptr, count, unscale, tile, BLOCK_M, BLOCK_N
-        )
-    else:
-        _scale_rows(
-            grad_ptr, size[1], target_ptr, size, stats_ptr, count, unscale, tile, BLOCK_M, BLOCK_N
-        )
-
-
-@triton.jit
-def _scale_gradient(
-    job_ptr, scratch_ptr, grad_ptr, size, unscale, tile, index, FACTOR, BLOCK_M, BLOCK_N
-):
-    if tl.load(job_ptr + SCALE.wide) != 0:
-        _scale_tile(
-            job_ptr, scratch_ptr, grad_ptr, size, unscale, tile, index, tl.float32, BLOCK_M, BLOCK_N
-        )
-    else:
-        _scale_tile(
-            job_ptr, scratch_ptr, grad_ptr, size, unscale, tile, index, FACTOR, BLOCK_M, BLOCK_N
-        )
+    tl.store(stats_ptr, largest)
+    tl.store(stats_ptr + size_at(job_ptr + SCALE.stats_count), tl.sum(tl.sum(g * g, 1), 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
@@ -131,140 +134,142 @@ def _scale_kernel(
 ):
     job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + SCALE.rows), size_at(job_ptr + SCALE.columns))
-    source = tl.load(job_ptr + SCALE.source)
     if tl.load(job_ptr + SCALE.stats) == 0:
-        source_ptr = pointer_at(job_ptr + SCALE.source, scratch_ptr, FACTOR)
+        source_ptr = ragged_pointer_at(job_ptr + SCALE.source, scratch_ptr, FACTOR)
         target_ptr = pointer_at(job_ptr + SCALE.target, scratch_ptr, FACTOR)
         nowhere_ptr = pointer_at(job_ptr + SCALE.stats, scratch_ptr, tl.float32)
-        aligned = size[1] % LAYOUT.row_multiple == 0
         copy_tile(
-            source_ptr, aligned, target_ptr, size, nowhere_ptr, False, None, tile, BLOCK_M, BLOCK_N
+            source_ptr, False, target_ptr, size, nowhere_ptr, False, None, tile, BLOCK_M, BLOCK_N
         )
     else:
         unscale = inverse_of(grad_scale_ptr)
-        column_ptr = members_ptr + len(MEMBER) * source + MEMBER.grad
-        dtype = tl.load(job_ptr + SCALE.dtype)
-        if dtype == DTYPE.float32:
-            single_ptr = pointer_at(column_ptr, scratch_ptr, tl.float32)
-            _scale_gradient(
-                job_ptr,
-                scratch_ptr,
-                single_ptr,
-                size,
-                unscale,
-                tile,
-                index,
-                FACTOR,
-                BLOCK_M,
-                BLOCK_N,
-            )
-        elif dtype == DTYPE.bfloat16:
-            brain_ptr = pointer_at(column_ptr, scratch_ptr, tl.bfloat16)
-            _scale_gradient(
-                job_ptr,
-                scratch_ptr,
-                brain_ptr,
-                size,
-                unscale,
-                tile,
-                index,
-                FACTOR,
-                BLOCK_M,
-                BLOCK_N,
-            )
+        member = tl.load(job_ptr + SCALE.source)
+        column_ptr = members_ptr + len(MEMBER) * member + MEMBER.grad
+        if size[1] % LAYOUT.row_multiple == 0:
+            stride = padded(size[1])
+            _scale_tile(
+                job_ptr, scratch_ptr, column_ptr, stride, size, unscale, tile, index,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:
-            half_ptr = pointer_at(column_ptr, scratch_ptr, tl.float16)
-            _scale_gradient(
-                job_ptr, scratch_ptr, half_ptr, size, unscale, tile, index, FACTOR, BLOCK_M, BLOCK_N
-            )
+            _scale_tile(
+                job_ptr, scratch_ptr, column_ptr, size[1], size, unscale, tile, index,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit
-def _momentum_part(g_ptr, buf_ptr, out_ptr, stride, size, scale, scalars_ptr, part, ROWS, BLOCK):
-    """M and N of a part of a tile; returns the largest magnitudes of N by columns."""
-    m, n = size
-    even = padded(n)
-    g_ptrs, mask = tile_of(g_ptr, even, (m, even), part, ROWS, BLOCK)
-    g = tl.load(g_ptrs, mask=mask, other=0.0).to(tl.float32) * scale[0] * scale[1]
+def _store_part(
+    column_ptr, scratch_ptr, value, size, part, FACTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Into padded rows; nowhere where the address is 0."""
+    if tl.load(column_ptr) != 0:
+        ptr = pointer_at(column_ptr, scratch_ptr, FACTOR)
+        stride = padded(size[1])
+        ptrs, mask = tile_of(ptr, stride, (size[0], stride), part, ROWS, COLUMNS)
+        tl.store(ptrs, value.to(FACTOR), mask=mask)
+
+
+@triton.jit
+def _momentum_part(
+    job_ptr, scratch_ptr, buf_ptr, g, stride, size, scalars_ptr, part,
+    FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Returns the largest magnitudes of N by columns."""
+    _store_part(job_ptr + MOMENTUM.gradient, scratch_ptr, g, size, part, FACTOR, ROWS, COLUMNS)
     g *= tl.load(scalars_ptr + SHAMPOO.sign)
-    buf_ptrs, within = tile_of(buf_ptr, stride, (m, stride), part, ROWS, BLOCK)
-    buf = tl.load(buf_ptrs, mask=within, other=0.0)
+    ptrs, mask = tile_of(buf_ptr, stride, (size[0], stride), part, ROWS, COLUMNS)
+    buf = tl.load(ptrs, mask=mask, other=0.0)
     beta1 = tl.load(scalars_ptr + SHAMPOO.beta1)
     one_minus_beta1 = tl.load(scalars_ptr + SHAMPOO.one_minus_beta1)
     buf = decayed(buf, g, beta1, one_minus_beta1)
-    tl.store(buf_ptrs, buf, mask=within)
-    ahead = beta1 * buf + one_minus_beta1 * g
-    out_ptrs, _ = tile_of(out_ptr, even, (m, even), part, ROWS, BLOCK)
-    tl.store(out_ptrs, ahead.to(out_ptr.dtype.element_ty), mask=mask)
-    return tl.max(tl.abs(ahead), 0)
+    tl.store(ptrs, buf, mask=mask)
+    n = beta1 * buf + one_minus_beta1 * g
+    _store_part(job_ptr + MOMENTUM.ahead, scratch_ptr, n, size, part, FACTOR, ROWS, COLUMNS)
+    _store_part(job_ptr + MOMENTUM.wide, scratch_ptr, n, size, part, tl.float32, ROWS, COLUMNS)
+    return tl.max(tl.abs(n), 0)
+
+
+@triton.jit
+def _scaled_part(job_ptr, scratch_ptr, g, size, part, FACTOR: tl.constexpr):
+    """A part of Y or Z, G times a diagonal K; returns its sums of squares by columns."""
+    pointers = (
+        ragged_pointer_at(job_ptr + MOMENTUM.row_scales, scratch_ptr, tl.float32),
+        ragged_pointer_at(job_ptr + MOMENTUM.column_scales, scratch_ptr, tl.float32),
+        pointer_at(job_ptr + MOMENTUM.row_sums, scratch_ptr, tl.float32),
+    )
+    out_ptr = pointer_at(job_ptr + MOMENTUM.ahead, scratch_ptr, FACTOR)
+    return store_scaled(pointers, out_ptr, g, size, part, False)
 
 
 @triton.jit
 def _momentum_tile(
-    job_ptr, scratch_ptr, buf_ptr, size, scale, scalars_ptr, tile, WIDE: tl.constexpr, BLOCK
-):
-    """Returns the largest magnitude of N."""
-    n = size[1]
-    g_ptr = pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, WIDE)
-    out_ptr = pointer_at(job_ptr + TRANSFORM.output, scratch_ptr, WIDE)
-    if n % LAYOUT.row_multiple == 0:
-        largest = _momentum_parts(
-            g_ptr, buf_ptr, out_ptr, padded(n), size, scale, scalars_ptr, tile, BLOCK // 4, BLOCK
-        )
-    else:  # every element has an address of its own: fewer at a time
-        largest = _momentum_parts(
-            g_ptr, buf_ptr, out_ptr, n, size, scale, scalars_ptr, tile, LAYOUT.spilled_rows, BLOCK
-        )
-    return largest
-
-
-@triton.jit
-def _momentum_parts(
-    g_ptr, buf_ptr, out_ptr, stride, size, scale, scalars_ptr, tile,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    job_ptr, scratch_ptr, member_ptr, stride, size, scale, unscale, scalars_ptr, tile, index,
+    FACTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    largest = tl.zeros([BLOCK], tl.float32)
-    for i in range(BLOCK // ROWS):
-        part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
-        found = _momentum_part(
-            g_ptr, buf_ptr, out_ptr, stride, size, scale, scalars_ptr, part, ROWS, BLOCK
+    ROWS: tl.constexpr = PART_ROWS
+    is_momentum = tl.load(job_ptr + MOMENTUM.largest) != 0
+    buf_ptr = pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32)
+    dtype = tl.load(job_ptr + MOMENTUM.dtype)
+    found = tl.zeros([BLOCK_N], tl.float32)
+    for i in range(BLOCK_M // ROWS):
+        part = (tile[0] * (BLOCK_M // ROWS) + i, tile[1])
+        g = _gradient_part(
+            member_ptr + MEMBER.grad, scratch_ptr, dtype, stride, size, unscale, part, ROWS, BLOCK_N
         )
-        largest = tl.maximum(largest, found)
-    return tl.max(largest, 0)
+        g = g * scale[0] * scale[1]
+        if is_momentum:
+            largest = _momentum_part(
+                job_ptr, scratch_ptr, buf_ptr, g, stride, size, scalars_ptr, part,
+                FACTOR, ROWS, BLOCK_N,
+            )  # fmt: skip
+            found = tl.maximum(found, largest)
+        else:
+            found += _scaled_part(job_ptr, scratch_ptr, g, size, part, FACTOR)
+    if is_momentum:
+        largest_ptr = pointer_at(job_ptr + MOMENTUM.largest, scratch_ptr, tl.float32)
+        tl.store(largest_ptr + index, tl.max(found, 0))
+        if index == 0:
+            count = size_at(job_ptr + MOMENTUM.stats_count)
+            tl.store(largest_ptr + count, tl.where(scale[1] == 0, 0.0, 1.0))
+    else:
+        sums_ptr = pointer_at(job_ptr + MOMENTUM.column_sums, scratch_ptr, tl.float32)
+        store_column_sums(sums_ptr, found, size[1], tile)
 
 
-@triton.jit
-def _store_transformed(job_ptr, scratch_ptr, acc, size, scale, tile, FACTOR: tl.constexpr):
-    out_ptr = pointer_at(job_ptr + TRANSFORM.output, scratch_ptr, FACTOR)
-    pointers = _scaled_by(job_ptr, scratch_ptr)
-    sums = store_scaled(pointers, out_ptr, acc * scale[0] * scale[1], size, tile, False)
-    sums_ptr = pointer_at(job_ptr + TRANSFORM.column_sums, scratch_ptr, tl.float32)
-    store_column_sums(sums_ptr, sums, size[1], tile)
-
-
-@triton.jit
-def _scaled_by(job_ptr, scratch_ptr):
-    return (
-        pointer_at(job_ptr + TRANSFORM.row_scales, scratch_ptr, tl.float32),
-        pointer_at(job_ptr + TRANSFORM.column_scales, scratch_ptr, tl.float32),
-        pointer_at(job_ptr + TRANSFORM.row_sums, scratch_ptr, tl.float32),
-    )
-
-
-@triton.jit
-def _scaled_tile(job_ptr, scratch_ptr, size, scale, tile, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """G with rows or columns scaled, a few rows at a time."""
-    ROWS: tl.constexpr = LAYOUT.spilled_rows
-    g_ptr = pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, WIDE)
-    out_ptr = pointer_at(job_ptr + TRANSFORM.output, scratch_ptr, WIDE)
-    pointers = _scaled_by(job_ptr, scratch_ptr)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for i in range(BLOCK // ROWS):
-        part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
-        rows = spilled(g_ptr, size, part, ROWS, BLOCK).to(tl.float32) * scale[0] * scale[1]
-        sums += store_scaled(pointers, out_ptr, rows, size, part, False)
-    sums_ptr = pointer_at(job_ptr + TRANSFORM.column_sums, scratch_ptr, tl.float32)
-    store_column_sums(sums_ptr, sums, size[1], tile)
+@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"])
+def _momentum_kernel(
+    tiles_ptr,
+    jobs_ptr,
+    scratch_ptr,
+    members_ptr,
+    scalars_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    FACTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    if skips(found_inf_ptr):
+        return
+    job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
+    size = (size_at(job_ptr + MOMENTUM.m), size_at(job_ptr + MOMENTUM.n))
+    stats_ptr = pointer_at(job_ptr + MOMENTUM.stats, scratch_ptr, tl.float32)
+    elements = size[0].to(tl.float32) * size[1].to(tl.float32)
+    scale = scale_of(stats_ptr, size_at(job_ptr + MOMENTUM.stats_count), elements)
+    unscale = inverse_of(grad_scale_ptr)
+    member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + MOMENTUM.member)
+    if size[1] % LAYOUT.row_multiple == 0:
+        _momentum_tile(
+            job_ptr, scratch_ptr, member_ptr, padded(size[1]), size, scale, unscale, scalars_ptr,
+            tile, index, FACTOR, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _momentum_tile(
+            job_ptr, scratch_ptr, member_ptr, size[1], size, scale, unscale, scalars_ptr,
+            tile, index, FACTOR, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
@@ -272,8 +277,6 @@ def _transform_kernel(
     tiles_ptr,
     jobs_ptr,
     scratch_ptr,
-    members_ptr,
-    scalars_ptr,
     found_inf_ptr,
     FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -282,41 +285,17 @@ def _transform_kernel(
 ):
     if skips(found_inf_ptr):
         return
-    job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
+    job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     m, n = (size_at(job_ptr + TRANSFORM.m), size_at(job_ptr + TRANSFORM.n))
-    stats_ptr = pointer_at(job_ptr + TRANSFORM.stats, scratch_ptr, tl.float32)
-    elements = m.to(tl.float32) * n.to(tl.float32)
-    scale = scale_of(stats_ptr, size_at(job_ptr + TRANSFORM.stats_count), elements)
-    role, wide = tl.load(job_ptr + TRANSFORM.role), tl.load(job_ptr + TRANSFORM.wide) != 0
-    if role == ROLE.momentum:
-        member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + TRANSFORM.member)
-        buf_ptr = pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32)
-        if wide:
-            largest = _momentum_tile(
-                job_ptr, scratch_ptr, buf_ptr, (m, n), scale, scalars_ptr, tile, tl.float32, BLOCK
-            )
-        else:
-            largest = _momentum_tile(
-                job_ptr, scratch_ptr, buf_ptr, (m, n), scale, scalars_ptr, tile, FACTOR, BLOCK
-            )
-        largest_ptr = pointer_at(job_ptr + TRANSFORM.largest, scratch_ptr, tl.float32)
-        tl.store(largest_ptr + index, largest)
-        if index == 0:
-            tiles = tl.cdiv(m, BLOCK) * tl.cdiv(n, BLOCK)
-            tl.store(largest_ptr + tiles, tl.where(scale[1] == 0, 0.0, 1.0))
-    elif role == ROLE.scaled:
-        if wide:
-            _scaled_tile(job_ptr, scratch_ptr, (m, n), scale, tile, tl.float32, BLOCK)
-        else:
-            _scaled_tile(job_ptr, scratch_ptr, (m, n), scale, tile, FACTOR, BLOCK)
+    g = (pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, FACTOR), n)
+    k_ptr = pointer_at(job_ptr + TRANSFORM.factor, scratch_ptr, FACTOR)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    if tl.load(job_ptr + TRANSFORM.side) == SIDE.columns:
+        acc = product_tile(g, (k_ptr, n), acc, (m, n, n), tile, False, False, BLOCK_K, PRECISION)
     else:
-        g = (pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, FACTOR), n)
-        k_ptr = pointer_at(job_ptr + TRANSFORM.factor, scratch_ptr, FACTOR)
-        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-        if role == ROLE.right:
-            k = (k_ptr, n)
-            acc = product_tile(g, k, acc, (m, n, n), tile, False, False, BLOCK_K, PRECISION)
-        else:
-            k = (k_ptr, m)
-            acc = product_tile(k, g, acc, (m, n, m), tile, True, False, BLOCK_K, PRECISION)
-        _store_transformed(job_ptr, scratch_ptr, acc, (m, n), scale, tile, FACTOR)
+        acc = product_tile((k_ptr, m), g, acc, (m, n, m), tile, True, False, BLOCK_K, PRECISION)
+    out_ptr = pointer_at(job_ptr + TRANSFORM.output, scratch_ptr, FACTOR)
+    row_sums_ptr = pointer_at(job_ptr + TRANSFORM.row_sums, scratch_ptr, tl.float32)
+    sums = store_summed(out_ptr, row_sums_ptr, acc, (m, n), tile)
+    sums_ptr = pointer_at(job_ptr + TRANSFORM.column_sums, scratch_ptr, tl.float32)
+    store_column_sums(sums_ptr, sums, n, tile)

@@ -16,7 +16,7 @@ A step between updates is gather, precondition and params. A diagonal factor tak
 row or column scale of its neighbour's GEMM, which is then the only one.
 
 Each line is one launch for all matrices, one a dtype for gather and params. On Hopper, stacks
-of enough aligned matrices (`_is_stacked`) have launches of their own: cuBLAS for left, right and
+of enough aligned matrices (`suits_stacks`) have launches of their own: cuBLAS for left, right and
 precondition, stacked kernels for factors and products, one an axis. Roundings are the same; the
 milliseconds of 114 of 1024 x 1024 and of 16 of 2048 x 2048 on an H200 (torch 2.11, Triton 3.6):
 
@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .factors import _factor_momenta_kernel, _factors_kernel, _stacked_factors_kernel
+from .factors import _factor_momenta_kernel, _factors_kernel, finish_factor
 from .matrix_jobs import build_plan
 from .matrix_launches import Launches, accessible, copy_back, member_table
 from .matrix_plan import (
@@ -67,7 +67,7 @@ from .products import (
     _gather_kernel,
     _product_kernel,
     _products_kernel,
-    _stacked_products_kernel,
+    finish_product,
 )
 from .slots import LAYOUT, IFShampooScalars, Member
 from .tables import DTYPES, readable, scalar_table
@@ -236,14 +236,14 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _is_stacked(bucket: MatrixBucket, tiling: Tiling) -> bool:
+def suits_stacks(bucket: BucketOfMatrices, state: Sequence[Tensor], tiling: Tiling) -> bool:
     """Whether a bucket has launches of its own: all rows aligned, enough tiles to fill them."""
     return (
         tiling == LARGE_HOPPER
         and _large_tiles(bucket) >= ENOUGH_LARGE_TILES
         and all(bucket.dense)
         and all(size % LAYOUT.row_multiple == 0 for size in bucket.sizes)
-        and all(map(starts_aligned, bucket.state))
+        and all(map(starts_aligned, state))
     )
 
 
@@ -256,7 +256,7 @@ def _find_plan(
 ) -> tuple[MatrixPlan, Tiling]:
     tiling = tiling_of(device, dtype, buckets)
     refresh = refresh and not update
-    stacked = [_is_stacked(bucket, tiling) for bucket in buckets]
+    stacked = [suits_stacks(bucket, bucket.state, tiling) for bucket in buckets]
     members = [bucket.members for bucket in buckets]
     stacks = [tuple(map(Tensor.data_ptr, bucket.state)) for bucket in buckets]
     key = (device, dtype, tiling, *stacked, update, refresh, *members, *stacks)
@@ -280,11 +280,11 @@ def _run(
     lr = step.lr
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
-        launches = Launches(plan, tiling, dtype, buckets, scratch)
-        launch, multiply = launches.launch, launches.multiply
         members = member_table(device, dict(zip(Member._fields, dense, strict=False))).on_device()
         numbers = scalar_table(device, step.scalars).on_device()
         found_inf = readable(step.found_inf, device)
+        launches = Launches(plan, tiling, dtype, buckets, scratch, numbers, found_inf)
+        launch, multiply = launches.launch, launches.multiply
         launches.elementwise("gather", _gather_kernel, members, readable(step.grad_scale, device))
         launch("left", _product_kernel, TRANS_A=True)
         multiply("left")
@@ -292,8 +292,8 @@ def _run(
         multiply("right")
         args = numbers, found_inf
         launch("momenta", _factor_momenta_kernel, *args)
-        launch("factors", _factors_kernel, *args, stacked=_stacked_factors_kernel)
-        launch("products", _products_kernel, found_inf, stacked=_stacked_products_kernel)
+        launch("factors", _factors_kernel, *args, finish=finish_factor)
+        launch("products", _products_kernel, found_inf, finish=finish_product)
         launch("precondition", _product_kernel, TRANS_A=False)
         multiply("precondition")
         lr = numbers if lr.is_cpu else readable(lr, device)

@@ -16,12 +16,14 @@ from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import (
     BucketOfMatrices,
     MatrixPlan,
+    Operands,
     Stack,
     TileRange,
     Tiling,
     starts_aligned,
 )
 from .slots import Member
+from .stacks import _stacked_kernel
 from .tables import DTYPES, DeviceTable
 
 GATHER_WARPS = 8
@@ -40,9 +42,12 @@ class Launches:
         dtype: torch.dtype,
         buckets: Sequence[BucketOfMatrices],
         scratch: Tensor,
+        scalars: Tensor,
+        found_inf: Tensor | None,
     ) -> None:
         self.plan, self.tiling, self.dtype = plan, tiling, dtype
         self.buckets, self.scratch = buckets, scratch
+        self.scalars, self.found_inf = scalars, found_inf
         self.jobs, self.tiles = plan.jobs.on_device(), plan.tiles.on_device()
         self.options = {"FACTOR": DTYPES[dtype], "enable_fp_fusion": True}
         self.gemm = self.options | {
@@ -68,18 +73,24 @@ class Launches:
                 options["GRAD"] = DTYPES[part.dtype]
             kernel[(count,)](*tables, *args, **options)
 
-    def launch(self, name: str, kernel: Any, *args: Any, stacked: Any = None, **named: Any) -> None:
-        """`kernel` finds its operands by the tables, `stacked` has descriptors of them."""
+    def launch(self, name: str, kernel: Any, *args: Any, finish: Any = None, **named: Any) -> None:
+        """`kernel` finds its operands by the tables; of stacks it does what `finish` does."""
         for part, count, tables in self.parts(name):
             options = named | self.gemm
             if part.operands:
-                run = stacked[(min(count, _programs(self.scratch.device)),)]
-                operands = [self.descriptor(*operand) for operand in part.operands]
-                run(*tables, count, *operands, *args, **options)
+                self.launch_stacked(tables, count, part.operands, finish)
                 continue
             if part.dtype is not None:
                 options["PARAM"] = DTYPES[part.dtype]
             kernel[(count,)](*tables, *args, PRECISION=self.tiling.precision, **options)
+
+    def launch_stacked(
+        self, tables: tuple[Tensor, ...], count: int, operands: Operands, finish: Any
+    ) -> None:
+        a, b = operands[0], operands[-1]
+        run = _stacked_kernel[(min(count, _programs(self.scratch.device)),)]
+        shared = self.descriptor(*a), self.descriptor(*b), self.scalars, self.found_inf
+        run(*tables, count, *shared, FINISH=finish, TRANS_B=not b[1], **self.gemm)
 
     def descriptor(self, stack: Stack, deep_rows: bool) -> TensorDescriptor:
         block, depth = self.tiling.block, self.tiling.block_k

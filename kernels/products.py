@@ -11,9 +11,6 @@ gather reads and writes each element once.
 A program works on one tile of one job: a row of `slots.Gather`, `slots.Product` or `slots.Square`.
 Of K K^T it computes one tile on or below the diagonal and stores it twice, the second time
 transposed.
-
-`_stacked_products_kernel` is for stacks of aligned matrices on Hopper, as `_stacked_factors_kernel`
-in kernels/factors.py is.
 """
 
 from __future__ import annotations
@@ -33,10 +30,8 @@ from .tiles import (
     size_at,
     spill,
     spilled,
-    stacked_product_tile,
     store_symmetric,
     store_symmetric_tile,
-    tile_at,
     tile_of,
 )
 
@@ -144,25 +139,35 @@ def _gather_kernel(
 
 @triton.jit
 def store_scaled(pointers, out_ptr, value, size, part, SQUARED: tl.constexpr):
-    """A part of a tile times the diagonal factors; returns its sums of squares by columns.
+    """`store_summed` of a part of a tile times the diagonal factors.
 
-    pointers: of the factors of the rows and of the columns, and of sums of squares by rows, which
-    are stored a tile column after another. Each may be null, as out_ptr may. SQUARED: whether it
-    is times the squares of the factors.
+    pointers: of the factors of the rows and of the columns, and of sums of squares by rows. Each
+    may be null, as out_ptr may. SQUARED: whether it is times the squares of the factors.
     """
-    ROWS: tl.constexpr = value.shape[0]
-    COLUMNS: tl.constexpr = value.shape[1]
-    m, n = size
     rows_ptr, columns_ptr, sums_ptr = pointers
-    rows = scales(rows_ptr, m, part[0], ROWS)
-    columns = scales(columns_ptr, n, part[1], COLUMNS)
+    rows = scales(rows_ptr, size[0], part[0], value.shape[0])
+    columns = scales(columns_ptr, size[1], part[1], value.shape[1])
     if SQUARED:
         rows *= rows
         columns *= columns
     value *= rows[:, None] * columns[None, :]
+    return store_summed(out_ptr, sums_ptr, value, size, part)
+
+
+@triton.jit
+def store_summed(out_ptr, sums_ptr, value, size, part):
+    """Store a part of a tile; returns its sums of squares by columns, as it is rounded.
+
+    Those by rows are stored a tile column after another. Either pointer may be null.
+    """
+    ROWS: tl.constexpr = value.shape[0]
+    COLUMNS: tl.constexpr = value.shape[1]
+    m, n = size
     if out_ptr.to(tl.int64) != 0:
         ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, ROWS, COLUMNS)
-        tl.store(ptrs, value.to(out_ptr.dtype.element_ty), mask=mask)
+        rounded = value.to(out_ptr.dtype.element_ty)
+        tl.store(ptrs, rounded, mask=mask)
+        value = rounded.to(tl.float32)
     if sums_ptr.to(tl.int64) != 0:
         offs_m = part[0] * ROWS + tl.arange(0, ROWS)
         sums_ptr += part[1].to(tl.int64) * m
@@ -227,9 +232,16 @@ def _product_kernel(
 
 
 @triton.jit
-def store_square(job_ptr, scratch_ptr, d, square, tile, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+def finish_product(
+    job_ptr, scratch_ptr, square, tile, _, _scalars_ptr,
+    FACTOR: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
     """Store a tile of K K^T, and its mirror image, as a row of `slots.Square` says."""
-    if tl.load(job_ptr + SQUARE.spill) == 0:  # rows are aligned
+    d = size_at(job_ptr + SQUARE.size)
+    aligned = True
+    if RAGGED:
+        aligned = tl.load(job_ptr + SQUARE.spill) == 0
+    if aligned:
         product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
         store_symmetric_tile(product_ptr, d, square, tile)
     else:
@@ -264,28 +276,4 @@ def _products_kernel(
     factor = (pointer_at(job_ptr + SQUARE.factor, scratch_ptr, FACTOR), d)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     acc = product_tile(factor, factor, acc, (d, d, d), tile, False, True, BLOCK_K, PRECISION)
-    store_square(job_ptr, scratch_ptr, d, acc, tile, FACTOR, BLOCK)
-
-
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["found_inf_ptr"])
-def _stacked_products_kernel(
-    tiles_ptr,
-    jobs_ptr,
-    scratch_ptr,
-    count,
-    factors,
-    found_inf_ptr,
-    FACTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    if skips(found_inf_ptr):
-        return
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
-        job_ptr, tile, _ = tile_at(tiles_ptr, jobs_ptr, index)
-        matrix = size_at(job_ptr + LAYOUT.matrix)
-        d = size_at(job_ptr + SQUARE.size)
-        acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-        acc = stacked_product_tile(factors, factors, acc, d, matrix, tile, True, BLOCK_K)
-        product_ptr = pointer_at(job_ptr + SQUARE.product, scratch_ptr, FACTOR)
-        store_symmetric_tile(product_ptr, d, acc, tile)
+    finish_product(job_ptr, scratch_ptr, acc, tile, None, None, FACTOR, BLOCK, True)

@@ -1,11 +1,12 @@
-"""Root-free Shampoo in Triton: 11 launches a step of any number of matrices of any shapes.
+"""Root-free Shampoo in Triton: 13 launches a step of any number of matrices of any shapes.
 
 For a gradient G (m, n) with S and K of axes A and B (reference/rootfree_shampoo.py is the
 specification):
 
-    scale        G -> GEMM dtype, maxima and sums of squares for rms(G)
-    transform    Y = G K_B, Z = K_A^T G, both over rms(G);  M and N                 (gradients.py)
-    grams        S <- S + (1 - beta2) (S_hat - S)
+    scale        maxima and sums of squares for rms(G)
+    momentum     G / rms(G) -> GEMM dtype;  M and N
+    transform    Y = G K_B, Z = K_A^T G                                             (gradients.py)
+    grams        S <- S + (1 - beta2) (S_hat - S)                                   (grams.py)
     damped       T = S K + lam K
     residuals    E = K^T T - I
     squares      ||E E||_F^2
@@ -13,10 +14,14 @@ specification):
     inverses     X = K K^T                                                          (roots.py)
     left         X_A N
     directions   P = (X_A N) X_B
-    descend      v, and p                                                           (directions.py)
+    rows         v
+    descend      p                                                                  (directions.py)
 
-A step between updates leaves out those from grams to roots, and inverses where X is kept. Each
-line is one launch for all matrices, both axes and all dtypes of parameters and gradients.
+A step between updates leaves out those from transform to roots, and inverses where X is kept. Each
+line is one launch for all matrices, both axes and all dtypes of parameters and gradients. On
+Hopper, stacks of enough aligned matrices (`_is_stacked`) have launches of their own: cuBLAS for
+transform, damped and left, the stacked kernel for squares, roots, inverses and directions, one an
+axis. In grams and residuals it would spill.
 
 Shapes: params (m, n) up to their axes; S and K dense (d, d) or diagonal (d,). Dtypes: params and
 grads float32, bfloat16 or float16; S, M and v float32; a dense K bfloat16 with a residual
@@ -35,23 +40,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .directions import _descend_kernel, _directions_kernel
-from .gradients import _scale_kernel, _transform_kernel
-from .matrix import MAX_COLUMNS, tiling_of
+from .directions import (
+    _descend_kernel,
+    _directions_kernel,
+    _rows_kernel,
+    finish_direction,
+)
+from .gradients import _momentum_kernel, _scale_kernel, _transform_kernel
+from .grams import _grams_kernel
+from .matrix import MAX_COLUMNS, suits_stacks, tiling_of
 from .matrix_launches import Launches, accessible, copy_back, member_table
-from .matrix_plan import MatrixPlan, grouped, kept_plan
-from .rootfree_shampoo_jobs import DESCENT_ROWS, DESCENT_TILES, ShampooBucket, build_plan
+from .matrix_plan import MatrixPlan, Tiling, grouped, kept_plan
+from .rootfree_shampoo_buckets import ShampooBucket
+from .rootfree_shampoo_jobs import ROWS, build_plan
 from .rootfree_shampoo_slots import ShampooScalars
 from .roots import (
     _damped_kernel,
-    _grams_kernel,
     _inverses_kernel,
     _residuals_kernel,
     _roots_kernel,
     _squares_kernel,
+    finish_inverse,
+    finish_root,
+    finish_square,
 )
 from .tables import DTYPES, readable, scalar_table
 
+# Without a limit branches that no aligned matrix takes cost a third of the programs in flight.
+MOMENTUM_REGISTERS = 80
 _plans: dict[Any, MatrixPlan] = {}
 
 
@@ -167,6 +183,15 @@ def _bucket(
     )
 
 
+def _is_stacked(bucket: ShampooBucket, tiling: Tiling) -> bool:
+    """Whether products of a bucket are of whole stacks: all rows aligned, enough tiles."""
+    return (
+        bool(bucket.products)
+        and all(t.numel() for t in bucket.state)
+        and suits_stacks(bucket, bucket.state, tiling)
+    )
+
+
 def _run(
     device: torch.device,
     dtype: torch.dtype,
@@ -176,6 +201,7 @@ def _run(
 ) -> None:
     """The launches of all buckets of a device and a GEMM dtype."""
     tiling = tiling_of(device, dtype, buckets)
+    stacked = [_is_stacked(bucket, tiling) for bucket in buckets]
     kind = {
         "update": step.update,
         "refresh": step.refresh and not step.update,
@@ -183,36 +209,46 @@ def _run(
     }
 
     def build() -> MatrixPlan:
-        return build_plan(buckets, dtype, tiling, device, **kind)
+        return build_plan(buckets, stacked, dtype, tiling, device, **kind)
 
-    key = (device, dtype, tiling, *kind.values(), *[bucket.key for bucket in buckets])
+    key = (device, dtype, tiling, *stacked, *kind.values(), *[bucket.key for bucket in buckets])
     plan = kept_plan(_plans, key, build)
     dense = {
         name: [t.contiguous() if name == "averages" else accessible(t) for t in tensors]
         for name, tensors in lists.items()
     }
-    lr = step.lr
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
-        launches = Launches(plan, tiling, dtype, buckets, scratch)
-        launch = launches.launch
         members = member_table(device, dense).on_device()
         numbers = scalar_table(device, step.scalars).on_device()
         found_inf = readable(step.found_inf, device)
-        launches.elementwise("scale", _scale_kernel, members, readable(step.grad_scale, device))
-        launch("transform", _transform_kernel, members, numbers, found_inf)
-        launch("grams", _grams_kernel, numbers, found_inf)
-        launch("damped", _damped_kernel, numbers, found_inf)
-        launch("residuals", _residuals_kernel, found_inf)
-        launch("squares", _squares_kernel, found_inf)
-        launch("roots", _roots_kernel, found_inf)
-        launch("inverses", _inverses_kernel, found_inf)
-        launch("left", _directions_kernel, members)
-        launch("directions", _directions_kernel, members)
-        lr = numbers if lr.is_cpu else readable(lr, device)
-        args = members, numbers, readable(step.steps.contiguous(), device), lr, found_inf
-        blocks = {"BLOCK_M": DESCENT_ROWS, "TILES": DESCENT_TILES}
-        launches.elementwise("descend", _descend_kernel, *args, **blocks)
+        launches = Launches(plan, tiling, dtype, buckets, scratch, numbers, found_inf)
+        _launch(launches, members, step, device)
     for name in ("param", "buffer", "averages"):
         if name in lists:
             copy_back(lists[name], dense[name], buckets)
+
+
+def _launch(launches: Launches, members: Tensor, step: _Step, device: torch.device) -> None:
+    launch, multiply, elementwise = launches.launch, launches.multiply, launches.elementwise
+    numbers, found_inf = launches.scalars, launches.found_inf
+    grad_scale = readable(step.grad_scale, device)
+    elementwise("scale", _scale_kernel, members, grad_scale)
+    args = members, numbers, grad_scale, found_inf
+    elementwise("momentum", _momentum_kernel, *args, maxnreg=MOMENTUM_REGISTERS)
+    launch("transform", _transform_kernel, found_inf)
+    multiply("transform")
+    launch("grams", _grams_kernel, numbers, found_inf)
+    launch("damped", _damped_kernel, numbers, found_inf)
+    multiply("damped")
+    launch("residuals", _residuals_kernel, found_inf)
+    launch("squares", _squares_kernel, found_inf, finish=finish_square)
+    launch("roots", _roots_kernel, found_inf, finish=finish_root)
+    launch("inverses", _inverses_kernel, found_inf, finish=finish_inverse)
+    launch("left", _directions_kernel)
+    multiply("left")
+    launch("directions", _directions_kernel, finish=finish_direction)
+    steps = readable(step.steps.contiguous(), device)
+    elementwise("rows", _rows_kernel, members, numbers, steps, found_inf, BLOCK_M=ROWS)
+    lr = numbers if step.lr.is_cpu else readable(step.lr, device)
+    elementwise("descend", _descend_kernel, members, numbers, lr, found_inf)

@@ -7,7 +7,7 @@ lie, on shapes and on dtypes; what lives for one step alone has its bytes in one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,31 +15,33 @@ from torch import Tensor
 from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import (
     MatrixPlan,
+    Operands,
     PlanDraft,
+    Stack,
     Tiling,
     addresses_of,
     grid_of,
     starts_aligned,
     triangle_of,
 )
+from .rootfree_shampoo_buckets import Axis, ShampooBucket
 from .rootfree_shampoo_slots import (
+    DAMPING,
     DTYPE,
-    ROLE,
     Damped,
     Descent,
     Direction,
     Gram,
+    Momentum,
     Root,
+    Rows,
     Scale,
     Symmetric,
     Transform,
 )
 from .slots import LAYOUT, SIDE, Column, Square, padded
 
-# Rows of a program of the descent, and tiles of them of the gather's columns: fewer programs would
-# each sum up the rows of their whole matrix less often, and with more rows the path of ragged rows
-# would take more registers than leave room for a second program.
-DESCENT_ROWS, DESCENT_TILES = 32, 8
+ROWS = 256  # of a program of the rows' launch
 _NAMES = {
     torch.float32: DTYPE.float32,
     torch.bfloat16: DTYPE.bfloat16,
@@ -47,29 +49,9 @@ _NAMES = {
 }
 
 
-class ShampooBucket(NamedTuple):
-    """Matrices of equal shapes, whose state is stacked; a list of it has a tensor an axis."""
-
-    sizes: tuple[int, int]
-    dense: tuple[bool, bool]
-    indices: tuple[int, ...]  # in the caller's lists
-    param_dtypes: tuple[torch.dtype, ...]
-    grad_dtypes: tuple[torch.dtype, ...]
-    grams: Sequence[Tensor]
-    factors: Sequence[Tensor]
-    residuals: Sequence[Tensor]
-    products: Sequence[Tensor]  # empty where K K^T is not kept
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """All that a plan for it depends on."""
-        lists = self.grams, self.factors, self.residuals, self.products
-        stacks = [tuple(map(Tensor.data_ptr, stacks)) for stacks in lists]
-        return (*self[:5], *stacks)
-
-
 def build_plan(
     buckets: Sequence[ShampooBucket],
+    stacked: Sequence[bool],
     dtype: torch.dtype,
     tiling: Tiling,
     device: torch.device,
@@ -80,34 +62,24 @@ def build_plan(
 ) -> MatrixPlan:
     """The launches of one step: with new factors (update), new products alone (refresh), or none.
 
-    balanced: whether rows are.
+    stacked: of each bucket, whether its products are of whole stacks: the stacked kernel's, or the
+    vendor's where there is no epilogue; all of its state must be aligned, and dense. balanced:
+    whether rows are.
     """
     builder = _Builder(dtype, tiling.block, update, refresh, balanced)
-    for bucket in buckets:
-        builder.add(bucket)
+    for number, (bucket, is_stacked) in enumerate(zip(buckets, stacked, strict=True)):
+        builder.add(bucket, number, is_stacked)
     return builder.finish(device)
 
 
-class _Axis:
-    """An axis of a bucket; its operands are columns of addresses, zero where there is nothing."""
-
-    seen: Column = 0  # Y or Z, or partial sums of squares of it
-    spill: Column = 0  # room for the tiles of its launches, where rows are not aligned
-    copy: Column = 0  # of K, for GEMMs to read where rows are not aligned
-
-    def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:
-        self.size, self.dense, self.aligned = size, dense, aligned
-        self.gram, self.factor, self.residual, self.product = state
-        self.old = self.new = self.factor  # for GEMMs to read, before and after the update
-        self.kept = bool(self.product.any())
-        self.product_operand = self.product
-
-    @property
-    def scale(self) -> Tensor:
-        return torch.zeros_like(self.factor) if self.dense else self.factor
+def _names(dtypes: Sequence[torch.dtype]) -> Tensor:
+    return torch.tensor([_NAMES[dtype] for dtype in dtypes], device="cpu")
 
 
 class _Builder(PlanDraft):
+    number: int  # of the bucket that is being added
+    stacked: bool
+
     def __init__(
         self, dtype: torch.dtype, block: int, update: bool, refresh: bool, balanced: bool
     ) -> None:
@@ -115,40 +87,49 @@ class _Builder(PlanDraft):
         self.dtype, self.block = dtype, block
         self.update, self.refresh, self.balanced = update, refresh, balanced
 
-    def add(self, bucket: ShampooBucket) -> None:
+    def add(self, bucket: ShampooBucket, number: int, stacked: bool) -> None:
+        self.number, self.stacked = number, stacked
         rows, columns = bucket.sizes
         self.count, self.wide = len(bucket.indices), not any(bucket.dense)
         self.member = torch.tensor(bucket.indices, device="cpu")
         self.elements, self.itemsize = rows * padded(columns), self.dtype.itemsize
         axes = [self.axis(bucket, 0), self.axis(bucket, 1)]
-        gradient, stats, stats_count = self.add_scale(bucket)
-        common = {
-            "gradient": gradient, "m": rows, "n": columns, "wide": int(self.wide),
-            "stats": stats, "stats_count": stats_count, "member": self.member,
-        }  # fmt: skip
-        if self.update:
-            self.add_transformed(axes, common)
-        tiles = len(grid_of(rows, columns, self.block, self.block))
+        common = self.add_scale(bucket)
+        tiles = common["stats_count"]
         ahead, largest = self.matrix(), self.scratch(self.count, tiles + 1, 4)
-        self.transform(
-            0, {**common, "role": ROLE.momentum, "output": ahead, "largest": largest}, axes
-        )
-        for axis, other, side in zip(axes, axes[::-1], (SIDE.rows, SIDE.columns), strict=True):
+        gradient: Column = 0
+        if self.update and not self.wide:
+            gradient = self.matrix()
+        momentum = {"gradient": gradient, "wide" if self.wide else "ahead": ahead}
+        self.momentum({**common, **momentum, "largest": largest}, axes)
+        if self.update:
+            self.add_transformed(axes, common, gradient)
+        for n, (axis, other) in enumerate(zip(axes, axes[::-1], strict=True)):
             if self.update:
-                self.add_update(axis, other, side, columns, largest + self.after(tiles))
+                nonzero = largest + self.after(tiles)
+                self.add_update(n, axis, other, columns, nonzero)
             if axis.dense and (self.update or self.makes_product(axis)):
-                self.add_inverse(axis)
-        self.add_direction(bucket, axes, ahead, largest)
+                self.add_inverse(n, axis)
+        self.add_direction(bucket, axes, ahead, largest, tiles)
+
+    def stack(self, scratch: Column, rows: int, columns: int) -> Stack:
+        """Operands in the scratch."""
+        assert isinstance(scratch, Tensor)
+        return Stack(self.number, -1 - int(scratch[0]), (len(scratch), rows, columns))
+
+    def state(self, name: str, n: int, axis: Axis) -> Stack:
+        """Operands of axis n in the state."""
+        return Stack(self.number, (name, n), (self.count, axis.size, axis.size))
 
     @staticmethod
     def after(numbers: int) -> int:
         """What takes a column of addresses in the scratch past so many float32."""
         return -4 * numbers
 
-    def makes_product(self, axis: _Axis) -> bool:
+    def makes_product(self, axis: Axis) -> bool:
         return self.update or self.refresh or not axis.kept
 
-    def square(self, axis: _Axis, itemsize: int | None = None) -> Tensor:
+    def square(self, axis: Axis, itemsize: int | None = None) -> Tensor:
         """Room for a (d, d) matrix of padded rows."""
         return self.scratch(self.count, axis.size * padded(axis.size), itemsize or self.itemsize)
 
@@ -156,12 +137,12 @@ class _Builder(PlanDraft):
         """Room for an (m, n) matrix of padded rows."""
         return self.scratch(self.count, self.elements, 4 if self.wide else self.itemsize)
 
-    def axis(self, bucket: ShampooBucket, n: int) -> _Axis:
+    def axis(self, bucket: ShampooBucket, n: int) -> Axis:
         """The operands of an axis, and the copies that they need."""
         size, dense = bucket.sizes[n], bucket.dense[n]
         stacks = bucket.grams[n], bucket.factors[n], bucket.residuals[n], bucket.products[n]
         aligned = size % LAYOUT.row_multiple == 0 and all(map(starts_aligned, stacks))
-        axis = _Axis(size, dense, aligned, [addresses_of(stack, self.count) for stack in stacks])
+        axis = Axis(size, dense, aligned, [addresses_of(stack, self.count) for stack in stacks])
         if not dense:
             return axis
         makes_product = self.makes_product(axis)
@@ -180,66 +161,77 @@ class _Builder(PlanDraft):
             axis.new = self.square(axis)
         return axis
 
-    def gather_state(self, source: Tensor, target: Tensor, axis: _Axis) -> None:
+    def gather_state(self, source: Tensor, target: Tensor, axis: Axis) -> None:
+        d = axis.size
         row = Scale(
-            source=source,
-            target=target,
-            rows=axis.size,
-            columns=axis.size,
-            stats=0,
-            stats_count=0,
-            dtype=0,
-            wide=0,
+            source=source, target=target, rows=d, columns=d, stats=0, stats_count=0, dtype=0
         )
-        self.job("scale", 0, grid_of(axis.size, axis.size, GATHER_ROWS, GATHER_COLUMNS), row)
+        self.job("scale", 0, grid_of(d, d, GATHER_ROWS, GATHER_COLUMNS), row)
 
-    def add_scale(self, bucket: ShampooBucket) -> tuple[Tensor, Tensor, int]:
-        """Returns where the gradient is, and its statistics."""
+    def add_scale(self, bucket: ShampooBucket) -> dict[str, Any]:
+        """Returns what every job on the gradients has."""
         rows, columns = bucket.sizes
         grid = grid_of(rows, columns, GATHER_ROWS, GATHER_COLUMNS)
-        gradient, stats = self.matrix(), self.scratch(self.count, 2 * len(grid), 4)
-        names = [_NAMES[dtype] for dtype in bucket.grad_dtypes]
-        row = Scale(
-            source=self.member,
-            target=gradient,
-            rows=rows,
-            columns=columns,
-            stats=stats,
-            stats_count=len(grid),
-            dtype=torch.tensor(names, device="cpu"),
-            wide=int(self.wide),
-        )
+        stats = self.scratch(self.count, 2 * len(grid), 4)
+        dtype = _names(bucket.grad_dtypes)
+        common = {"stats": stats, "stats_count": len(grid), "dtype": dtype}
+        row = Scale(source=self.member, target=0, rows=rows, columns=columns, **common)
         self.job("scale", 0, grid, row)
-        return gradient, stats, len(grid)
+        return {**common, "member": self.member, "m": rows, "n": columns}
 
-    def transform(self, cost: int, columns: dict[str, Column], axes: list[_Axis]) -> None:
-        row = Transform(**{name: columns.get(name, 0) for name in Transform._fields})
-        grid = grid_of(axes[0].size, axes[1].size, self.block, self.block)
-        self.job("transform", cost, grid, row)
+    def momentum(self, columns: dict[str, Column], axes: list[Axis]) -> None:
+        row = Momentum(**{name: columns.get(name, 0) for name in Momentum._fields})
+        grid = grid_of(axes[0].size, axes[1].size, GATHER_ROWS, GATHER_COLUMNS)
+        self.job("momentum", 0, grid, row)
 
-    def add_transformed(self, axes: list[_Axis], common: dict[str, Column]) -> None:
+    def add_transformed(
+        self, axes: list[Axis], common: dict[str, Column], gradient: Column
+    ) -> None:
         """Y = G K_B, of which S_A is made, and Z = K_A^T G, of which S_B is."""
         left, right = axes
-        across = [-(-axis.size // self.block) for axis in axes]
-        for axis, other, role, scales, sums, count in (
-            (left, right, ROLE.right, "column_scales", "row_sums", across[1]),
-            (right, left, ROLE.left, "row_scales", "column_sums", across[0]),
+        for n, (axis, other, side, scales, sums) in enumerate(
+            (
+                (left, right, SIDE.columns, "column_scales", "row_sums"),
+                (right, left, SIDE.rows, "row_scales", "column_sums"),
+            )
         ):
-            columns: dict[str, Column] = dict(common)
+            block = self.block if other.dense else (GATHER_COLUMNS, GATHER_ROWS)[n]
+            columns: dict[str, Column] = {}
             if axis.dense:
-                axis.seen = columns["output"] = self.matrix()
+                axis.seen = self.matrix()
             else:
-                axis.seen = columns[sums] = self.scratch(self.count, count * axis.size, 4)
-            if other.dense:
-                columns |= {"role": role, "factor": other.old}
+                axis.sums_count = -(-other.size // block)
+                axis.seen = columns[sums] = self.scratch(self.count, axis.sums_count * axis.size, 4)
+            if not other.dense:
+                columns |= {"ahead": axis.seen if axis.dense else 0, scales: other.factor}
+                self.momentum({**common, **columns}, axes)
+            elif self.stacked:
+                self.add_transformed_stack(n, axes, gradient)
             else:
-                columns |= {"role": ROLE.scaled, scales: other.factor}
-            self.transform(other.size if other.dense else 0, columns, axes)
+                row = Transform(
+                    gradient=gradient,
+                    factor=other.old,
+                    output=axis.seen if axis.dense else 0,
+                    m=left.size,
+                    n=right.size,
+                    side=side,
+                    row_sums=columns.get("row_sums", 0),
+                    column_sums=columns.get("column_sums", 0),
+                )
+                grid = grid_of(left.size, right.size, self.block, self.block)
+                self.job("transform", other.size, grid, row)
 
-    def add_update(
-        self, axis: _Axis, other: _Axis, side: int, columns: int, nonzero: Tensor
-    ) -> None:
-        """S, then K."""
+    def add_transformed_stack(self, n: int, axes: list[Axis], gradient: Column) -> None:
+        shape = axes[0].size, axes[1].size
+        g, out = self.stack(gradient, *shape), self.stack(axes[n].seen, *shape)
+        k = self.state("factors", 1 - n, axes[1 - n])
+        if n == 0:
+            self.vendor("transform", g, k, out)
+        else:
+            self.vendor("transform", k, g, out, transposed=True)
+
+    def add_update(self, n: int, axis: Axis, other: Axis, columns: int, nonzero: Tensor) -> None:
+        """S, then K, of axis n."""
         d, block = axis.size, self.block
         across = -(-d // block)
         trace = self.scratch(self.count, across, 4)
@@ -248,8 +240,8 @@ class _Builder(PlanDraft):
             seen=axis.seen,
             size=d,
             others=other.size,
-            columns=columns if axis.dense else -(-other.size // block),
-            side=side if axis.dense else SIDE.diagonal,
+            columns=columns if axis.dense else axis.sums_count,
+            side=(SIDE.rows, SIDE.columns)[n] if axis.dense else SIDE.diagonal,
             gram=axis.gram,
             copy=copy,
             trace=trace,
@@ -259,23 +251,36 @@ class _Builder(PlanDraft):
         grid = triangle_of(d, block) if axis.dense else grid_of(d, 1, block, block)
         self.job("grams", other.size if axis.dense else 0, grid, row)
         damped: Column = self.square(axis) if axis.dense else 0
+        is_product = axis.dense and not self.stacked
+        kinds = DAMPING.product if is_product else DAMPING.sum if axis.dense else DAMPING.root
         row_of_damped = Damped(
-            gram=copy if axis.dense else axis.gram,
+            damping=kinds,
+            gram=copy if is_product else axis.gram,
             factor=axis.old,
-            output=damped,
+            output=copy if self.stacked else damped,
             size=d,
             trace=trace,
             trace_count=across,
             nonzero=nonzero,
         )
-        grid = grid_of(d, d if axis.dense else 1, block, block)
-        self.job("damped", d if axis.dense else 0, grid, row_of_damped)
+        grid = grid_of(d, d if is_product else 1, block, block)
+        self.job("damped", d if is_product else 0, grid, row_of_damped)
+        if self.stacked:
+            s, t = self.stack(copy, d, d), self.stack(damped, d, d)
+            self.vendor("damped", s, self.state("factors", n, axis), t)
         if axis.dense:
-            self.add_root(axis, copy, damped, nonzero)
+            self.add_root(n, axis, copy, damped, nonzero)
 
-    def add_root(self, axis: _Axis, residual: Column, damped: Column, nonzero: Tensor) -> None:
+    def add_root(
+        self, n: int, axis: Axis, residual: Column, damped: Column, nonzero: Tensor
+    ) -> None:
         """E takes the place of the copy of S."""
         d = axis.size
+        of_square: Operands = ()
+        of_root: Operands = ()
+        if self.stacked:
+            k, e = self.state("factors", n, axis), self.stack(residual, d, d)
+            of_square, of_root = ((e, False), (e, True)), ((k, False), (e, True))
         triangle = triangle_of(d, self.block)
         norms, squares = (self.scratch(self.count, len(triangle), 4) for _ in range(2))
         of_e = Symmetric(
@@ -285,7 +290,7 @@ class _Builder(PlanDraft):
         of_squares = Symmetric(
             a=residual, b=residual, output=0, size=d, norms=squares, nonzero=nonzero
         )
-        self.job("squares", d, triangle, of_squares)
+        self.job("squares", d, triangle, of_squares, operands=of_square)
         row = Root(
             operand=axis.old,
             residual=residual,
@@ -300,9 +305,10 @@ class _Builder(PlanDraft):
             spill=axis.spill,
             nonzero=nonzero,
         )
-        self.job("roots", d, grid_of(d, d, self.block, self.block), row)
+        grid = grid_of(d, d, self.block, self.block)
+        self.job("roots", d, grid, row, operands=of_root)
 
-    def add_inverse(self, axis: _Axis) -> None:
+    def add_inverse(self, n: int, axis: Axis) -> None:
         ragged = axis.kept and not axis.aligned
         row = Square(
             factor=axis.new,
@@ -312,64 +318,93 @@ class _Builder(PlanDraft):
             spill=axis.spill if ragged else 0,
             state=axis.factor if self.update and axis.aligned else 0,
         )
-        self.job("inverses", axis.size, triangle_of(axis.size, self.block), row)
+        operands: Operands = ()
+        if self.stacked:
+            of_update = self.stack(axis.new, axis.size, axis.size) if self.update else None
+            operands = ((of_update or self.state("factors", n, axis), False),)
+        triangle = triangle_of(axis.size, self.block)
+        self.job("inverses", axis.size, triangle, row, operands=operands)
 
     def add_direction(
-        self, bucket: ShampooBucket, axes: list[_Axis], ahead: Tensor, largest: Tensor
+        self,
+        bucket: ShampooBucket,
+        axes: list[Axis],
+        ahead: Tensor,
+        largest: Tensor,
+        largest_count: int,
     ) -> None:
         left, right = axes
         rows, columns = bucket.sizes
-        common: dict[str, Column] = {"m": rows, "n": columns, "member": self.member}
+        common: dict[str, Column] = {"m": rows, "n": columns}
         # Y and Z have been read by then.
         rooms = [axis.seen for axis in axes if axis.dense] if self.update else []
-        b, scale = ahead, largest
+        a, b, depth, operands = ahead, ahead, 0, ()
         if left.dense and right.dense:
-            product = rooms.pop() if rooms else self.matrix()
-            first = {"a": left.product_operand, "b": ahead, "output": product, "k": rows}
-            self.direction("left", rows, common | first | {"largest": largest}, axes)
-            a, b, depth, scale = product, right.product_operand, columns, torch.zeros_like(largest)
+            a = rooms.pop() if rooms else self.matrix()
+            if self.stacked:
+                n, v = self.stack(ahead, rows, columns), self.stack(a, rows, columns)
+                self.vendor("left", self.state("products", 0, left), n, v)
+                operands = (v, False), (self.state("products", 1, right), True)
+            else:
+                first = {"a": left.product_operand, "b": ahead, "output": a, "k": rows}
+                self.direction("left", rows, common | first, axes)
+            b, depth = right.product_operand, columns
         elif left.dense:
             a, depth = left.product_operand, rows
         elif right.dense:
-            a, b, depth = ahead, right.product_operand, columns
-        else:
-            a, depth = ahead, 0
+            b, depth = right.product_operand, columns
         direction = ahead
         if depth > 0:
             direction = rooms.pop() if rooms else self.matrix()
         tiles = len(grid_of(rows, columns, self.block, self.block))
         across = -(-columns // self.block)
         tile_sums = self.scratch(self.count, tiles, 4)
-        row_sums = averages = torch.zeros_like(ahead)
-        if self.balanced:
-            row_sums = self.scratch(self.count, across * rows, 4)
-            averages = self.scratch(self.count, rows, 4)
+        row_sums = self.scratch(self.count, across * rows, 4) if self.balanced else 0
         last = {
             "a": a, "b": b, "output": direction, "k": depth,
             "row_scales": left.scale, "column_scales": right.scale,
-            "row_sums": row_sums, "tile_sums": tile_sums, "largest": scale, "averages": averages,
+            "row_sums": row_sums, "tile_sums": tile_sums,
+            "largest": largest, "largest_count": largest_count,
         }  # fmt: skip
-        self.direction("directions", depth, common | last, axes)
-        names = [_NAMES[dtype] for dtype in bucket.param_dtypes]
+        self.direction("directions", depth, common | last, axes, operands)
+        totals, totals_count, factors = tile_sums, tiles, 0
+        if self.balanced:
+            totals_count = -(-rows // ROWS)
+            totals = self.scratch(self.count, totals_count, 4)
+            factors = self.scratch(self.count, rows, 4)
+            of_rows = Rows(
+                m=rows,
+                n=columns,
+                member=self.member,
+                row_sums=row_sums,
+                row_sums_count=across,
+                tile_sums=tile_sums,
+                tile_sums_count=tiles,
+                factors=factors,
+                totals=totals,
+            )
+            self.job("rows", 0, grid_of(rows, 1, ROWS, ROWS), of_rows)
         descent = Descent(
             direction=direction,
             m=rows,
             n=columns,
             wide=int(self.wide),
-            dtype=torch.tensor(names, device="cpu"),
+            dtype=_names(bucket.param_dtypes),
             member=self.member,
-            row_sums=row_sums,
-            row_sums_count=across,
-            tile_sums=tile_sums,
-            tile_sums_count=tiles,
-            averages=averages,
+            factors=factors,
+            totals=totals,
+            totals_count=totals_count,
         )
-        grid = grid_of(rows, columns, DESCENT_ROWS, DESCENT_TILES * GATHER_COLUMNS)
-        self.job("descend", 0, grid, descent)
+        self.job("descend", 0, grid_of(rows, columns, GATHER_ROWS, GATHER_COLUMNS), descent)
 
     def direction(
-        self, name: str, cost: int, columns: dict[str, Column], axes: list[_Axis]
+        self,
+        name: str,
+        cost: int,
+        columns: dict[str, Column],
+        axes: list[Axis],
+        operands: Operands = (),
     ) -> None:
         row = Direction(**{field: columns.get(field, 0) for field in Direction._fields})
         grid = grid_of(axes[0].size, axes[1].size, self.block, self.block)
-        self.job(name, cost, grid, row)
+        self.job(name, cost, grid, row, operands=operands)

@@ -1,8 +1,4 @@
-"""Names of what the kernels of root-free Shampoo read from device tables, as kernels/slots.py has.
-
-*wide* says that a matrix in the scratch is float32 whatever the GEMM dtype is: both of its axes are
-diagonal, and no GEMM reads it.
-"""
+"""Names of what root-free Shampoo's kernels read from device tables, as kernels/slots.py has."""
 
 from __future__ import annotations
 
@@ -37,49 +33,62 @@ class _Dtype(NamedTuple):
     float16: int = 2
 
 
-class _Role(NamedTuple):
-    """What a job of the transform launch computes."""
+class _Damping(NamedTuple):
+    """What a job of the damped launch computes."""
 
-    right: int = 0  # Y = G K_B
-    left: int = 1  # Z = K_A^T G
-    scaled: int = 2  # either of them where that K is diagonal
-    momentum: int = 3  # M and N
+    product: int = 0  # T = (S + lam I) K
+    root: int = 1  # K of a diagonal axis
+    sum: int = 2  # S + lam I, for a product of stacks
 
 
-DTYPE, ROLE = map(Names, (_Dtype(), _Role()))
+DTYPE, DAMPING = map(Names, (_Dtype(), _Damping()))
 
 
 class Scale(NamedTuple):
-    """A copy into padded rows, by `gradients._scale_kernel`: of a gradient, or of a K or K K^T."""
+    """The statistics of a gradient, or a copy of a K or K K^T into padded rows.
 
-    source: Column  # address; of a gradient the index of its member
-    target: Column  # address, of padded rows
+    By `gradients._scale_kernel`.
+    """
+
+    source: Column  # index of the gradient's member; address of a K or K K^T
+    target: Column  # address, of padded rows; of a gradient 0
     rows: Column  # elements
     columns: Column  # elements
     stats: Column  # address, as of `gradients.scale_of`; 0 for a K or K K^T
     stats_count: Column  # count
     dtype: Column  # name, of the gradient
-    wide: Column  # 1 or 0
 
 
-class Transform(NamedTuple):
-    """Y or Z, or M and N, by `gradients._transform_kernel`."""
+class Momentum(NamedTuple):
+    """M and N, or Y or Z beside a diagonal K, by `gradients._momentum_kernel`."""
 
-    gradient: Column  # address, of padded rows
-    factor: Column  # address, of padded rows: K
-    output: Column  # address, of padded rows: Y or Z, if they are kept, or N
+    member: Column  # index
     m: Column  # elements
     n: Column  # elements
-    role: Column  # name
-    wide: Column  # 1 or 0
+    dtype: Column  # name, of the gradient
+    stats: Column  # address, as of `gradients.scale_of`
+    stats_count: Column  # count
+    gradient: Column  # address, of padded rows: G / rms(G), for GEMMs
+    ahead: Column  # address, of padded rows: N; Y or Z
+    wide: Column  # address, of padded rows: N in float32, where no GEMM reads it
+    largest: Column  # address, of N's largest magnitude a tile; after them 1, or 0 where G is zero
     row_scales: Column  # address of the diagonal K of the rows
     column_scales: Column  # address
     row_sums: Column  # address, of the squares of a row's elements, a float32 a tile column
     column_sums: Column  # address, as row_sums
-    stats: Column  # address, as of `gradients.scale_of`
-    stats_count: Column  # count
-    member: Column  # index
-    largest: Column  # address, of N's largest magnitude a tile; after them 1, or 0 where G is zero
+
+
+class Transform(NamedTuple):
+    """Y or Z, by `gradients._transform_kernel`."""
+
+    gradient: Column  # address, of padded rows
+    factor: Column  # address, of padded rows: K
+    output: Column  # address, of padded rows: Y or Z, where they are kept
+    m: Column  # elements
+    n: Column  # elements
+    side: Column  # name, of the axis of K: columns of Y, rows of Z
+    row_sums: Column  # address, as of the momentum's
+    column_sums: Column  # address
 
 
 class Gram(NamedTuple):
@@ -98,11 +107,12 @@ class Gram(NamedTuple):
 
 
 class Damped(NamedTuple):
-    """T = (S + lam I) K, by `roots._damped_kernel`; of a diagonal axis K itself."""
+    """T, K of a diagonal axis or S + lam I, by `roots._damped_kernel`."""
 
-    gram: Column  # address, of padded rows
+    damping: Column  # name, of what is computed
+    gram: Column  # address, of padded rows; of the state but for T
     factor: Column  # address, of padded rows
-    output: Column  # address, of padded rows; of a diagonal axis 0
+    output: Column  # address, of padded rows: T; the copy of S that lam is added to
     size: Column  # elements, d
     trace: Column  # address, as of grams
     trace_count: Column  # count
@@ -140,7 +150,7 @@ class Root(NamedTuple):
 class Direction(NamedTuple):
     """X_A N, and P, by `directions._directions_kernel`.
 
-    A k of 0 means that both axes are diagonal: A is N, wide, and P takes its place.
+    A k of 0 means that both axes are diagonal: A is N in float32, and P takes its place.
     """
 
     a: Column  # address, of padded rows
@@ -153,9 +163,22 @@ class Direction(NamedTuple):
     column_scales: Column  # address
     row_sums: Column  # address, of P's squares by row, a float32 a tile column
     tile_sums: Column  # address, of P's squares, a float32 a tile
-    largest: Column  # address, of N's largest magnitude a tile; 0 where that is taken out
-    averages: Column  # address, of a copy of the averages of rows' mean squares
+    largest: Column  # address, as of the momentum's; 0 for X_A N
+    largest_count: Column  # count
+
+
+class Rows(NamedTuple):
+    """v, and what it divides rows by, by `directions._rows_kernel`."""
+
+    m: Column  # elements
+    n: Column  # elements
     member: Column  # index
+    row_sums: Column  # address, as of directions
+    row_sums_count: Column  # count, of tile columns
+    tile_sums: Column  # address
+    tile_sums_count: Column  # count
+    factors: Column  # address, of what P's rows are multiplied by
+    totals: Column  # address, of sums over rows of squares of that, a float32 a block
 
 
 class Descent(NamedTuple):
@@ -164,15 +187,14 @@ class Descent(NamedTuple):
     direction: Column  # address, of padded rows: P
     m: Column  # elements
     n: Column  # elements
-    wide: Column  # 1 or 0
+    wide: Column  # 1 where P is float32 whatever the GEMM dtype is, or 0
     dtype: Column  # name, of the parameter
     member: Column  # index
-    row_sums: Column  # address, as of directions
-    row_sums_count: Column  # count, of tile columns
-    tile_sums: Column  # address
-    tile_sums_count: Column  # count
-    averages: Column  # address; 0 where rows are not balanced
+    factors: Column  # address, as of rows; 0 where rows are not balanced
+    totals: Column  # address, of partial sums of squares: of rows, or P's by tile
+    totals_count: Column  # count
 
 
-SCALE, TRANSFORM, GRAM, DAMPED = map(columns, (Scale, Transform, Gram, Damped))
-SYMMETRIC, ROOT, DIRECTION, DESCENT = map(columns, (Symmetric, Root, Direction, Descent))
+SCALE, MOMENTUM, TRANSFORM, GRAM = map(columns, (Scale, Momentum, Transform, Gram))
+DAMPED, SYMMETRIC, ROOT = map(columns, (Damped, Symmetric, Root))
+DIRECTION, ROWS, DESCENT = map(columns, (Direction, Rows, Descent))

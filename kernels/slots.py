@@ -239,7 +239,7 @@ class Momenta(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """A factor, by `factors._factors_kernel` or `factors._stacked_factors_kernel`."""
+    """A factor, by `factors.finish_factor`; a diagonal one by `factors._factors_kernel`."""
 
     old: Column  # address, of padded rows: the factor before
     operand: Column  # address, of padded rows: m

@@ -123,28 +123,6 @@ def product_tile(
 
 
 @triton.jit
-def stacked_product_tile(
-    a, b, acc, depth, matrix, tile, TRANS_B: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """acc + a tile of A B, or A B^T, of a matrix of two stacks.
-
-    a and b are descriptors of (matrices, rows, columns) with blocks of one matrix: beyond the edge
-    of each matrix the tensor memory accelerator reads zeros, never the neighbour.
-    """
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    row, column = tile[0] * BLOCK_M, tile[1] * BLOCK_N
-    for done in range(0, depth, BLOCK_K):
-        a_tile = a.load([matrix, row, done]).reshape(BLOCK_M, BLOCK_K)
-        if TRANS_B:
-            b_tile = tl.trans(b.load([matrix, column, done]).reshape(BLOCK_N, BLOCK_K))
-        else:
-            b_tile = b.load([matrix, done, column]).reshape(BLOCK_K, BLOCK_N)
-        acc = tl.dot(a_tile, b_tile, acc)
-    return acc
-
-
-@triton.jit
 def quarters(acc):
     """A tile by quarters of its columns, so that an epilogue needs few registers."""
     left, right = _halves(acc)

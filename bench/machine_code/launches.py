@@ -6,15 +6,17 @@ Nothing runs and no GPU is needed: the launchers get CPU tensors, and recorders 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rootfree_fused.kernels import diag, matrix, rootfree_shampoo
+from rootfree_fused.kernels import diag, matrix, matrix_launches, rootfree_shampoo
 from rootfree_fused.kernels.matrix_plan import Tiling
 
 from .offline import Call, Program, Recorder, compile_call
@@ -130,18 +132,11 @@ def matrix_calls(
     def run() -> None:
         _ifshampoo(F32 if tiling == "float32" else BF16, dtypes, momentum, buckets)
 
-    enough = matrix.ENOUGH_LARGE_TILES
-    if tiling == "stacked":
-        matrix.ENOUGH_LARGE_TILES = 0
-    try:
-        recorded = _recorded(matrix, tiling, run)
-    finally:
-        matrix.ENOUGH_LARGE_TILES = enough
     calls = {}
-    for name, (kernel, made) in recorded.items():
+    for name, (kernel, made) in _recorded(matrix, tiling, run).items():
         for call in made:
             side = {True: " left", False: " right"}.get(call[2].get("TRANS_A"), "")
-            calls[name.removeprefix("stacked_") + side] = kernel, call
+            calls[name + side] = kernel, call
     return calls
 
 
@@ -150,22 +145,27 @@ def _recorded(
 ) -> dict[str, tuple[JITFunction, list[Call]]]:
     """A launcher's kernels by name, without `_kernel`, and what `run` calls each with."""
     names = [name for name in vars(module) if name.endswith("_kernel")]
-    kernels = {name: getattr(module, name) for name in names}
     recorders = {name: Recorder() for name in names}
-    choose = module.tiling_of
-    for name, recorder in recorders.items():
-        setattr(module, name, recorder)
-    module.tiling_of = lambda *_: TILINGS[tiling]
-    try:
+    of_stacks = Recorder()
+    kernels = {name: getattr(module, name) for name in names}
+    with ExitStack() as changes:
+        for name, recorder in recorders.items():
+            changes.enter_context(patch.object(module, name, recorder))
+        changes.enter_context(patch.object(matrix_launches, "_stacked_kernel", of_stacks))
+        changes.enter_context(patch.object(module, "tiling_of", lambda *_: TILINGS[tiling]))
+        if tiling == "stacked":
+            changes.enter_context(patch.object(matrix, "ENOUGH_LARGE_TILES", 0))
         run()
-    finally:
-        module.tiling_of = choose
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
-    return {
+    found = {
         name.strip("_").removesuffix("_kernel"): (kernel, recorders[name].calls)
         for name, kernel in kernels.items()
     }
+    for call in of_stacks.calls:
+        name = call[2]["FINISH"].__name__.removeprefix("finish_") + "s"
+        kernel, made = found[name]
+        again = made if kernel is matrix_launches._stacked_kernel else []
+        found[name] = matrix_launches._stacked_kernel, [*again, call]
+    return found
 
 
 def matrix_tensors(
@@ -225,7 +225,9 @@ SHAMPOO_FLOPS = {
     "inverses": 2,
     "directions": 4,
 }
-SHAMPOO_KERNELS = ("scale", *SHAMPOO_FLOPS, "descend")
+SHAMPOO_KERNELS = ("scale", "momentum", *SHAMPOO_FLOPS, "rows", "descend")
+# Of stacks, those with an epilogue; the vendor's library has the others.
+SHAMPOO_STACKED = ("squares", "roots", "inverses", "directions")
 SHAMPOO = {
     "beta1": 0.9,
     "beta2": 0.95,

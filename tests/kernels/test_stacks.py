@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from helpers import kernels_rootfree_shampoo as shampoo
 from helpers.kernels_matrix import (
     BF16,
     DENSE,
@@ -20,7 +21,7 @@ from helpers.kernels_matrix import (
     _poisoned_scratch,
 )
 
-from rootfree_fused.kernels import matrix, matrix_launches
+from rootfree_fused.kernels import matrix, matrix_launches, rootfree_shampoo
 
 __all__ = ["_interpreter", "_poisoned_scratch"]  # fixtures
 
@@ -30,7 +31,8 @@ def stacks(device, monkeypatch):
     """Buckets that can be computed as stacks are, whatever their size."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         pytest.skip("tensor descriptors need sm_90")
-    monkeypatch.setattr(matrix, "tiling_of", lambda *_: matrix.LARGE_HOPPER)
+    for launcher in (matrix, rootfree_shampoo):
+        monkeypatch.setattr(launcher, "tiling_of", lambda *_: matrix.LARGE_HOPPER)
     monkeypatch.setattr(matrix, "ENOUGH_LARGE_TILES", 0)
 
 
@@ -71,6 +73,48 @@ def test_a_bucket_of_two_dtypes_is_one_stack(stacks, device):
     model.eager["params"][1] = model.params[1].clone()
     model.step(grads=grads)
     model.check()
+
+
+@pytest.mark.parametrize("case", [{}, {"row_beta": None, "maximize": True}], ids=str)
+def test_stacks_of_root_free_shampoo_follow_the_specification(case, stacks, device):
+    model = shampoo.Model(device, BF16, STACKS, **case)
+    for update in (True, False, True):
+        model.step(update=update)
+    model.check()
+    for product in filter(torch.Tensor.numel, model.products):
+        assert torch.equal(product, product.mT)
+
+
+def test_products_of_stacks_of_root_free_shampoo_are_refreshed(stacks, device):
+    model = shampoo.Model(device, BF16, STACKS[:2])
+    model.step(update=False, refresh=True)
+    model.step(update=False)
+    model.check()
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_gradient_of_a_stack_of_root_free_shampoo_stays_in_its_matrix(value, stacks, device):
+    """Zeros leave S and K alone; a NaN reaches no neighbour."""
+    model = shampoo.Model(device, BF16, [((136, 24), DENSE, 3)])
+    grads = model.fresh_grads()
+    grads[1].fill_(value)
+    state = [*model.grams, *model.factors, *model.residuals]
+    before = [t.clone() for t in state]
+    model.launch(grads)
+    model.launch(model.fresh_grads(), update=False)
+    pairs = zip(before, state, strict=True)
+    kept = [[torch.equal(*each) for each in zip(*pair, strict=True)] for pair in pairs]
+    assert all(each == [False, value == 0, False] for each in kept)
+    for tensors in (model.params, *model.grams, *model.factors, *model.products):
+        assert [t.isfinite().all().item() for t in tensors] == [True, value == 0, True]
+
+
+def test_found_inf_leaves_stacks_of_root_free_shampoo_alone(stacks, device):
+    model = shampoo.Model(device, BF16, [((136, 24), DENSE, 2)])
+    before = [t.clone() for t in model.written()]
+    model.launch(model.fresh_grads(), found_inf=torch.ones(1, device=device))
+    for old, new in zip(before, model.written(), strict=True):
+        assert torch.equal(old.nan_to_num(), new.nan_to_num())
 
 
 @pytest.mark.parametrize("plain", [0, 1])

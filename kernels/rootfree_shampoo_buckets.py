@@ -1,0 +1,55 @@
+"""What a launch plan of root-free Shampoo is made of: buckets of equal matrices, and their axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .slots import Column
+
+
+class ShampooBucket(NamedTuple):
+    """Matrices of equal shapes, whose state is stacked; a list of it has a tensor an axis."""
+
+    sizes: tuple[int, int]
+    dense: tuple[bool, bool]
+    indices: tuple[int, ...]  # in the caller's lists
+    param_dtypes: tuple[torch.dtype, ...]
+    grad_dtypes: tuple[torch.dtype, ...]
+    grams: Sequence[Tensor]
+    factors: Sequence[Tensor]
+    residuals: Sequence[Tensor]
+    products: Sequence[Tensor]  # empty where K K^T is not kept
+
+    @property
+    def state(self) -> list[Tensor]:
+        lists = self.grams, self.factors, self.residuals, self.products
+        return [stack for stacks in lists for stack in stacks]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that a plan for it depends on."""
+        return (*self[:5], *map(Tensor.data_ptr, self.state))
+
+
+class Axis:
+    """An axis of a bucket; its operands are columns of addresses, zero where there is nothing."""
+
+    seen: Column = 0  # Y or Z, or partial sums of squares of it
+    spill: Column = 0  # room for the tiles of its launches, where rows are not aligned
+    copy: Column = 0  # of K, for GEMMs to read where rows are not aligned
+    sums_count = 0  # of those partial sums of squares
+
+    def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:
+        self.size, self.dense, self.aligned = size, dense, aligned
+        self.gram, self.factor, self.residual, self.product = state
+        self.old = self.new = self.factor  # for GEMMs to read, before and after the update
+        self.kept = bool(self.product.any())
+        self.product_operand = self.product
+
+    @property
+    def scale(self) -> Tensor:
+        return torch.zeros_like(self.factor) if self.dense else self.factor
