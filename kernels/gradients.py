@@ -30,6 +30,7 @@ from .tiles import (
     find_tile,
     padded,
     pointer_at,
+    pointer_to,
     product_tile,
     ragged_pointer_at,
     size_at,
@@ -83,22 +84,24 @@ def inverse_root(square):
 
 @triton.jit
 def _gradient_part(
-    column_ptr, scratch_ptr, dtype, stride, size, unscale, part,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    address, dtype, stride, size, unscale, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """A part of a gradient in any dtype, in float32."""
     shape = (size[0], stride)
     if dtype == DTYPE.float32:
-        single_ptr = pointer_at(column_ptr, scratch_ptr, tl.float32)
-        single_ptrs, mask = tile_of(single_ptr, stride, shape, part, ROWS, COLUMNS)
+        single_ptrs, mask = tile_of(
+            pointer_to(address, tl.float32), stride, shape, part, ROWS, COLUMNS
+        )
         g = tl.load(single_ptrs, mask=mask, other=0.0)
     elif dtype == DTYPE.bfloat16:
-        brain_ptr = pointer_at(column_ptr, scratch_ptr, tl.bfloat16)
-        brain_ptrs, mask = tile_of(brain_ptr, stride, shape, part, ROWS, COLUMNS)
+        brain_ptrs, mask = tile_of(
+            pointer_to(address, tl.bfloat16), stride, shape, part, ROWS, COLUMNS
+        )
         g = tl.load(brain_ptrs, mask=mask, other=0.0).to(tl.float32)
     else:
-        half_ptr = pointer_at(column_ptr, scratch_ptr, tl.float16)
-        half_ptrs, mask = tile_of(half_ptr, stride, shape, part, ROWS, COLUMNS)
+        half_ptrs, mask = tile_of(
+            pointer_to(address, tl.float16), stride, shape, part, ROWS, COLUMNS
+        )
         g = tl.load(half_ptrs, mask=mask, other=0.0).to(tl.float32)
     if unscale is not None:
         g *= unscale
@@ -107,13 +110,11 @@ def _gradient_part(
 
 @triton.jit
 def _scale_tile(
-    job_ptr, scratch_ptr, column_ptr, stride, size, unscale, tile, index, BLOCK_M, BLOCK_N
+    job_ptr, scratch_ptr, address, stride, size, unscale, tile, index, BLOCK_M, BLOCK_N
 ):
     """Store a tile's statistics."""
     dtype = tl.load(job_ptr + SCALE.dtype)
-    g = _gradient_part(
-        column_ptr, scratch_ptr, dtype, stride, size, unscale, tile, BLOCK_M, BLOCK_N
-    )
+    g = _gradient_part(address, dtype, stride, size, unscale, tile, BLOCK_M, BLOCK_N)
     largest = tl.max(tl.max(tl.abs(g), 1), 0)
     g /= tl.maximum(largest, _TINY)
     stats_ptr = pointer_at(job_ptr + SCALE.stats, scratch_ptr, tl.float32) + index
@@ -144,98 +145,115 @@ def _scale_kernel(
     else:
         unscale = inverse_of(grad_scale_ptr)
         member = tl.load(job_ptr + SCALE.source)
-        column_ptr = members_ptr + len(MEMBER) * member + MEMBER.grad
+        address = tl.load(members_ptr + len(MEMBER) * member + MEMBER.grad)
         if size[1] % LAYOUT.row_multiple == 0:
             stride = padded(size[1])
             _scale_tile(
-                job_ptr, scratch_ptr, column_ptr, stride, size, unscale, tile, index,
+                job_ptr, scratch_ptr, address, stride, size, unscale, tile, index,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             _scale_tile(
-                job_ptr, scratch_ptr, column_ptr, size[1], size, unscale, tile, index,
+                job_ptr, scratch_ptr, address, size[1], size, unscale, tile, index,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
-def _store_part(
-    column_ptr, scratch_ptr, value, size, part, FACTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Into padded rows; nowhere where the address is 0."""
-    if tl.load(column_ptr) != 0:
-        ptr = pointer_at(column_ptr, scratch_ptr, FACTOR)
+def _store_part(ptr, value, size, part):
+    """Into padded rows; nowhere where the pointer is null."""
+    if ptr.to(tl.int64) != 0:
         stride = padded(size[1])
-        ptrs, mask = tile_of(ptr, stride, (size[0], stride), part, ROWS, COLUMNS)
-        tl.store(ptrs, value.to(FACTOR), mask=mask)
+        ptrs, mask = tile_of(ptr, stride, (size[0], stride), part, value.shape[0], value.shape[1])
+        tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _momentum_part(
-    job_ptr, scratch_ptr, buf_ptr, g, stride, size, scalars_ptr, part,
-    FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _momentum_operands(job_ptr, scratch_ptr, member_ptr, FACTOR: tl.constexpr):
+    """Where G, M, G / rms(G), N and a wide N lie, and the dtype of G.
+
+    All is looked up at once, and before a loop, which would wait for it at every turn.
+    """
+    return (
+        tl.load(member_ptr + MEMBER.grad),
+        pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32),
+        pointer_at(job_ptr + MOMENTUM.gradient, scratch_ptr, FACTOR),
+        pointer_at(job_ptr + MOMENTUM.ahead, scratch_ptr, FACTOR),
+        pointer_at(job_ptr + MOMENTUM.wide, scratch_ptr, tl.float32),
+        tl.load(job_ptr + MOMENTUM.dtype),
+    )
+
+
+@triton.jit
+def _momentum_parts(
+    job_ptr, scratch_ptr, operands, stride, size, scale, unscale, scalars_ptr, tile, index,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Returns the largest magnitudes of N by columns."""
-    _store_part(job_ptr + MOMENTUM.gradient, scratch_ptr, g, size, part, FACTOR, ROWS, COLUMNS)
-    g *= tl.load(scalars_ptr + SHAMPOO.sign)
-    ptrs, mask = tile_of(buf_ptr, stride, (size[0], stride), part, ROWS, COLUMNS)
-    buf = tl.load(ptrs, mask=mask, other=0.0)
+    """M and N."""
+    address, buf_ptr, gradient_ptr, ahead_ptr, wide_ptr, dtype = operands
+    sign = tl.load(scalars_ptr + SHAMPOO.sign)
     beta1 = tl.load(scalars_ptr + SHAMPOO.beta1)
     one_minus_beta1 = tl.load(scalars_ptr + SHAMPOO.one_minus_beta1)
-    buf = decayed(buf, g, beta1, one_minus_beta1)
-    tl.store(ptrs, buf, mask=mask)
-    n = beta1 * buf + one_minus_beta1 * g
-    _store_part(job_ptr + MOMENTUM.ahead, scratch_ptr, n, size, part, FACTOR, ROWS, COLUMNS)
-    _store_part(job_ptr + MOMENTUM.wide, scratch_ptr, n, size, part, tl.float32, ROWS, COLUMNS)
-    return tl.max(tl.abs(n), 0)
+    largest = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(PARTS):
+        part = (tile[0] * PARTS + i, tile[1])
+        buf_ptrs, mask = tile_of(buf_ptr, stride, (size[0], stride), part, ROWS, COLUMNS)
+        buf = tl.load(buf_ptrs, mask=mask, other=0.0)
+        g = _gradient_part(address, dtype, stride, size, unscale, part, ROWS, COLUMNS)
+        g = g * scale[0] * scale[1]
+        _store_part(gradient_ptr, g, size, part)
+        g *= sign
+        buf = decayed(buf, g, beta1, one_minus_beta1)
+        tl.store(buf_ptrs, buf, mask=mask)
+        n = beta1 * buf + one_minus_beta1 * g
+        _store_part(ahead_ptr, n, size, part)
+        _store_part(wide_ptr, n, size, part)
+        largest = tl.maximum(largest, tl.abs(n))
+    largest_ptr = pointer_at(job_ptr + MOMENTUM.largest, scratch_ptr, tl.float32)
+    tl.store(largest_ptr + index, tl.max(tl.max(largest, 1), 0))
+    if index == 0:
+        count = size_at(job_ptr + MOMENTUM.stats_count)
+        tl.store(largest_ptr + count, tl.where(scale[1] == 0, 0.0, 1.0))
 
 
 @triton.jit
-def _scaled_part(job_ptr, scratch_ptr, g, size, part, FACTOR: tl.constexpr):
-    """A part of Y or Z, G times a diagonal K; returns its sums of squares by columns."""
+def _scaled_parts(
+    job_ptr, scratch_ptr, operands, stride, size, scale, unscale, tile,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Y or Z, G times a diagonal K."""
+    address, _, _, out_ptr, _, dtype = operands
     pointers = (
         ragged_pointer_at(job_ptr + MOMENTUM.row_scales, scratch_ptr, tl.float32),
         ragged_pointer_at(job_ptr + MOMENTUM.column_scales, scratch_ptr, tl.float32),
         pointer_at(job_ptr + MOMENTUM.row_sums, scratch_ptr, tl.float32),
     )
-    out_ptr = pointer_at(job_ptr + MOMENTUM.ahead, scratch_ptr, FACTOR)
-    return store_scaled(pointers, out_ptr, g, size, part, False)
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for i in range(PARTS):
+        part = (tile[0] * PARTS + i, tile[1])
+        g = _gradient_part(address, dtype, stride, size, unscale, part, ROWS, COLUMNS)
+        g = g * scale[0] * scale[1]
+        sums += store_scaled(pointers, out_ptr, g, size, part, False)
+    sums_ptr = pointer_at(job_ptr + MOMENTUM.column_sums, scratch_ptr, tl.float32)
+    store_column_sums(sums_ptr, sums, size[1], tile)
 
 
 @triton.jit
 def _momentum_tile(
-    job_ptr, scratch_ptr, member_ptr, stride, size, scale, unscale, scalars_ptr, tile, index,
-    FACTOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    job_ptr, scratch_ptr, operands, stride, size, scale, unscale, scalars_ptr, tile, index,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    ROWS: tl.constexpr = PART_ROWS
-    is_momentum = tl.load(job_ptr + MOMENTUM.largest) != 0
-    buf_ptr = pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32)
-    dtype = tl.load(job_ptr + MOMENTUM.dtype)
-    found = tl.zeros([BLOCK_N], tl.float32)
-    for i in range(BLOCK_M // ROWS):
-        part = (tile[0] * (BLOCK_M // ROWS) + i, tile[1])
-        g = _gradient_part(
-            member_ptr + MEMBER.grad, scratch_ptr, dtype, stride, size, unscale, part, ROWS, BLOCK_N
-        )
-        g = g * scale[0] * scale[1]
-        if is_momentum:
-            largest = _momentum_part(
-                job_ptr, scratch_ptr, buf_ptr, g, stride, size, scalars_ptr, part,
-                FACTOR, ROWS, BLOCK_N,
-            )  # fmt: skip
-            found = tl.maximum(found, largest)
-        else:
-            found += _scaled_part(job_ptr, scratch_ptr, g, size, part, FACTOR)
-    if is_momentum:
-        largest_ptr = pointer_at(job_ptr + MOMENTUM.largest, scratch_ptr, tl.float32)
-        tl.store(largest_ptr + index, tl.max(found, 0))
-        if index == 0:
-            count = size_at(job_ptr + MOMENTUM.stats_count)
-            tl.store(largest_ptr + count, tl.where(scale[1] == 0, 0.0, 1.0))
+    PARTS: tl.constexpr = BLOCK_M // PART_ROWS
+    if tl.load(job_ptr + MOMENTUM.largest) != 0:
+        _momentum_parts(
+            job_ptr, scratch_ptr, operands, stride, size, scale, unscale, scalars_ptr, tile, index,
+            PART_ROWS, PARTS, BLOCK_N,
+        )  # fmt: skip
     else:
-        sums_ptr = pointer_at(job_ptr + MOMENTUM.column_sums, scratch_ptr, tl.float32)
-        store_column_sums(sums_ptr, found, size[1], tile)
+        _scaled_parts(
+            job_ptr, scratch_ptr, operands, stride, size, scale, unscale, tile,
+            PART_ROWS, PARTS, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "found_inf_ptr"])
@@ -255,20 +273,21 @@ def _momentum_kernel(
         return
     job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + MOMENTUM.m), size_at(job_ptr + MOMENTUM.n))
+    unscale = inverse_of(grad_scale_ptr)
+    member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + MOMENTUM.member)
+    operands = _momentum_operands(job_ptr, scratch_ptr, member_ptr, FACTOR)
     stats_ptr = pointer_at(job_ptr + MOMENTUM.stats, scratch_ptr, tl.float32)
     elements = size[0].to(tl.float32) * size[1].to(tl.float32)
     scale = scale_of(stats_ptr, size_at(job_ptr + MOMENTUM.stats_count), elements)
-    unscale = inverse_of(grad_scale_ptr)
-    member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + MOMENTUM.member)
     if size[1] % LAYOUT.row_multiple == 0:
         _momentum_tile(
-            job_ptr, scratch_ptr, member_ptr, padded(size[1]), size, scale, unscale, scalars_ptr,
-            tile, index, FACTOR, BLOCK_M, BLOCK_N,
+            job_ptr, scratch_ptr, operands, padded(size[1]), size, scale, unscale, scalars_ptr,
+            tile, index, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         _momentum_tile(
-            job_ptr, scratch_ptr, member_ptr, size[1], size, scale, unscale, scalars_ptr,
-            tile, index, FACTOR, BLOCK_M, BLOCK_N,
+            job_ptr, scratch_ptr, operands, size[1], size, scale, unscale, scalars_ptr,
+            tile, index, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 

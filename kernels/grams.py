@@ -44,11 +44,17 @@ def is_idle(column_ptr, scratch_ptr):
 
 
 @triton.jit
-def _update_gram_part(ptr, d, stride, copy_ptr, seen, scalars_ptr, part, is_diagonal):
+def _weights(scalars_ptr):
+    """beta2 and 1 - beta2."""
+    one_minus_beta2 = tl.load(scalars_ptr + SHAMPOO.one_minus_beta2)
+    return tl.load(scalars_ptr + SHAMPOO.beta2), one_minus_beta2
+
+
+@triton.jit
+def _update_gram_part(ptr, d, stride, copy_ptr, seen, weights, part, is_diagonal):
     ptrs, mask = tile_of(ptr, stride, (d, stride), part, seen.shape[0], seen.shape[1])
     s = tl.load(ptrs, mask=mask, other=0.0)
-    beta2 = tl.load(scalars_ptr + SHAMPOO.beta2)
-    s = decayed(s, seen, beta2, tl.load(scalars_ptr + SHAMPOO.one_minus_beta2))
+    s = decayed(s, seen, weights[0], weights[1])
     store_symmetric(ptr, d, stride, s, part, is_diagonal)
     store_symmetric(copy_ptr, d, padded(d), s, part, is_diagonal)
 
@@ -66,6 +72,7 @@ def _update_gram_tile(
     """S, its copy and its trace, from a tile of Y Y^T."""
     ROWS: tl.constexpr = LAYOUT.spilled_rows
     seen = product * (1.0 / size_at(job_ptr + GRAM.others))
+    weights = _weights(scalars_ptr)
     copy_ptr = pointer_at(job_ptr + GRAM.copy, scratch_ptr, FACTOR)
     is_diagonal = tile[0] == tile[1]
     if tl.load(job_ptr + GRAM.spill) == 0:  # rows are aligned
@@ -74,7 +81,7 @@ def _update_gram_tile(
         for i in tl.static_range(4):
             part = (tile[0], 4 * tile[1] + i)
             _update_gram_part(
-                gram_ptr, d, padded(d), copy_ptr, parts[i], scalars_ptr, part, is_diagonal
+                gram_ptr, d, padded(d), copy_ptr, parts[i], weights, part, is_diagonal
             )
     else:
         ragged_ptr = ragged_pointer_at(job_ptr + GRAM.gram, scratch_ptr, tl.float32)
@@ -83,7 +90,7 @@ def _update_gram_tile(
         for i in range(BLOCK // ROWS):
             part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
             seen_part = spilled(spill_ptr, (d, d), part, ROWS, BLOCK)
-            _update_gram_part(ragged_ptr, d, d, copy_ptr, seen_part, scalars_ptr, part, is_diagonal)
+            _update_gram_part(ragged_ptr, d, d, copy_ptr, seen_part, weights, part, is_diagonal)
     if is_diagonal:
         if tl.float32 == FACTOR:
             mirror_lower(
@@ -105,8 +112,9 @@ def _update_diagonal_gram(job_ptr, scratch_ptr, d, e, scalars_ptr, pid, BLOCK: t
     seen = sum_rows(seen_ptr, d, size_at(job_ptr + GRAM.columns), pid, BLOCK) / e
     ptrs = ragged_pointer_at(job_ptr + GRAM.gram, scratch_ptr, tl.float32) + offs
     s = tl.load(ptrs, mask=offs < d, other=0.0)
-    beta2 = tl.load(scalars_ptr + SHAMPOO.beta2)
-    s = decayed(s, seen, beta2, tl.load(scalars_ptr + SHAMPOO.one_minus_beta2))
+    weights = _weights(scalars_ptr)
+    s = decayed(s, seen, weights[0], weights[1])
+    tl.debug_barrier()  # several threads may hold an entry: each has read it before one writes
     tl.store(ptrs, s, mask=offs < d)
     return tl.sum(s, 0)
 

@@ -66,8 +66,8 @@ from .roots import (
 )
 from .tables import DTYPES, readable, scalar_table
 
-# Without a limit branches that no aligned matrix takes cost a third of the programs in flight.
-MOMENTUM_REGISTERS = 80
+# Without a limit branches that no aligned matrix takes cost two of four programs in flight.
+MOMENTUM_REGISTERS = 64
 _plans: dict[Any, MatrixPlan] = {}
 
 

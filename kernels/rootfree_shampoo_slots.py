@@ -8,7 +8,7 @@ from .slots import Column, Names, columns
 
 
 class ShampooScalars(NamedTuple):
-    """What kernels/gradients.py, kernels/roots.py and kernels/directions.py read."""
+    """What kernels/gradients.py, grams.py, roots.py and directions.py read."""
 
     lr: float  # 0 where it is read on the device
     sign: float  # of the gradient: -1 to ascend
@@ -92,7 +92,7 @@ class Transform(NamedTuple):
 
 
 class Gram(NamedTuple):
-    """S, by `roots._grams_kernel`."""
+    """S, by `grams._grams_kernel`."""
 
     seen: Column  # address, of Y or Z; for a diagonal S of partial sums of their squares
     size: Column  # elements, d

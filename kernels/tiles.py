@@ -34,8 +34,13 @@ def pointer_at(column_ptr, scratch_ptr, DTYPE: tl.constexpr):
     The promise is of the operation that makes a pointer, and holds wherever that one is used. So
     rows that may be ragged need a pointer of their own, by `ragged_pointer_at`.
     """
+    return pointer_to(_address_at(column_ptr, scratch_ptr), DTYPE)
+
+
+@triton.jit
+def pointer_to(address, DTYPE: tl.constexpr):
+    """The pointer of an address that is promised to start aligned, as `pointer_at`'s is."""
     ALIGNMENT: tl.constexpr = LAYOUT.alignment
-    address = _address_at(column_ptr, scratch_ptr)
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
