@@ -25,7 +25,7 @@ import triton.language as tl
 from .arithmetic import decayed, skips
 from .factors import sum_rows
 from .gradients import PART_ROWS, inverse_root, largest_of
-from .products import store_scaled
+from .products import store_rounded, store_row_sums, store_scaled, times_diagonals
 from .rootfree_shampoo_slots import DESCENT, DIRECTION, DTYPE, ROWS, SHAMPOO
 from .slots import LAYOUT, MEMBER
 from .tiles import (
@@ -33,6 +33,7 @@ from .tiles import (
     padded,
     pointer_at,
     product_tile,
+    quarters,
     ragged_pointer_at,
     scales,
     size_at,
@@ -79,10 +80,19 @@ def finish_direction(
 ):  # fmt: skip
     """Store a tile of X_A N or P, with its sums."""
     size = (size_at(job_ptr + DIRECTION.m), size_at(job_ptr + DIRECTION.n))
-    product *= _direction_scale(job_ptr, scratch_ptr)
+    scale = _direction_scale(job_ptr, scratch_ptr)
     out_ptr = pointer_at(job_ptr + DIRECTION.output, scratch_ptr, FACTOR)
-    pointers = _direction_pointers(job_ptr, scratch_ptr)
-    sums = store_scaled(pointers, out_ptr, product, size, tile, True)
+    rows_ptr, columns_ptr, row_sums_ptr = _direction_pointers(job_ptr, scratch_ptr)
+    parts = quarters(product)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(4):
+        part = (tile[0], 4 * tile[1] + i)
+        value = parts[i] * scale
+        if RAGGED:  # both axes of a stack are dense
+            value = times_diagonals(rows_ptr, columns_ptr, value, size, part, True)
+        value = store_rounded(out_ptr, value, size, part)
+        sums += tl.sum(value * value, 1)
+    store_row_sums(row_sums_ptr, sums, size[0], tile)
     _store_tile_sum(job_ptr, scratch_ptr, sums, index)
 
 

@@ -144,35 +144,48 @@ def store_scaled(pointers, out_ptr, value, size, part, SQUARED: tl.constexpr):
     pointers: of the factors of the rows and of the columns, and of sums of squares by rows. Each
     may be null, as out_ptr may. SQUARED: whether it is times the squares of the factors.
     """
-    rows_ptr, columns_ptr, sums_ptr = pointers
+    value = times_diagonals(pointers[0], pointers[1], value, size, part, SQUARED)
+    return store_summed(out_ptr, pointers[2], value, size, part)
+
+
+@triton.jit
+def times_diagonals(rows_ptr, columns_ptr, value, size, part, SQUARED: tl.constexpr):
     rows = scales(rows_ptr, size[0], part[0], value.shape[0])
     columns = scales(columns_ptr, size[1], part[1], value.shape[1])
     if SQUARED:
         rows *= rows
         columns *= columns
-    value *= rows[:, None] * columns[None, :]
-    return store_summed(out_ptr, sums_ptr, value, size, part)
+    return value * (rows[:, None] * columns[None, :])
 
 
 @triton.jit
-def store_summed(out_ptr, sums_ptr, value, size, part):
+def store_summed(out_ptr, row_sums_ptr, value, size, part):
     """Store a part of a tile; returns its sums of squares by columns, as it is rounded.
 
     Those by rows are stored a tile column after another. Either pointer may be null.
     """
-    ROWS: tl.constexpr = value.shape[0]
-    COLUMNS: tl.constexpr = value.shape[1]
-    m, n = size
     if out_ptr.to(tl.int64) != 0:
-        ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, ROWS, COLUMNS)
-        rounded = value.to(out_ptr.dtype.element_ty)
-        tl.store(ptrs, rounded, mask=mask)
-        value = rounded.to(tl.float32)
-    if sums_ptr.to(tl.int64) != 0:
-        offs_m = part[0] * ROWS + tl.arange(0, ROWS)
-        sums_ptr += part[1].to(tl.int64) * m
-        tl.store(sums_ptr + offs_m, tl.sum(value * value, 1), mask=offs_m < m)
+        value = store_rounded(out_ptr, value, size, part)
+    store_row_sums(row_sums_ptr, tl.sum(value * value, 1), size[0], part)
     return tl.sum(value * value, 0)
+
+
+@triton.jit
+def store_rounded(out_ptr, value, size, part):
+    """Store a part of a matrix of padded rows; returns it as it is rounded."""
+    m, n = size
+    ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, value.shape[0], value.shape[1])
+    rounded = value.to(out_ptr.dtype.element_ty)
+    tl.store(ptrs, rounded, mask=mask)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def store_row_sums(ptr, sums, m, part):
+    """A tile column after another; nowhere where ptr is null."""
+    if ptr.to(tl.int64) != 0:
+        offs_m = part[0] * sums.shape[0] + tl.arange(0, sums.shape[0])
+        tl.store(ptr + part[1].to(tl.int64) * m + offs_m, sums, mask=offs_m < m)
 
 
 @triton.jit

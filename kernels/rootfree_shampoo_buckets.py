@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .rootfree_shampoo_slots import DTYPE
 from .slots import Column
+
+_NAMES = {
+    torch.float32: DTYPE.float32,
+    torch.bfloat16: DTYPE.bfloat16,
+    torch.float16: DTYPE.float16,
+}
 
 
 class ShampooBucket(NamedTuple):
@@ -33,6 +40,11 @@ class ShampooBucket(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         """All that a plan for it depends on."""
         return (*self[:5], *map(Tensor.data_ptr, self.state))
+
+
+def names_of(dtypes: Sequence[torch.dtype]) -> Tensor:
+    """As kernels read them, of the members of a bucket."""
+    return torch.tensor([_NAMES[dtype] for dtype in dtypes], device="cpu")
 
 
 class Axis:

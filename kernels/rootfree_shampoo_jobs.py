@@ -24,10 +24,9 @@ from .matrix_plan import (
     starts_aligned,
     triangle_of,
 )
-from .rootfree_shampoo_buckets import Axis, ShampooBucket
+from .rootfree_shampoo_buckets import Axis, ShampooBucket, names_of
 from .rootfree_shampoo_slots import (
     DAMPING,
-    DTYPE,
     Damped,
     Descent,
     Direction,
@@ -42,11 +41,6 @@ from .rootfree_shampoo_slots import (
 from .slots import LAYOUT, SIDE, Column, Square, padded
 
 ROWS = 256  # of a program of the rows' launch
-_NAMES = {
-    torch.float32: DTYPE.float32,
-    torch.bfloat16: DTYPE.bfloat16,
-    torch.float16: DTYPE.float16,
-}
 
 
 def build_plan(
@@ -70,10 +64,6 @@ def build_plan(
     for number, (bucket, is_stacked) in enumerate(zip(buckets, stacked, strict=True)):
         builder.add(bucket, number, is_stacked)
     return builder.finish(device)
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> Tensor:
-    return torch.tensor([_NAMES[dtype] for dtype in dtypes], device="cpu")
 
 
 class _Builder(PlanDraft):
@@ -106,8 +96,8 @@ class _Builder(PlanDraft):
             self.add_transformed(axes, common, gradient)
         for n, (axis, other) in enumerate(zip(axes, axes[::-1], strict=True)):
             if self.update:
-                nonzero = largest + self.after(tiles)
-                self.add_update(n, axis, other, columns, nonzero)
+                # After the numbers of the tiles: addresses in the scratch are negative.
+                self.add_update(n, axis, other, columns, nonzero=largest - 4 * tiles)
             if axis.dense and (self.update or self.makes_product(axis)):
                 self.add_inverse(n, axis)
         self.add_direction(bucket, axes, ahead, largest, tiles)
@@ -120,11 +110,6 @@ class _Builder(PlanDraft):
     def state(self, name: str, n: int, axis: Axis) -> Stack:
         """Operands of axis n in the state."""
         return Stack(self.number, (name, n), (self.count, axis.size, axis.size))
-
-    @staticmethod
-    def after(numbers: int) -> int:
-        """What takes a column of addresses in the scratch past so many float32."""
-        return -4 * numbers
 
     def makes_product(self, axis: Axis) -> bool:
         return self.update or self.refresh or not axis.kept
@@ -173,7 +158,7 @@ class _Builder(PlanDraft):
         rows, columns = bucket.sizes
         grid = grid_of(rows, columns, GATHER_ROWS, GATHER_COLUMNS)
         stats = self.scratch(self.count, 2 * len(grid), 4)
-        dtype = _names(bucket.grad_dtypes)
+        dtype = names_of(bucket.grad_dtypes)
         common = {"stats": stats, "stats_count": len(grid), "dtype": dtype}
         row = Scale(source=self.member, target=0, rows=rows, columns=columns, **common)
         self.job("scale", 0, grid, row)
@@ -367,6 +352,19 @@ class _Builder(PlanDraft):
             "largest": largest, "largest_count": largest_count,
         }  # fmt: skip
         self.direction("directions", depth, common | last, axes, operands)
+        self.add_descent(bucket, direction, tile_sums, tiles, row_sums, across)
+
+    def add_descent(
+        self,
+        bucket: ShampooBucket,
+        direction: Tensor,
+        tile_sums: Tensor,
+        tiles: int,
+        row_sums: Column,
+        across: int,
+    ) -> None:
+        """From the direction and its sums of squares, by tile, and by row a tile column."""
+        rows, columns = bucket.sizes
         totals, totals_count, factors = tile_sums, tiles, 0
         if self.balanced:
             totals_count = -(-rows // ROWS)
@@ -389,7 +387,7 @@ class _Builder(PlanDraft):
             m=rows,
             n=columns,
             wide=int(self.wide),
-            dtype=_names(bucket.param_dtypes),
+            dtype=names_of(bucket.param_dtypes),
             member=self.member,
             factors=factors,
             totals=totals,

@@ -226,8 +226,18 @@ SHAMPOO_FLOPS = {
     "directions": 4,
 }
 SHAMPOO_KERNELS = ("scale", "momentum", *SHAMPOO_FLOPS, "rows", "descend")
+# Bytes an element of float32 parameters and gradients, beside those of GEMM operands that it
+# writes or reads.
+SHAMPOO_BYTES = {"scale": (4, 0), "momentum": (12, 2), "descend": (8, 1)}
 # Of stacks, those with an epilogue; the vendor's library has the others.
 SHAMPOO_STACKED = ("squares", "roots", "inverses", "directions")
+
+
+def shampoo_kernels(tiling: str) -> tuple[str, ...]:
+    """Names of its launches; beside stacked ones, others are large_hopper's or cuBLAS's."""
+    return SHAMPOO_STACKED if tiling == "stacked" else SHAMPOO_KERNELS
+
+
 SHAMPOO = {
     "beta1": 0.9,
     "beta2": 0.95,

@@ -125,9 +125,13 @@ def matrix_entry(
 def shampoo_entry(name: str, tiling: str, architecture: int) -> Entry:
     """A launch of root-free Shampoo; it takes parameters and gradients of any dtype."""
     stored = 4 if tiling == "float32" else 2
-    modelled = f"{(4 + stored) if name == 'scale' else (8 + stored)} bytes an element"
     if name in launches.SHAMPOO_FLOPS:
         modelled = f"{launches.SHAMPOO_FLOPS[name]} n FLOPs an element"
+    elif name == "rows":  # sums alone
+        modelled = "4 bytes a row and tile"
+    else:
+        own, operands = launches.SHAMPOO_BYTES[name]
+        modelled = f"{own + operands * stored} bytes an element"
 
     def build() -> Program:
         return launches.shampoo_program(name, tiling, architecture)
@@ -146,9 +150,8 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
         for name in launches.matrix_kernels(tiling):
             if name != "gather" or tiling != "small":
                 yield matrix_entry(name, tiling, architecture)
-        if tiling != "stacked":
-            for name in launches.SHAMPOO_KERNELS[: 1 if quick else None]:
-                yield shampoo_entry(name, tiling, architecture)
+        for name in launches.shampoo_kernels(tiling)[: 1 if quick else None]:
+            yield shampoo_entry(name, tiling, architecture)
     for dtypes in () if quick else launches.MATRIX_DTYPES:
         if dtypes[1] != launches.F32:
             yield matrix_entry("gather", large, architecture, dtypes)

@@ -207,7 +207,9 @@ def test_every_configuration_has_one_row_an_architecture():
         diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
         assert sum(kernel == "diag" for kernel, _ in names) == diagonal
         stacked = {kernel for kernel, name in names if name.startswith("stacked")}
-        assert stacked == (set(launches.matrix_kernels("stacked")) if architecture == 90 else set())
+        of_stacks = {f"shampoo {name}" for name in launches.SHAMPOO_STACKED}
+        of_stacks.update(launches.matrix_kernels("stacked"))
+        assert stacked == (of_stacks if architecture == 90 else set())
 
 
 @pytest.mark.parametrize("architecture", launches.ARCHITECTURES)
@@ -227,7 +229,7 @@ def test_the_tilings_are_those_that_the_launcher_chooses(architecture, monkeypat
 
     buckets = [many, few, bucket(3, (1024, 1028)), bucket(3, dense=(True, False))]
     tiling = matrix_kernels.tiling_of(cuda, launches.BF16, buckets)
-    stacked = [matrix_kernels._is_stacked(bucket, tiling) for bucket in buckets]
+    stacked = [matrix_kernels.suits_stacks(bucket, (), tiling) for bucket in buckets]
     assert stacked == [architecture == 90, False, False, False]
 
 
