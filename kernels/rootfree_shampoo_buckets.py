@@ -1,4 +1,4 @@
-"""What a launch plan of root-free Shampoo is made of: buckets of equal matrices, and their axes."""
+"""What a plan of root-free Shampoo is made of: buckets of equal matrices, axes, and their room."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .matrix_plan import PlanDraft, Stack
 from .rootfree_shampoo_slots import DTYPE
-from .slots import Column
+from .slots import Column, padded
 
 _NAMES = {
     torch.float32: DTYPE.float32,
@@ -65,3 +66,38 @@ class Axis:
     @property
     def scale(self) -> Tensor:
         return torch.zeros_like(self.factor) if self.dense else self.factor
+
+
+class BucketDraft(PlanDraft):
+    """A plan, and room in the scratch for the bucket that is being added."""
+
+    number: int
+    stacked: bool  # whether its products are of whole stacks
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def begin(self, bucket: ShampooBucket, number: int, stacked: bool) -> None:
+        self.number, self.stacked = number, stacked
+        rows, columns = bucket.sizes
+        self.count, self.wide = len(bucket.indices), not any(bucket.dense)
+        self.member = torch.tensor(bucket.indices, device="cpu")
+        self.elements, self.itemsize = rows * padded(columns), self.dtype.itemsize
+
+    def stack(self, scratch: Column, rows: int, columns: int) -> Stack:
+        """Operands in the scratch."""
+        assert isinstance(scratch, Tensor)
+        return Stack(self.number, -1 - int(scratch[0]), (len(scratch), rows, columns))
+
+    def state(self, name: str, n: int, axis: Axis) -> Stack:
+        """Operands of axis n in the state."""
+        return Stack(self.number, (name, n), (self.count, axis.size, axis.size))
+
+    def square(self, axis: Axis, itemsize: int | None = None) -> Tensor:
+        """Room for a (d, d) matrix of padded rows."""
+        return self.scratch(self.count, axis.size * padded(axis.size), itemsize or self.itemsize)
+
+    def matrix(self) -> Tensor:
+        """Room for an (m, n) matrix of padded rows."""
+        return self.scratch(self.count, self.elements, 4 if self.wide else self.itemsize)

@@ -16,15 +16,13 @@ from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import (
     MatrixPlan,
     Operands,
-    PlanDraft,
-    Stack,
     Tiling,
     addresses_of,
     grid_of,
     starts_aligned,
     triangle_of,
 )
-from .rootfree_shampoo_buckets import Axis, ShampooBucket, names_of
+from .rootfree_shampoo_buckets import Axis, BucketDraft, ShampooBucket, names_of
 from .rootfree_shampoo_slots import (
     DAMPING,
     Damped,
@@ -38,7 +36,7 @@ from .rootfree_shampoo_slots import (
     Symmetric,
     Transform,
 )
-from .slots import LAYOUT, SIDE, Column, Square, padded
+from .slots import LAYOUT, SIDE, Column, Square
 
 ROWS = 256  # of a program of the rows' launch
 
@@ -66,23 +64,17 @@ def build_plan(
     return builder.finish(device)
 
 
-class _Builder(PlanDraft):
-    number: int  # of the bucket that is being added
-    stacked: bool
-
+class _Builder(BucketDraft):
     def __init__(
         self, dtype: torch.dtype, block: int, update: bool, refresh: bool, balanced: bool
     ) -> None:
-        super().__init__()
-        self.dtype, self.block = dtype, block
+        super().__init__(dtype)
+        self.block = block
         self.update, self.refresh, self.balanced = update, refresh, balanced
 
     def add(self, bucket: ShampooBucket, number: int, stacked: bool) -> None:
-        self.number, self.stacked = number, stacked
-        rows, columns = bucket.sizes
-        self.count, self.wide = len(bucket.indices), not any(bucket.dense)
-        self.member = torch.tensor(bucket.indices, device="cpu")
-        self.elements, self.itemsize = rows * padded(columns), self.dtype.itemsize
+        self.begin(bucket, number, stacked)
+        columns = bucket.sizes[1]
         axes = [self.axis(bucket, 0), self.axis(bucket, 1)]
         common = self.add_scale(bucket)
         tiles = common["stats_count"]
@@ -102,25 +94,8 @@ class _Builder(PlanDraft):
                 self.add_inverse(n, axis)
         self.add_direction(bucket, axes, ahead, largest, tiles)
 
-    def stack(self, scratch: Column, rows: int, columns: int) -> Stack:
-        """Operands in the scratch."""
-        assert isinstance(scratch, Tensor)
-        return Stack(self.number, -1 - int(scratch[0]), (len(scratch), rows, columns))
-
-    def state(self, name: str, n: int, axis: Axis) -> Stack:
-        """Operands of axis n in the state."""
-        return Stack(self.number, (name, n), (self.count, axis.size, axis.size))
-
     def makes_product(self, axis: Axis) -> bool:
         return self.update or self.refresh or not axis.kept
-
-    def square(self, axis: Axis, itemsize: int | None = None) -> Tensor:
-        """Room for a (d, d) matrix of padded rows."""
-        return self.scratch(self.count, axis.size * padded(axis.size), itemsize or self.itemsize)
-
-    def matrix(self) -> Tensor:
-        """Room for an (m, n) matrix of padded rows."""
-        return self.scratch(self.count, self.elements, 4 if self.wide else self.itemsize)
 
     def axis(self, bucket: ShampooBucket, n: int) -> Axis:
         """The operands of an axis, and the copies that they need."""
