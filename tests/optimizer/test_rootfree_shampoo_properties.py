@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEVICES
 from helpers.gradients import BF16, F32, SEQUENCES, certainly, deterministic, gradients_of
+from helpers.kept_sums import told_of_sums, watched_launches
 
 from rootfree_fused import RootFreeShampoo
 from rootfree_fused.reference import shape_scale
@@ -50,13 +51,15 @@ def test_every_update_is_finite_and_of_one_rms(
 ):
     settings = {"structures": structures, "damping": damping}
     param, optimizer = trials(sequence["shape"], device, dtype, factor_dtype, **settings)
-    for grad in gradients_of(sequence, dtype):
-        update = step(param, optimizer, grad)
+    for t, grad in enumerate(gradients_of(sequence, dtype)):
+        with watched_launches() as launches:
+            update = step(param, optimizer, grad)
         state = optimizer.state[param]
         assert all(value.isfinite().all() for value in state.values())
         moved = state["momentum_buffer"].any().item()
         expected = RMS * shape_scale(*sequence["shape"]) if moved else 0
-        assert rms(update) == pytest.approx(expected, rel=ROUNDING[dtype])
+        as_expected = rms(update) == pytest.approx(expected, rel=ROUNDING[dtype])
+        assert as_expected, f"step {t}: {rms(update)}, not {expected}; {told_of_sums(launches)}"
 
 
 @hypothesis.given(sequence=SEQUENCES)
