@@ -265,35 +265,13 @@ def finish_factor(
     job_ptr, scratch_ptr, product, tile, _, scalars_ptr,
     FACTOR: tl.constexpr, BLOCK: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of K after the step, from one of K m."""
-    d = size_at(job_ptr + FACTORS.size)
+    """A tile of K after the step, from one of K m of a stack, whose rows are aligned."""
     step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
-    aligned = True
-    if RAGGED:
-        aligned = tl.load(job_ptr + FACTORS.structure) == STRUCTURE.aligned
-    if aligned:
-        old_ptr = pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR)
-        factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
-        residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
-        update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, tile)
-    else:
-        ragged_ptr = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
-        low_ptr = ragged_pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
-        spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
-        copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
-        update_ragged_factor_tile(
-            ragged_ptr, low_ptr, d, copy_ptr, spill_ptr, product, step, tile, BLOCK
-        )
-
-
-@triton.jit
-def _update_diagonal_factor(job_ptr, scratch_ptr, d, step, pid, BLOCK: tl.constexpr):
-    offs = pid * BLOCK + tl.arange(0, BLOCK)
-    ptrs = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
-    diagonal = tl.load(ptrs, mask=offs < d)
-    m_ptr = ragged_pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
-    m = tl.load(m_ptr + offs, mask=offs < d)
-    tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
+    old_ptr = pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR)
+    factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+    residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
+    d = size_at(job_ptr + FACTORS.size)
+    update_factor_tile(old_ptr, factor_ptr, residual_ptr, d, product, step, tile)
 
 
 @triton.jit(do_not_specialize_on_alignment=["found_inf_ptr"])
@@ -310,14 +288,32 @@ def _factors_kernel(
 ):
     if skips(found_inf_ptr):
         return
-    job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
+    job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     d = size_at(job_ptr + FACTORS.size)
-    if tl.load(job_ptr + FACTORS.structure) == STRUCTURE.diagonal:
-        step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
-        _update_diagonal_factor(job_ptr, scratch_ptr, d, step, tile[0], BLOCK)
+    step = _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK)
+    structure = tl.load(job_ptr + FACTORS.structure)
+
+    if structure == STRUCTURE.diagonal:
+        offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
+        ptrs = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, tl.float32) + offs
+        diagonal = tl.load(ptrs, mask=offs < d)
+        m_ptr = ragged_pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
+        m = tl.load(m_ptr + offs, mask=offs < d)
+        tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
     else:
         factor = (pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR), d)
         momentum = (pointer_at(job_ptr + FACTORS.operand, scratch_ptr, FACTOR), d)
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(factor, momentum, acc, (d, d, d), tile, False, False, BLOCK_K, PRECISION)
-        finish_factor(job_ptr, scratch_ptr, acc, tile, index, scalars_ptr, FACTOR, BLOCK, True)
+        if structure == STRUCTURE.aligned:
+            factor_ptr = pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+            residual_ptr = pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
+            update_factor_tile(factor_ptr, factor_ptr, residual_ptr, d, acc, step, tile)
+        else:
+            ragged_ptr = ragged_pointer_at(job_ptr + FACTORS.factor, scratch_ptr, FACTOR)
+            low_ptr = ragged_pointer_at(job_ptr + FACTORS.residual, scratch_ptr, tl.int16)
+            spill_ptr = pointer_at(job_ptr + FACTORS.spill, scratch_ptr, tl.float32)
+            copy_ptr = pointer_at(job_ptr + FACTORS.copy, scratch_ptr, FACTOR)
+            update_ragged_factor_tile(
+                ragged_ptr, low_ptr, d, copy_ptr, spill_ptr, acc, step, tile, BLOCK
+            )
