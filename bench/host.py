@@ -1,6 +1,6 @@
 """Time what the host does in a step of many small tensors, with the launches stubbed out.
 
-A step of the diagonal optimizers is one launch, one on matrices eight or eleven, and one more for
+A step of the diagonal optimizers is one launch, one on matrices eight or thirteen, and one more for
 vectors. The rest is the host's work: which tensors there are, whether they moved, their tables, the
 settings, and Triton's own way to the launch. All of it runs here without a GPU, on CPU tensors, up
 to the call of the driver. A first step, which builds the tables of its tensors, is timed apart.
