@@ -89,12 +89,17 @@ def checked_step(
 
 
 def measure(
-    case: str, shapes: list[Shape], rows: Rows, device: torch.device, seconds: float
+    case: str,
+    shapes: list[Shape],
+    rows: Rows,
+    device: torch.device,
+    seconds: float,
+    names: list[str],
 ) -> None:
-    """Check and time every optimizer on one case."""
+    """Check and time these optimizers on one case."""
     values = random_tensors(shapes, scale=0.05, dtype=torch.float32, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
-    steps = {n: checked_step(rows, case, n, peer, values, grads) for n, peer in PEERS.items()}
+    steps = {n: checked_step(rows, case, n, PEERS[n], values, grads) for n in names}
     runs = {name: step for name, step in steps.items() if step}
     for name, timing in interleave(runs, device_timer(device), seconds=seconds).items():
         rows.add_time(case, name, "time", timing)
@@ -113,6 +118,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8.0,
         help=f"timing budget of each of the {len(CASES)} cases",
     )
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=PEERS,
+        default=list(PEERS),
+        metavar="NAME",
+        help="some of them, as the table names them (default: all)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,5 +135,5 @@ def run(args: argparse.Namespace) -> int:
     seconds = 0.1 if args.quick else args.seconds
     chosen = list(CASES)[3:4] if args.quick else SHORT if args.short else CASES
     for case in rows.remaining(chosen):
-        measure(case, CASES[case], rows, device, seconds)
+        measure(case, CASES[case], rows, device, seconds, args.optimizers)
     return int(bool(wrong_of_ours(rows.finish(tables.matrix))))

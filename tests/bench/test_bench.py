@@ -329,6 +329,10 @@ def test_matrix_end_to_end(tmp_path, monkeypatch):
     timed = rows.unique(rows.select(written, metric="time"), "provider")
     assert timed == ["IFShampoo, float32", peers.EIGH]
     assert "| gone | absent |" in report
+    some = ["--out", str(tmp_path / "some"), "--optimizers", "IFShampoo, float32"]
+    assert main(["matrix", "--quick", "--device", "cpu", *some]) == 0
+    written = rows.read_rows(tmp_path / "some" / "matrix.jsonl")
+    assert rows.unique(written, "provider") == ["IFShampoo, float32"]
 
 
 # Host time
