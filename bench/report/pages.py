@@ -21,7 +21,7 @@ Files = dict[str, list[Row]]  # by machine and benchmark: "h200/gpu"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKS = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 PICTURES = re.compile(r"bench/results/([\w/.-]+\.png)")
-OURS = "IFShampoo, bfloat16"
+OURS, ROOTFREE = "IFShampoo, bfloat16", "RootFreeShampoo, bfloat16"
 RMSPROP, ADAMW = "RootFreeRMSprop, momentum 0.9", "RootFreeAdamW"
 NOT_MEASURED = "not measured"
 SHARE = "bandwidth fraction"
@@ -85,6 +85,7 @@ TITLES = {
     "torch AdamW, fused": "torch's fused AdamW",
     SOAP: "SOAP of pytorch-optimizer",
     OURS: "`IFShampoo`",
+    ROOTFREE: "`RootFreeShampoo`",
     ADAMW: "`RootFreeAdamW`",
     RMSPROP: "`RootFreeRMSprop`",
     "torch RMSprop, momentum 0.9": "torch's RMSprop",
@@ -147,7 +148,7 @@ def _cell(rows: list[Row], provider: str, case: str) -> str:
 
 def text(files: Files) -> str:
     """The transformer's losses, and when each optimizer is where torch's AdamW ends."""
-    rows = files["xeon-amx/train_text"]
+    rows = files["epyc/train_text"]
     adamw = select(rows, provider="torch AdamW")
     lines = []
     for name in unique(select(rows, metric="test loss"), "provider"):
@@ -225,6 +226,7 @@ def _value(rows: list[Row], of: Row, metric: str) -> float:
 # One machine ----------------------------------------------------------------------------------
 
 COMPARED = [
+    *(("matrix", ROOTFREE, other) for other in (SOAP, "torch Muon", OURS)),
     *(("matrix", OURS, other) for other in (SIRFSHAMPOO, SOAP, EIGH, "torch Muon")),
     ("diag", RMSPROP, "torch RMSprop, momentum 0.9"),
     ("diag", ADAMW, "torch AdamW, fused"),
