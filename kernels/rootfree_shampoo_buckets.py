@@ -53,7 +53,6 @@ class Axis:
 
     seen: Column = 0  # Y or Z, or partial sums of squares of it
     spill: Column = 0  # room for the tiles of its launches, where rows are not aligned
-    copy: Column = 0  # of K, for GEMMs to read where rows are not aligned
     sums_count = 0  # of those partial sums of squares
 
     def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:

@@ -29,6 +29,7 @@ def watched_launches():
 
 def told_of_sums(seen):
     """Of the first matrix: RMS of P as stored, and by each of the sums that were kept of it."""
+    from rootfree_fused.kernels.rootfree_shampoo_jobs import ROWS as ROWS_A_PROGRAM
     from rootfree_fused.kernels.rootfree_shampoo_slots import DIRECTION, ROWS
     from rootfree_fused.kernels.slots import TILE, padded
 
@@ -53,7 +54,7 @@ def told_of_sums(seen):
     by_tile = kept(rows[ROWS.tile_sums], rows[ROWS.tile_sums_count].item()).sum()
     by_row = kept(rows[ROWS.row_sums], rows[ROWS.row_sums_count].item() * m).view(-1, m).sum(0)
     factors = kept(rows[ROWS.factors], m)
-    totals = kept(rows[ROWS.totals], -(-m // 256)).sum()
+    totals = kept(rows[ROWS.totals], -(-m // ROWS_A_PROGRAM)).sum()
     balanced = (squares.sum(1) * factors.square()).sum() / n
     return (
         f"RMS of P as stored {(squares.sum() / (m * n)).sqrt():.8g}, "

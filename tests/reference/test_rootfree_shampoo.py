@@ -145,7 +145,8 @@ def test_every_update_is_finite_and_of_one_rms(adversary, dtype):
         started = started or bool(grad.any())
         assert update.isfinite().all()
         # A momentum of zero gradients dies out in the end; a zero update stays zero.
-        expected = 0.4 * spec.shape_scale(9, 6) if started and update.any() else 0.0
+        rms_of_shape = SETTINGS["update_rms"] * spec.shape_scale(9, 6)
+        expected = rms_of_shape if started and update.any() else 0.0
         assert abs(rms(update).item() - expected) <= 1e-4
 
 
