@@ -5,6 +5,7 @@ share, IF-Shampoo and root-free Shampoo:
 
     slots.py            names of all that kernels read from tables on the device
     tables.py           tables on the device; plans of a diagonal launch
+    calls.py            calls of kernels, which Triton compiled before
     arithmetic.py       what kernels of several files compute a number at a time
     diag.py             the diagonal methods: one kernel, the launcher
     diag_bodies.py      what each of them does to an element

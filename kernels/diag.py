@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import inverse_of, skips
+from .calls import kind_of
 from .diag_bodies import BODIES
 from .slots import ROW
 from .tables import LaunchPlan, at_gradients, find_plan, readable, scalar_table
@@ -194,28 +195,32 @@ def launch(
     body = BODIES[name]
     on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
     scalars = body.scalars(float(lr) if on_device_lr is None else 0.0, **settings)
-    for device, param_dtype, grad_dtype, chunks, rows, programs in plan.launches:
+    for i, (device, param_dtype, grad_dtype, chunks, rows, programs) in enumerate(plan.launches):
         if programs == 0:
             continue
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             table = scalar_table(device, scalars).on_device()
-            _diag_kernel[(programs,)](
-                chunks.on_device(),
-                rows.on_device(),
-                table,
+            numbers = (
                 table if on_device_lr is None else readable(on_device_lr, device),
                 readable(None if steps is None else steps.contiguous(), device),
                 readable(grad_scale, device),
                 readable(found_inf, device),
-                UPDATE=body.update,
-                PARAM=param_dtype,
-                GRAD=grad_dtype,
-                HAS_SECOND=plan.states == 2,
-                BLOCK=BLOCK,
-                VECTOR=VECTOR,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
             )
+            args = chunks.on_device(), rows.on_device(), table, *numbers
+            known = i, name, kind_of(*numbers)
+            if plan.known.repeat(known, programs, args):
+                continue
+            constants = {
+                "UPDATE": body.update,
+                "PARAM": param_dtype,
+                "GRAD": grad_dtype,
+                "HAS_SECOND": plan.states == 2,
+                "BLOCK": BLOCK,
+                "VECTOR": VECTOR,
+                "num_warps": NUM_WARPS,
+                "enable_fp_fusion": True,
+            }
+            plan.known.call(known, _diag_kernel, programs, args, constants)
 
 
 @torch.no_grad()

@@ -42,23 +42,31 @@ bfloat16 weight at an update (G, T or V, M, the old factors) and 4 between.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calls import kind_of
 from .factors import _factor_momenta_kernel, _factors_kernel, finish_factor
 from .matrix_jobs import build_plan
-from .matrix_launches import Launches, accessible, copy_back, member_table
+from .matrix_launches import (
+    Launches,
+    PreparedMatrices,
+    accessible,
+    are_accessible,
+    copy_back,
+    prepared,
+)
 from .matrix_plan import (
     BucketOfMatrices,
     MatrixBucket,
     MatrixPlan,
     Tiling,
-    grouped,
     kept_plan,
     starts_aligned,
 )
@@ -69,7 +77,7 @@ from .products import (
     _products_kernel,
     finish_product,
 )
-from .slots import LAYOUT, IFShampooScalars, Member
+from .slots import LAYOUT, IFShampooScalars
 from .tables import DTYPES, readable, scalar_table
 
 # 64 accumulators a thread and 32 KB a stage. On an H200, 114 of 1024 x 1024: 5.45 ms a step with
@@ -90,17 +98,6 @@ FLOAT32 = Tiling(block=64, block_k=32, num_warps=4, num_stages=3, precision="tf3
 # In-tile offsets are 32 bits wide: 128 rows of at most this many elements.
 MAX_COLUMNS = 2**24
 _plans: dict[Any, MatrixPlan] = {}
-
-
-class _Step(NamedTuple):
-    """What a call asks of every launch."""
-
-    lr: Tensor
-    scalars: IFShampooScalars
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    update: bool
-    refresh: bool
 
 
 def buckets_of(
@@ -130,6 +127,32 @@ def buckets_of(
     return found
 
 
+def prepare(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    factor_momenta: Sequence[Tensor],
+    products: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    axes: Sequence[int],
+    update_factors: bool,
+) -> list[PreparedMatrices] | None:
+    """What `launch` takes, where every bucket is served and no tensor has to be copied.
+
+    The operator's tensors, whose products are not stale; gradients may move, see `move_grads`.
+    """
+    state = factors, residuals, factor_momenta, products
+    buckets = buckets_of(params, grads, *state, axes=axes)
+    served = list(filter(None, buckets))
+    lists = _lists(params, grads, momentum_buffers)
+    if len(served) < len(buckets) or not are_accessible(lists):
+        return None
+    plan = functools.partial(_find_plan, update=update_factors, refresh=False)
+    return prepared(served, lists, plan)
+
+
 def ifshampoo_(
     buckets: Sequence[MatrixBucket],
     params: Sequence[Tensor],
@@ -139,6 +162,27 @@ def ifshampoo_(
     *,
     update_factors: bool,
     refresh_products: bool,
+    **settings: Any,
+) -> None:
+    """One IF-Shampoo step on these buckets of matrices.
+
+    buckets: `buckets_of` the same params and grads; momentum_buffers is empty where there are none.
+    lr and settings: as `launch` takes them.
+    """
+    lists = _lists(params, grads, momentum_buffers)
+    dense = {name: list(map(accessible, tensors)) for name, tensors in lists.items()}
+    refresh = refresh_products and not update_factors
+    plan = functools.partial(_find_plan, update=update_factors, refresh=refresh)
+    launch(prepared(buckets, dense, plan), lr, **settings)
+    for name, results in dense.items():
+        if name != "grad":
+            copy_back(lists[name], results, buckets)
+
+
+def launch(
+    steps: Sequence[PreparedMatrices],
+    lr: float | Tensor,
+    *,
     factor_lr: float,
     factor_momentum: float,
     damping: float,
@@ -151,14 +195,14 @@ def ifshampoo_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One IF-Shampoo step on these buckets of matrices.
+    """One IF-Shampoo step on matrices that are prepared.
 
-    buckets: `buckets_of` the same params and grads; momentum_buffers is empty where there are none.
-    lr is a 0-d tensor, on the CPU or on the parameters' device; there a captured graph reads it at
-    every replay. grad_scale and found_inf are as `diag.launch` takes them.
+    lr is a number, or a 0-d tensor, on the CPU or on the parameters' device; there a captured graph
+    reads it at every replay. grad_scale and found_inf are as `diag.launch` takes them.
     """
+    on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
     scalars = IFShampooScalars(
-        lr=float(lr) if lr.is_cpu else 0.0,
+        lr=float(lr) if on_device_lr is None else 0.0,
         batch_size=batch_size,
         damping=damping,
         factor_momentum=factor_momentum,
@@ -170,10 +214,16 @@ def ifshampoo_(
         momentum=momentum,
         bound=math.inf if bound is None else bound,
     )
-    lists = [params, grads, momentum_buffers] if momentum_buffers else [params, grads]
-    step = _Step(lr, scalars, grad_scale, found_inf, update_factors, refresh_products)
-    for (device, dtype), members in grouped(buckets).items():
-        _run(device, dtype, members, lists, step)
+    for step in steps:
+        with torch.cuda.device(step.device.index if step.device.type == "cuda" else -1):
+            tensors = [readable(t, step.device) for t in (on_device_lr, grad_scale, found_inf)]
+            _run(step, scalar_table(step.device, scalars).on_device(), *tensors)
+
+
+def _lists(
+    params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]
+) -> dict[str, Sequence[Tensor]]:
+    return {"param": params, "grad": grads, **({"buffer": buffers} if buffers else {})}
 
 
 def _bucket(
@@ -251,11 +301,11 @@ def _find_plan(
     device: torch.device,
     dtype: torch.dtype,
     buckets: Sequence[MatrixBucket],
+    *,
     update: bool,
     refresh: bool,
 ) -> tuple[MatrixPlan, Tiling]:
     tiling = tiling_of(device, dtype, buckets)
-    refresh = refresh and not update
     stacked = [suits_stacks(bucket, bucket.state, tiling) for bucket in buckets]
     members = [bucket.members for bucket in buckets]
     stacks = [tuple(map(Tensor.data_ptr, bucket.state)) for bucket in buckets]
@@ -268,36 +318,26 @@ def _find_plan(
 
 
 def _run(
-    device: torch.device,
-    dtype: torch.dtype,
-    buckets: Sequence[MatrixBucket],
-    lists: Sequence[Sequence[Tensor]],
-    step: _Step,
+    step: PreparedMatrices,
+    numbers: Tensor,
+    lr: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
 ) -> None:
-    """The launches of all buckets of a device and a GEMM dtype."""
-    plan, tiling = _find_plan(device, dtype, buckets, step.update, step.refresh)
-    dense = [[accessible(t) for t in tensors] for tensors in lists]
-    lr = step.lr
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):
-        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
-        members = member_table(device, dict(zip(Member._fields, dense, strict=False))).on_device()
-        numbers = scalar_table(device, step.scalars).on_device()
-        found_inf = readable(step.found_inf, device)
-        launches = Launches(plan, tiling, dtype, buckets, scratch, numbers, found_inf)
-        launch, multiply = launches.launch, launches.multiply
-        launches.elementwise("gather", _gather_kernel, members, readable(step.grad_scale, device))
-        launch("left", _product_kernel, TRANS_A=True)
-        multiply("left")
-        launch("right", _product_kernel, TRANS_A=False)
-        multiply("right")
-        args = numbers, found_inf
-        launch("momenta", _factor_momenta_kernel, *args)
-        launch("factors", _factors_kernel, *args, finish=finish_factor)
-        launch("products", _products_kernel, found_inf, finish=finish_product)
-        launch("precondition", _product_kernel, TRANS_A=False)
-        multiply("precondition")
-        lr = numbers if lr.is_cpu else readable(lr, device)
-        args = members, numbers, lr, found_inf
-        launch("params", _params_kernel, *args, HAS_BUF=len(lists) == 3)
-    for tensors, results in zip(lists[::2], dense[::2], strict=True):
-        copy_back(tensors, results, buckets)
+    """The launches of all buckets of a device and a GEMM dtype; numbers have an lr that is None."""
+    launches = Launches(step, kind_of(lr, grad_scale, found_inf), numbers, found_inf)
+    launch, multiply = launches.launch, launches.multiply
+    members = step.members.on_device()
+    launches.elementwise("gather", _gather_kernel, members, grad_scale)
+    launch("left", _product_kernel, TRANS_A=True)
+    multiply("left")
+    launch("right", _product_kernel, TRANS_A=False)
+    multiply("right")
+    args = numbers, found_inf
+    launch("momenta", _factor_momenta_kernel, *args)
+    launch("factors", _factors_kernel, *args, finish=finish_factor)
+    launch("products", _products_kernel, found_inf, finish=finish_product)
+    launch("precondition", _product_kernel, TRANS_A=False)
+    multiply("precondition")
+    args = members, numbers, numbers if lr is None else lr, found_inf
+    launch("params", _params_kernel, *args, HAS_BUF=step.has_buffers)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .calls import KnownKernels
 from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import (
     BucketOfMatrices,
@@ -20,9 +22,10 @@ from .matrix_plan import (
     Stack,
     TileRange,
     Tiling,
+    grouped,
     starts_aligned,
 )
-from .slots import Member
+from .slots import LAYOUT, MEMBER, Member
 from .stacks import _stacked_kernel
 from .tables import DTYPES, DeviceTable
 
@@ -32,25 +35,136 @@ STACKED_PROGRAMS = 2  # of a stacked kernel, a multiprocessor
 _lock = threading.Lock()  # two threads would each restore what the other has set
 
 
+B = TypeVar("B", bound=BucketOfMatrices)
+Part = tuple[TileRange, Tensor]  # of the tiles on the device
+
+
+@dataclass
+class PreparedMatrices:
+    """A step of matrices of one device and GEMM dtype, but for the numbers that a call brings.
+
+    Right while they and their state stay where and what they are; see `move_grads`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tiling: Tiling
+    plan: MatrixPlan
+    buckets: Sequence[BucketOfMatrices]
+    members: DeviceTable
+    has_buffers: bool
+    known: KnownKernels = field(default_factory=KnownKernels)
+    _cut: tuple[Tensor, dict[str, list[Part]]] | None = None
+
+    def parts(self) -> dict[str, list[Part]]:
+        """The launches by name."""
+        tiles = self.plan.tiles.on_device()
+        if self._cut is None or self._cut[0] is not tiles:
+            self._cut = (
+                tiles,
+                {
+                    name: [(part, tiles[part.start : part.stop]) for part in parts]
+                    for name, parts in self.plan.launches.items()
+                },
+            )
+        return self._cut[1]
+
+
+def prepared(
+    buckets: Sequence[B],
+    lists: dict[str, Sequence[Tensor]],
+    plan_of: Callable[[torch.device, torch.dtype, list[B]], tuple[MatrixPlan, Tiling]],
+) -> list[PreparedMatrices]:
+    """A step of these buckets; `lists` are accessible, by the fields of `slots.Member`."""
+    found = []
+    for (device, dtype), members in grouped(buckets).items():
+        plan, tiling = plan_of(device, dtype, members)
+        table = member_table(device, lists)
+        found.append(
+            PreparedMatrices(device, dtype, tiling, plan, members, table, "buffer" in lists)
+        )
+    return found
+
+
+def move_grads(
+    steps: Sequence[PreparedMatrices], addresses: Tensor
+) -> list[PreparedMatrices] | None:
+    """The same step for gradients at other addresses, or None where one does not start aligned.
+
+    addresses: int64, on the host, one a member of the caller's lists.
+    """
+    if (addresses % LAYOUT.alignment).any():
+        return None
+    found = []
+    for step in steps:
+        members = step.members.host.clone()
+        members[:, MEMBER.grad] = addresses
+        found.append(replace(step, members=DeviceTable(members, step.device)))
+    return found
+
+
 class Launches:
-    """The launches of a plan, with the arguments that they share."""
+    """The launches of a step, with the arguments that they share.
+
+    kind: `calls.kind_of` the tensors that may be missing.
+    """
 
     def __init__(
         self,
-        plan: MatrixPlan,
-        tiling: Tiling,
-        dtype: torch.dtype,
-        buckets: Sequence[BucketOfMatrices],
-        scratch: Tensor,
+        step: PreparedMatrices,
+        kind: Hashable,
         scalars: Tensor,
         found_inf: Tensor | None,
     ) -> None:
-        self.plan, self.tiling, self.dtype = plan, tiling, dtype
-        self.buckets, self.scratch = buckets, scratch
+        self.step, self.kind, self._known = step, kind, step.known
         self.scalars, self.found_inf = scalars, found_inf
-        self.jobs, self.tiles = plan.jobs.on_device(), plan.tiles.on_device()
-        self.options = {"FACTOR": DTYPES[dtype], "enable_fp_fusion": True}
-        self.gemm = self.options | {
+        self.scratch = torch.empty(step.plan.scratch_bytes, dtype=torch.uint8, device=step.device)
+        self.jobs, self.parts = step.plan.jobs.on_device(), step.parts()
+
+    def elementwise(self, name: str, kernel: Any, *args: Any, **named: Any) -> None:
+        """A launch without products."""
+        for i, (part, tiles) in enumerate(self.parts.get(name, ())):
+            own = tiles, self.jobs, self.scratch, *args
+            if self._known.repeat((name, i, self.kind), len(tiles), own):
+                continue
+            blocks = {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS, "num_warps": GATHER_WARPS}
+            options = blocks | named | self._options()
+            if part.dtype is not None:
+                options["GRAD"] = DTYPES[part.dtype]
+            self._known.call((name, i, self.kind), kernel, len(tiles), own, options)
+
+    def launch(self, name: str, kernel: Any, *args: Any, finish: Any = None, **named: Any) -> None:
+        """`kernel` finds its operands by the tables; of stacks it does what `finish` does."""
+        for i, (part, tiles) in enumerate(self.parts.get(name, ())):
+            if part.operands:
+                self.launch_stacked((name, i, self.kind), tiles, part.operands, finish)
+                continue
+            own = tiles, self.jobs, self.scratch, *args
+            if self._known.repeat((name, i, self.kind), len(tiles), own):
+                continue
+            options = named | self._options() | self._gemm()
+            options["PRECISION"] = self.step.tiling.precision
+            if part.dtype is not None:
+                options["PARAM"] = DTYPES[part.dtype]
+            self._known.call((name, i, self.kind), kernel, len(tiles), own, options)
+
+    def launch_stacked(
+        self, launch: Hashable, tiles: Tensor, operands: Operands, finish: Any
+    ) -> None:
+        a, b = operands[0], operands[-1]
+        shared = self.descriptor(*a), self.descriptor(*b), self.scalars, self.found_inf
+        own = tiles, self.jobs, self.scratch, len(tiles), *shared
+        programs = min(len(tiles), _programs(self.step.device))
+        if not self._known.repeat(launch, programs, own):
+            options = {"FINISH": finish, "TRANS_B": not b[1]} | self._options() | self._gemm()
+            self._known.call(launch, _stacked_kernel, programs, own, options)
+
+    def _options(self) -> dict[str, Any]:
+        return {"FACTOR": DTYPES[self.step.dtype], "enable_fp_fusion": True}
+
+    def _gemm(self) -> dict[str, Any]:
+        tiling = self.step.tiling
+        return {
             "BLOCK": tiling.block,
             "BLOCK_K": tiling.block_k,
             "num_warps": tiling.num_warps,
@@ -58,50 +172,16 @@ class Launches:
             "maxnreg": tiling.max_registers,
         }
 
-    def parts(self, name: str) -> Iterator[tuple[TileRange, int, tuple[Tensor, ...]]]:
-        """Launches, with their tiles' number and the tables that every kernel takes first."""
-        for part in self.plan.launches.get(name, ()):
-            tiles = self.tiles[part.start : part.stop]
-            yield part, len(tiles), (tiles, self.jobs, self.scratch)
-
-    def elementwise(self, name: str, kernel: Any, *args: Any, **named: Any) -> None:
-        """A launch without products."""
-        blocks = {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS, "num_warps": GATHER_WARPS}
-        for part, count, tables in self.parts(name):
-            options = blocks | named | self.options
-            if part.dtype is not None:
-                options["GRAD"] = DTYPES[part.dtype]
-            kernel[(count,)](*tables, *args, **options)
-
-    def launch(self, name: str, kernel: Any, *args: Any, finish: Any = None, **named: Any) -> None:
-        """`kernel` finds its operands by the tables; of stacks it does what `finish` does."""
-        for part, count, tables in self.parts(name):
-            options = named | self.gemm
-            if part.operands:
-                self.launch_stacked(tables, count, part.operands, finish)
-                continue
-            if part.dtype is not None:
-                options["PARAM"] = DTYPES[part.dtype]
-            kernel[(count,)](*tables, *args, PRECISION=self.tiling.precision, **options)
-
-    def launch_stacked(
-        self, tables: tuple[Tensor, ...], count: int, operands: Operands, finish: Any
-    ) -> None:
-        a, b = operands[0], operands[-1]
-        run = _stacked_kernel[(min(count, _programs(self.scratch.device)),)]
-        shared = self.descriptor(*a), self.descriptor(*b), self.scalars, self.found_inf
-        run(*tables, count, *shared, FINISH=finish, TRANS_B=not b[1], **self.gemm)
-
     def descriptor(self, stack: Stack, deep_rows: bool) -> TensorDescriptor:
-        block, depth = self.tiling.block, self.tiling.block_k
+        block, depth = self.step.tiling.block, self.step.tiling.block_k
         shape = [1, depth, block] if deep_rows else [1, block, depth]
         return TensorDescriptor.from_tensor(self.tensor(stack), shape)
 
     def tensor(self, stack: Stack) -> Tensor:
-        return stack.tensor(self.buckets, self.scratch, self.dtype)
+        return stack.tensor(self.step.buckets, self.scratch, self.step.dtype)
 
     def multiply(self, name: str) -> None:
-        for a, b, out, transposed in self.plan.products.get(name, ()):
+        for a, b, out, transposed in self.step.plan.products.get(name, ()):
             first = self.tensor(a)
             bmm(first.mT if transposed else first, self.tensor(b), self.tensor(out))
 
@@ -111,6 +191,15 @@ def accessible(tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous():
         return tensor.contiguous()
     return tensor if starts_aligned(tensor) else tensor.clone()
+
+
+def are_accessible(lists: Mapping[str, Sequence[Tensor]]) -> bool:
+    """Whether no tensor has to be copied; averages of rows may start anywhere."""
+    return all(
+        tensor.is_contiguous() and (name == "averages" or starts_aligned(tensor))
+        for name, tensors in lists.items()
+        for tensor in tensors
+    )
 
 
 def copy_back(

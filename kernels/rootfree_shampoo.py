@@ -33,13 +33,15 @@ weight at an update, 8 between, 4 more where X is not kept.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .calls import kind_of
 from .directions import (
     _descend_kernel,
     _directions_kernel,
@@ -49,8 +51,15 @@ from .directions import (
 from .gradients import _momentum_kernel, _scale_kernel, _transform_kernel
 from .grams import _grams_kernel
 from .matrix import MAX_COLUMNS, suits_stacks, tiling_of
-from .matrix_launches import Launches, accessible, copy_back, member_table
-from .matrix_plan import MatrixPlan, Tiling, grouped, kept_plan
+from .matrix_launches import (
+    Launches,
+    PreparedMatrices,
+    accessible,
+    are_accessible,
+    copy_back,
+    prepared,
+)
+from .matrix_plan import MatrixPlan, Tiling, kept_plan
 from .rootfree_shampoo_buckets import ShampooBucket
 from .rootfree_shampoo_jobs import ROWS, build_plan
 from .rootfree_shampoo_slots import ShampooScalars
@@ -69,18 +78,6 @@ from .tables import DTYPES, readable, scalar_table
 # Without a limit branches that no aligned matrix takes cost two of four programs in flight.
 MOMENTUM_REGISTERS = 64
 _plans: dict[Any, MatrixPlan] = {}
-
-
-class _Step(NamedTuple):
-    """What a call asks of every launch."""
-
-    steps: Tensor
-    lr: Tensor
-    scalars: ShampooScalars
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
-    update: bool
-    refresh: bool
 
 
 def buckets_of(
@@ -106,6 +103,30 @@ def buckets_of(
     return found
 
 
+def prepare(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    row_square_avgs: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    products: Sequence[Tensor],
+    *,
+    update_factors: bool,
+) -> list[PreparedMatrices] | None:
+    """What `launch` takes, where every bucket is served and no tensor has to be copied.
+
+    The operator's tensors, whose products are not stale; gradients may move, see `move_grads`.
+    """
+    buckets = buckets_of(params, grads, grams, factors, residuals, products)
+    lists = _lists(params, grads, momentum_buffers, row_square_avgs)
+    served = list(filter(None, buckets))
+    if len(served) < len(buckets) or not are_accessible(lists):
+        return None
+    return prepared(served, lists, _plans_of(lists, update_factors, refresh=False))
+
+
 def rootfree_shampoo_(
     buckets: Sequence[ShampooBucket],
     params: Sequence[Tensor],
@@ -117,6 +138,30 @@ def rootfree_shampoo_(
     *,
     update_factors: bool,
     refresh_products: bool,
+    **settings: Any,
+) -> None:
+    """One step of root-free Shampoo on these buckets of matrices.
+
+    buckets: `buckets_of` the same params and grads. row_square_avgs is empty where row_beta is
+    None. steps, lr and settings: as `launch` takes them.
+    """
+    lists = _lists(params, grads, momentum_buffers, row_square_avgs)
+    dense = {
+        name: [t.contiguous() if name == "averages" else accessible(t) for t in tensors]
+        for name, tensors in lists.items()
+    }
+    plans = _plans_of(lists, update_factors, refresh_products and not update_factors)
+    launch(prepared(buckets, dense, plans), steps, lr, **settings)
+    for name in ("param", "buffer", "averages"):
+        if name in lists:
+            copy_back(lists[name], dense[name], buckets)
+
+
+def launch(
+    prepared_steps: Sequence[PreparedMatrices],
+    steps: Tensor,
+    lr: float | Tensor,
+    *,
     beta1: float,
     beta2: float,
     damping: float,
@@ -127,15 +172,16 @@ def rootfree_shampoo_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One step of root-free Shampoo on these buckets of matrices.
+    """One step of root-free Shampoo on matrices that are prepared.
 
-    buckets: `buckets_of` the same params and grads. row_square_avgs is empty where row_beta is
-    None. steps: float32, (params,), counts this step. lr is a 0-d tensor, on the CPU or on the
-    parameters' device; there a captured graph reads it at every replay, and the steps. grad_scale
-    and found_inf are as `diag.launch` takes them.
+    steps: float32, (params,), counts this step. row_beta is None where they were prepared without
+    averages of rows. lr is a number, or a 0-d tensor, on the CPU or on the parameters' device;
+    there a captured graph reads it at every replay, and the steps. grad_scale and found_inf are as
+    `diag.launch` takes them.
     """
+    on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
     scalars = ShampooScalars(
-        lr=float(lr) if lr.is_cpu else 0.0,
+        lr=float(lr) if on_device_lr is None else 0.0,
         sign=-1.0 if maximize else 1.0,
         beta1=beta1,
         one_minus_beta1=1 - beta1,
@@ -146,12 +192,22 @@ def rootfree_shampoo_(
         update_rms=update_rms,
         one_minus_row_beta=math.nan if row_beta is None else 1 - row_beta,
     )
-    lists = {"param": params, "grad": grads, "buffer": momentum_buffers}
-    if row_beta is not None:
-        lists["averages"] = row_square_avgs
-    step = _Step(steps, lr, scalars, grad_scale, found_inf, update_factors, refresh_products)
-    for (device, dtype), members in grouped(buckets).items():
-        _run(device, dtype, members, lists, step)
+    for step in prepared_steps:
+        device = step.device
+        with torch.cuda.device(device.index if device.type == "cuda" else -1):
+            tensors = [readable(t, device) for t in (on_device_lr, grad_scale, found_inf)]
+            numbers = scalar_table(device, scalars).on_device()
+            _launch(step, numbers, readable(steps.contiguous(), device), *tensors)
+
+
+def _lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    averages: Sequence[Tensor],
+) -> dict[str, Sequence[Tensor]]:
+    lists = {"param": params, "grad": grads, "buffer": buffers}
+    return {**lists, "averages": averages} if averages else lists
 
 
 def _bucket(
@@ -192,47 +248,36 @@ def _is_stacked(bucket: ShampooBucket, tiling: Tiling) -> bool:
     )
 
 
-def _run(
-    device: torch.device,
-    dtype: torch.dtype,
-    buckets: Sequence[ShampooBucket],
-    lists: dict[str, Sequence[Tensor]],
-    step: _Step,
-) -> None:
-    """The launches of all buckets of a device and a GEMM dtype."""
+def _plans_of(lists: dict[str, Sequence[Tensor]], update: bool, refresh: bool) -> Any:
+    balanced = "averages" in lists
+    return functools.partial(_find_plan, update=update, refresh=refresh, balanced=balanced)
+
+
+def _find_plan(
+    device: torch.device, dtype: torch.dtype, buckets: Sequence[ShampooBucket], **kind: bool
+) -> tuple[MatrixPlan, Tiling]:
     tiling = tiling_of(device, dtype, buckets)
     stacked = [_is_stacked(bucket, tiling) for bucket in buckets]
-    kind = {
-        "update": step.update,
-        "refresh": step.refresh and not step.update,
-        "balanced": "averages" in lists,
-    }
 
     def build() -> MatrixPlan:
         return build_plan(buckets, stacked, dtype, tiling, device, **kind)
 
     key = (device, dtype, tiling, *stacked, *kind.values(), *[bucket.key for bucket in buckets])
-    plan = kept_plan(_plans, key, build)
-    dense = {
-        name: [t.contiguous() if name == "averages" else accessible(t) for t in tensors]
-        for name, tensors in lists.items()
-    }
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):
-        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
-        members = member_table(device, dense).on_device()
-        numbers = scalar_table(device, step.scalars).on_device()
-        found_inf = readable(step.found_inf, device)
-        launches = Launches(plan, tiling, dtype, buckets, scratch, numbers, found_inf)
-        _launch(launches, members, step, device)
-    for name in ("param", "buffer", "averages"):
-        if name in lists:
-            copy_back(lists[name], dense[name], buckets)
+    return kept_plan(_plans, key, build), tiling
 
 
-def _launch(launches: Launches, members: Tensor, step: _Step, device: torch.device) -> None:
+def _launch(
+    step: PreparedMatrices,
+    numbers: Tensor,
+    steps: Tensor | None,
+    lr: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """The launches of all buckets of a device and a GEMM dtype; numbers have an lr that is None."""
+    launches = Launches(step, kind_of(lr, grad_scale, found_inf), numbers, found_inf)
     launch, multiply, elementwise = launches.launch, launches.multiply, launches.elementwise
-    numbers, found_inf = launches.scalars, launches.found_inf
-    grad_scale = readable(step.grad_scale, device)
+    members = step.members.on_device()
     elementwise("scale", _scale_kernel, members, grad_scale)
     args = members, numbers, grad_scale, found_inf
     elementwise("momentum", _momentum_kernel, *args, maxnreg=MOMENTUM_REGISTERS)
@@ -248,7 +293,6 @@ def _launch(launches: Launches, members: Tensor, step: _Step, device: torch.devi
     launch("left", _directions_kernel)
     multiply("left")
     launch("directions", _directions_kernel, finish=finish_direction)
-    steps = readable(step.steps.contiguous(), device)
     elementwise("rows", _rows_kernel, members, numbers, steps, found_inf, BLOCK_M=ROWS)
-    lr = numbers if step.lr.is_cpu else readable(step.lr, device)
-    elementwise("descend", _descend_kernel, members, numbers, lr, found_inf)
+    args = members, numbers, numbers if lr is None else lr, found_inf
+    elementwise("descend", _descend_kernel, *args)

@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .calls import KnownKernels
 from .slots import ROW, Row
 
 _MAX_PLANS = 128
@@ -96,6 +97,7 @@ class LaunchPlan(NamedTuple):
     launches: list[Launch]
     copied: list[int]
     states: int  # lists of them
+    known: KnownKernels
 
 
 _plans: dict[Any, LaunchPlan] = {}
@@ -119,7 +121,7 @@ def find_plan(lists: Sequence[Sequence[Tensor]], *, block: int, vector: int) -> 
         launches = [] if copied else _build(lists, addresses, lengths, block, vector)
         if len(_plans) >= _MAX_PLANS:
             del _plans[next(iter(_plans))]
-        plan = _plans[key] = LaunchPlan(launches, copied, len(lists) - 2)
+        plan = _plans[key] = LaunchPlan(launches, copied, len(lists) - 2, KnownKernels())
     return plan
 
 

@@ -1,0 +1,54 @@
+"""Calls of kernels, from the second time on past Triton's look at every argument."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+
+class KnownKernels:
+    """What the launches of a plan were compiled to, on its device.
+
+    A plan fixes all that Triton compiles for: constants, and tables, whose memory is aligned. What
+    a call brings besides is its `kind`, see `kind_of`: which tensors there are, and their dtypes.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: dict[Hashable, tuple[CompiledKernel, list[Any]]] = {}
+
+    def repeat(self, launch: Hashable, programs: int, args: Sequence[Any]) -> bool:
+        """Call what this launch was compiled to, or return False where nothing is known of it.
+
+        launch: which of the plan's, and its kind. args: all but constants, in the kernel's order.
+        """
+        known = self._compiled.get(launch)
+        if known is None:
+            return False
+        compiled, values = known
+        compiled[programs, 1, 1](*args, *values)
+        return True
+
+    def call(
+        self,
+        launch: Hashable,
+        kernel: Any,
+        programs: int,
+        args: Sequence[Any],
+        constants: Mapping[str, Any],
+    ) -> None:
+        """`kernel[(programs,)](*args, **constants)`, to be repeated.
+
+        constants: the kernel's last parameters, and options.
+        """
+        compiled = kernel[(programs,)](*args, **constants)
+        if isinstance(compiled, CompiledKernel):  # and was not interpreted
+            values = [constants[name] for name in kernel.arg_names[len(args) :]]
+            self._compiled[launch] = compiled, values
+
+
+def kind_of(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What kernels are compiled for of tensors that may be missing: not for how they start."""
+    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
