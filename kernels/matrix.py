@@ -62,6 +62,7 @@ from .matrix_launches import (
     copy_back,
     prepared,
 )
+from .matrix_launches import move_grads as move_grads
 from .matrix_plan import (
     BucketOfMatrices,
     MatrixBucket,

@@ -59,6 +59,7 @@ from .matrix_launches import (
     copy_back,
     prepared,
 )
+from .matrix_launches import move_grads as move_grads
 from .matrix_plan import MatrixPlan, Tiling, kept_plan
 from .rootfree_shampoo_buckets import ShampooBucket
 from .rootfree_shampoo_jobs import ROWS, build_plan

@@ -17,6 +17,9 @@ from . import by_reference, cpu_matrix, cpu_rootfree_shampoo, extensions, instal
 from .by_reference import IFShampooTensors, RootFreeShampooTensors
 from .methods import DiagonalMethod
 
+# Those of the operators on matrices in kernels/.
+_FILES = {"ifshampoo_": "matrix", "rootfree_shampoo_": "rootfree_shampoo"}
+
 
 class DiagonalKernels(Protocol):
     """What kernels/diag.py gives to steps on known tensors."""
@@ -31,6 +34,19 @@ class DiagonalKernels(Protocol):
         self, name: str, plan: Any, steps: Tensor | None, lr: float | Tensor, **settings: Any
     ) -> None:
         """One step by the method of this name on the tensors of a plan."""
+
+
+class MatrixKernels(Protocol):
+    """What kernels/matrix.py and kernels/rootfree_shampoo.py give to steps on known tensors."""
+
+    def prepare(self, *tensors: Any, update_factors: bool, **axes: Any) -> Any:
+        """The plan for the operator's tensors, or None where the operator has to look at them."""
+
+    def move_grads(self, plan: Any, addresses: Tensor) -> Any:
+        """The plan for gradients at other addresses, or None where the operator has to look."""
+
+    def launch(self, plan: Any, *numbers: float | Tensor, **settings: Any) -> None:
+        """One step on the tensors of a plan; numbers: the operator's steps, if any, and lr."""
 
 
 def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
@@ -100,6 +116,14 @@ def matrix_kernel(
     if params[0].is_cpu and cpu_matrix.kernel_serves(name, params, residuals):
         return cast(Callable[..., None], getattr(torch.ops.rootfree_fused, name))
     return None
+
+
+def matrix_kernels(name: str, params: list[Tensor]) -> MatrixKernels | None:
+    """The Triton kernels of the operator of this name, or None unless all is on their devices."""
+    if not all(map(triton_serves, params)):
+        return None
+    kernels = extensions.triton(_FILES[name])
+    return None if isinstance(kernels, ImportError) else cast(MatrixKernels, kernels)
 
 
 def captured_tables() -> AbstractContextManager[list[Tensor]]:
@@ -193,7 +217,7 @@ def _ifshampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
     """IF-Shampoo in Triton; buckets that it does not serve by the specification."""
 
     def run(*tensors: Any, axes: list[int], **scalars: Any) -> None:
-        kernels = extensions.triton("matrix")
+        kernels = extensions.triton(_FILES["ifshampoo_"])
         if isinstance(kernels, ImportError):
             slow(*tensors, axes=axes, **scalars)
             return
@@ -212,7 +236,7 @@ def _rootfree_shampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
     """Root-free Shampoo in Triton; buckets that it does not serve by the specification."""
 
     def run(*tensors: Any, **scalars: Any) -> None:
-        kernels = extensions.triton("rootfree_shampoo")
+        kernels = extensions.triton(_FILES["rootfree_shampoo_"])
         if isinstance(kernels, ImportError):
             slow(*tensors, **scalars)
             return

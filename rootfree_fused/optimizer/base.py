@@ -37,7 +37,6 @@ class Work(NamedTuple):
     """A group's step: what has a gradient, and `steps`, each count with this step included."""
 
     params: list[Tensor]
-    grads: list[Tensor]
     states: list[State]
     steps: Tensor
     scaling: Scaling
@@ -187,7 +186,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
         counts = self._prepared.counts(index, [state["step"] for state in states])
         if params[0].is_cpu:
             scaling = on_host(scaling)
-        work = Work(params, usable_gradients(params), states, counts.steps, scaling)
+        work = Work(params, states, counts.steps, scaling)
         launch = self._prepare(index, work)
 
         starts = self._starts.waiting(index, group, params, states)
@@ -235,10 +234,9 @@ class RootFreeOptimizer(DeclaringOptimizer):
             counts = [state["step"] for state in states]
             own_scaling = on_host(scaling) if params[0].is_cpu else scaling
             torch._foreach_add_(counts, steps_taken(own_scaling, counts[0].device))
-            grads = usable_gradients(params)
             if group.get("initial_square_avg") == AUTO:  # what has started, only the device knows
-                self._start_traced(states, grads, group, own_scaling)
-            self._update(index, Work(params, grads, states, torch.stack(counts), own_scaling))
+                self._start_traced(states, usable_gradients(params), group, own_scaling)
+            self._update(index, Work(params, states, torch.stack(counts), own_scaling))
 
     def _start_traced(
         self, states: list[State], grads: list[Tensor], group: Group, scaling: Scaling

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.checks import gradients_suit
+from ..ops.checks import gradients_suit, usable_gradients
 from ..ops.dispatch import diagonal_kernels
 from ..ops.methods import SECOND_MOMENT, DiagonalMethod
 from ..ops.schemas import as_scalar_tensor
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .groups import Group
-from .known_tensors import PreparedUpdate, on_gradients
+from .known_tensors import PreparedUpdate, reader
 from .starts import declared_start
 from .state import MOMENTUM, Initial, State, full_like, momentum_buffers
 
@@ -37,37 +38,65 @@ class DiagonalOptimizer(RootFreeOptimizer):
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         states = state_lists(self._method, work.states, group)
-        steps = _counted(self._method, work.steps, group)
-        update_(self._method, group, work.scaling, work.params, work.grads, *states, *steps)
+        tensors = work.params, usable_gradients(work.params), *states
+        update_(self._method, group, work.scaling, *tensors, work.steps)
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
-        # The parts of the work, and not the work, which would keep the gradients.
-        method, params, steps = self._method, work.params, work.steps
-        states = state_lists(method, work.states, self.param_groups[index])
-        kernels = diagonal_kernels(method.name, params) if gradients_suit(params) else None
-        plan = kernels and kernels.prepare([params, work.grads, *filter(None, states)])
+        # The parts of the work, and not the work, which would keep the scaler's tensors.
+        states, steps = work.states, work.steps
+        group = self.param_groups[index]
+        known = KnownUpdate(self._method, work.params, states, group, lambda: steps)
+        if known.kernels is None or known.plan is None:
+            return PreparedUpdate(None, lambda _, *rest: known.update(*rest), None)
+        return PreparedUpdate(known.plan, known.launch, known.kernels.move_grads)
 
-        def launch(plan: Any, group: Group, scaling: Scaling) -> None:
-            assert kernels is not None
-            (counted,) = _counted(method, steps, group) or (None,)
-            lr = group["lr"]
-            settings = {**method.settings(group), "batch_size": group["batch_size"]}
-            lr = as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr  # a number needs no tensor
-            kernels.launch(method.name, plan, counted, lr, **settings, **scaling)
 
-        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-            counted = _counted(method, steps, group)
-            update_(method, group, scaling, params, grads, *states, *counted)
+class KnownUpdate:
+    """The update of known tensors by a diagonal method: by a plan in Triton, or by the operator.
 
-        if kernels is not None and plan:
-            return PreparedUpdate(plan, launch, kernels.move_grads)
-        return on_gradients(params, update)
+    plan: for the gradients that there were when it was made; None where Triton does not serve.
+    """
+
+    def __init__(
+        self,
+        method: DiagonalMethod,
+        params: list[Tensor],
+        states: list[State],
+        group: Group,
+        steps: Callable[[], Tensor],
+    ) -> None:
+        self._method, self._params, self._steps = method, params, steps
+        self._states = state_lists(method, states, group)
+        self._grads = reader(params)
+        self.kernels = diagonal_kernels(method.name, params) if gradients_suit(params) else None
+        lists = [params, self._grads(), *filter(None, self._states)]
+        self.plan = self.kernels and self.kernels.prepare(lists)
+
+    def launch(self, plan: Any, group: Group, scaling: Scaling) -> None:
+        """One step by a plan."""
+        (counted,) = _counted(self._method, self._steps(), group) or (None,)
+        settings = {**self._method.settings(group), "batch_size": group.get("batch_size", 1.0)}
+        lr = number_or_tensor(group["lr"])
+        assert self.kernels is not None
+        self.kernels.launch(self._method.name, plan, counted, lr, **settings, **scaling)
+
+    def update(self, group: Group, scaling: Scaling) -> None:
+        """One step by the operator."""
+        tensors = self._params, self._grads(), *self._states
+        update_(self._method, group, scaling, *tensors, self._steps())
+
+
+def number_or_tensor(lr: float | Tensor) -> float | Tensor:
+    """A step size as launches take it: a number needs no tensor."""
+    return as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr
 
 
 def update_(method: DiagonalMethod, group: Group, scaling: Scaling, *tensors: Any) -> None:
     """The method's operator on params, grads, states and steps, with a group's settings."""
+    *lists, steps = tensors
     getattr(torch.ops.rootfree_fused, method.name)(
-        *tensors,
+        *lists,
+        *_counted(method, steps, group),
         as_scalar_tensor(group["lr"]),
         **method.settings(group),
         batch_size=as_scalar_tensor(group.get("batch_size", 1.0)),
@@ -87,4 +116,4 @@ def state_lists(method: DiagonalMethod, states: list[State], group: Group) -> li
 
 def _counted(method: DiagonalMethod, steps: Tensor, group: Group) -> tuple[Tensor | None, ...]:
     """The argument `steps` of a method that has it: none without bias correction."""
-    return (steps if group["bias_correction"] else None,) if method.counts else ()
+    return (steps if group.get("bias_correction", True) else None,) if method.counts else ()

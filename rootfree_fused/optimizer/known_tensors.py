@@ -40,15 +40,11 @@ class PreparedUpdate(NamedTuple):
     move: Callable[[Any, Tensor], Any] | None
 
 
-def on_gradients(
-    params: list[Tensor], run: Callable[[list[Any], dict[str, Any], Scaling], None]
-) -> PreparedUpdate:
-    """A launch that takes the gradients as tensors, of the dtypes that they have now."""
+def reader(params: list[Tensor]) -> Callable[[], list[Any]]:
+    """How to read the gradients of these parameters, of the dtypes that they have now."""
     if gradients_suit(params):
-        return PreparedUpdate(
-            params, lambda params, *rest: run([p.grad for p in params], *rest), None
-        )
-    return PreparedUpdate(params, lambda params, *rest: run(usable_gradients(params), *rest), None)
+        return lambda: [p.grad for p in params]
+    return lambda: usable_gradients(params)
 
 
 class PreparedStep(NamedTuple):

@@ -6,17 +6,19 @@ import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
+from ..ops import dispatch
 from ..ops.by_reference import skips
-from ..ops.checks import check_hyperparameters
+from ..ops.checks import check_hyperparameters, gradients_suit
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .checks import check_state, check_whole, name_of
 from .groups import Group
-from .known_tensors import PreparedUpdate, on_gradients
+from .known_tensors import PreparedUpdate
 from .layouts import BucketPlan, Stacks, default_dtype
 from .matrix_calls import Call, KnownCalls, MatrixMethod, planned_calls
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
@@ -84,45 +86,57 @@ class MatrixOptimizer(RootFreeOptimizer):
         self._step(index, work, KnownCalls())
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
-        params, states, steps = work.params, work.states, work.steps  # and not the gradients
+        params, states, steps = work.params, work.states, work.steps  # without the scaler's
         known = KnownCalls()
         group = self.param_groups[index]
+        addresses = _addresses_of_grads(params)
         if not _waits(group, work.scaling):
-            self._calls(index, self._schedule.after(index, group, steps), work, known)
+            after = self._schedule.after(index, group, steps)
+            self._calls(index, after, work, known, addresses)
         optimizer = weakref.ref(self)  # which will own the launch
 
-        def update(grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+        def update(addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
             owner = optimizer()
             assert owner is not None
-            owner._step(index, Work(params, grads, states, steps, scaling), known)
+            owner._step(index, Work(params, states, steps, scaling), known, addresses)
 
-        return on_gradients(params, update)
+        move = None if addresses is None else lambda _, moved: moved
+        return PreparedUpdate(addresses, update, move)
 
-    def _step(self, index: int, work: Work, known: KnownCalls) -> None:
-        """Update a group; `known` are the calls on these tensors."""
+    def _step(
+        self, index: int, work: Work, known: KnownCalls, addresses: Tensor | None = None
+    ) -> None:
+        """Update a group; `known` are the calls on these tensors, which take the addresses."""
         group = self.param_groups[index]
         if _waits(group, work.scaling):
             return  # what is updates_factors next and which K K^T are stale stays as it was
         updates_factors = self._schedule.at(index, group, work.steps)
-        for call in self._calls(index, updates_factors, work, known):
-            call(work.grads, group, work.scaling)
+        for call in self._calls(index, updates_factors, work, known, addresses):
+            call(addresses, group, work.scaling)
 
     def _calls(
-        self, index: int, updates_factors: UpdatesFactors, work: Work, known: KnownCalls
+        self,
+        index: int,
+        updates_factors: UpdatesFactors,
+        work: Work,
+        known: KnownCalls,
+        addresses: Tensor | None,
     ) -> list[Call]:
         """The operator's calls of such a step, from those known for the group's stacks."""
+        group = self.param_groups[index]
+        kind = updates_factors, group.get("row_beta") is None
         if known.stacks is not self._stacks.get(index):
             known.by_kind.clear()
-        if updates_factors not in known.by_kind:
+        if kind not in known.by_kind:
             stacks = self._stacked(index, work.states)
             if stacks is not known.stacks:
                 known.by_kind.clear()
             plan = stacks.plan(work.states, updates_factors)
             calls = planned_calls(
-                self._matrix_method, self.param_groups[index], updates_factors, work, plan
+                self._matrix_method, group, updates_factors, work, plan, addresses
             )
-            known.stacks, known.by_kind[updates_factors] = stacks, (plan, calls)
-        self._plans[index], calls = known.by_kind[updates_factors]
+            known.stacks, known.by_kind[kind] = stacks, (plan, calls)
+        self._plans[index], calls = known.by_kind[kind]
         return calls
 
     def _stacked(self, index: int, states: list[State]) -> Stacks:
@@ -160,6 +174,13 @@ class MatrixOptimizer(RootFreeOptimizer):
 
 def _has_matrices(params: list[Tensor]) -> bool:
     return any(is_lazy(p) or sum(size != 1 for size in p.shape) > 1 for p in params)
+
+
+def _addresses_of_grads(params: list[Tensor]) -> Tensor | None:
+    """Where the gradients are, for launches that ask for no more; None where none does."""
+    if not (any(map(dispatch.triton_serves, params)) and gradients_suit(params)):
+        return None
+    return torch.tensor([p.grad.data_ptr() for p in params if p.grad is not None], device="cpu")
 
 
 def _waits(group: Group, scaling: Scaling) -> bool:

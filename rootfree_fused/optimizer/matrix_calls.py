@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from ..ops import matrix, rootfree_shampoo
-from ..ops.dispatch import matrix_kernel
+from ..ops.dispatch import DiagonalKernels, MatrixKernels, matrix_kernel, matrix_kernels
 from ..ops.methods import RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod, settings_of
 from ..ops.schemas import as_scalar_tensor
 from ..reference.matrix import largest_update
 from .amp_and_graphs import Scaling
 from .base import Work
-from .diagonal import state_lists, update_
+from .diagonal import KnownUpdate, number_or_tensor
 from .groups import Group
+from .known_tensors import reader
 from .layouts import Bucket, BucketPlan, Stacks
 from .schedule import UpdatesFactors
 from .state import ROWS, momentum_buffers
 
-# An operator's call on known tensors, for their gradients, a group's settings and a scaler's.
-Call = Callable[[list[Tensor], Group, Scaling], None]
+# An operator's call on known tensors, with a group's settings and a scaler's. First where the
+# gradients of all parameters are (int64, on the host), or None where that is not known.
+Call = Callable[[Tensor | None, Group, Scaling], None]
 
 
 class KnownCalls:
@@ -32,7 +34,7 @@ class KnownCalls:
 
     def __init__(self) -> None:
         self.stacks: Stacks | None = None
-        self.by_kind: dict[UpdatesFactors, tuple[BucketPlan, list[Call]]] = {}
+        self.by_kind: dict[Hashable, tuple[BucketPlan, list[Call]]] = {}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class MatrixMethod:
     average: the keys of what the factors are learned from, an axis.
     undamped: what goes wrong at a damping of 0.
     vectors: what updates parameters without factors, by the setting vector_method.
-    tensors, settings: what the operator takes, but for lr and which products are stale.
+    tensors, settings: what the operator takes, but for steps, if it `counts`, for lr and for which
+        products are stale.
     """
 
     name: str
@@ -51,8 +54,9 @@ class MatrixMethod:
     average: str
     undamped: str
     vectors: Mapping[str, DiagonalMethod]
-    tensors: Callable[[_Matrices, list[Tensor], Group], tuple[Any, ...]]
+    tensors: Callable[[_Matrices, list[Tensor]], tuple[Any, ...]]
     settings: Callable[[Group], dict[str, Any]]
+    counts: bool
 
 
 def planned_calls(
@@ -61,11 +65,13 @@ def planned_calls(
     updates_factors: UpdatesFactors,
     work: Work,
     plan: BucketPlan,
+    addresses: Tensor | None,
 ) -> list[Call]:
-    """What a plan asks of the operators."""
+    """What a plan asks of the operators; addresses: of the gradients, as a `Call` takes them."""
     calls: list[Call] = []
     if plan.vectors:
-        calls.append(_Vectors(method.vectors[group["vector_method"]], plan.vectors, work, group))
+        vectors = method.vectors[group["vector_method"]]
+        calls.append(_Vectors(vectors, plan.vectors, work, group, addresses))
     # One call for all buckets of a device that update their factors, and one for the others; on the
     # CPU they run one by one.
     together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
@@ -74,7 +80,7 @@ def planned_calls(
         key = id(bucket) if device == "cpu" else device
         together[updates_factors[bucket.members[0]], key].append(bucket)
     for (update, _), buckets in together.items():
-        calls.append(_Matrices(method, buckets, update, work, group))
+        calls.append(_Matrices(method, buckets, update, work, group, addresses))
     return calls
 
 
@@ -90,21 +96,54 @@ def _steps_of(indices: list[int], steps: Tensor) -> Callable[[], Tensor]:
     return lambda: steps.index_select(0, chosen)
 
 
+class _PlanAtGradients:
+    """A plan of Triton's launches, for the gradients of some parameters wherever they are.
+
+    plan: for gradients that are at `addresses` now; None where there is none.
+    """
+
+    def __init__(
+        self,
+        kernels: DiagonalKernels | MatrixKernels | None,
+        plan: Any,
+        indices: list[int],
+        addresses: Tensor | None,
+    ) -> None:
+        self._kernels, self._plan, self._moved = kernels, plan, plan
+        self._indices, self._addresses = torch.tensor(indices, device="cpu"), addresses
+
+    def at(self, addresses: Tensor | None) -> Any:
+        """The plan, or None where the operator has to look at the tensors."""
+        if self._kernels is None or self._plan is None or addresses is None:
+            return None
+        if addresses is not self._addresses:
+            self._moved = self._kernels.move_grads(self._plan, addresses[self._indices])
+            self._addresses = addresses
+        return self._moved
+
+
 class _Vectors:
     """The call of the operator for the parameters at these indices, which have no factors."""
 
     def __init__(
-        self, method: DiagonalMethod, indices: list[int], work: Work, group: Group
+        self,
+        method: DiagonalMethod,
+        indices: list[int],
+        work: Work,
+        group: Group,
+        addresses: Tensor | None,
     ) -> None:
-        self._method, self._indices = method, indices
-        self._params, states = _pick(indices, work.params, work.states)
-        self._states = state_lists(method, states, group)
-        self._steps = _steps_of(indices, work.steps) if method.counts else None
+        params, states = _pick(indices, work.params, work.states)
+        self._known = KnownUpdate(method, params, states, group, _steps_of(indices, work.steps))
+        known = self._known
+        self._plan = _PlanAtGradients(known.kernels, known.plan, indices, addresses)
 
-    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
-        own = [grads[i] for i in self._indices]
-        steps = (self._steps(),) if self._steps else ()
-        update_(self._method, group, scaling, self._params, own, *self._states, *steps)
+    def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
+        plan = self._plan.at(addresses)
+        if plan is None:
+            self._known.update(group, scaling)
+        else:
+            self._known.launch(plan, group, scaling)
 
 
 class _Matrices:
@@ -117,49 +156,67 @@ class _Matrices:
         update_factors: bool,
         work: Work,
         group: Group,
+        addresses: Tensor | None,
     ) -> None:
         self._method, self._buckets, self._update_factors = method, buckets, update_factors
-        self._indices = [i for bucket in buckets for i in bucket.members]
-        self.params, self.states = _pick(self._indices, work.params, work.states)
-        self.buffers = momentum_buffers(self.states, group.get("momentum", 1.0))
+        indices = [i for bucket in buckets for i in bucket.members]
+        self.params, states = _pick(indices, work.params, work.states)
+        self.buffers = momentum_buffers(states, group.get("momentum", 1.0))
+        self.rows = [] if group.get("row_beta") is None else [state[ROWS] for state in states]
         self.stacks = {
             name: [tensor for bucket in buckets for tensor in getattr(bucket, name)]
             for name in ("factors", "residuals", "averages", "products")
         }
-        self.steps = _steps_of(self._indices, work.steps)
-        own = [work.grads[i] for i in self._indices]
+        self._steps = _steps_of(indices, work.steps)
+        self._grads = reader(self.params)
         self._axes = (
             {} if method is ROOTFREE_SHAMPOO else {"axes": [len(b.factors) for b in buckets]}
         )
+        own = self._grads()
         alone = len(buckets) == 1 and all(
             t.is_contiguous() for t in (*self.params, *own, *self.buffers)
         )
         self._kernel = (
             matrix_kernel(method.kernel, self.params, buckets[0].residuals) if alone else None
         )
+        kernels = None if addresses is None else matrix_kernels(method.name, self.params)
+        plan = kernels and kernels.prepare(
+            *method.tensors(self, own), **self._axes, update_factors=update_factors
+        )
+        self._plan = _PlanAtGradients(kernels, plan, indices, addresses)
+        self._launch = kernels and kernels.launch
 
-    def __call__(self, grads: list[Tensor], group: Group, scaling: Scaling) -> None:
+    def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
         refresh_products = any(bucket.products_are_stale() for bucket in self._buckets)
-        own = [grads[i] for i in self._indices]
-        tensors = (*self._method.tensors(self, own, group), as_scalar_tensor(group["lr"]))
-        scalars = {
-            **self._method.settings(group),
-            "update_factors": self._update_factors,
-            "refresh_products": refresh_products,
-        }
-        if self._kernel and not scaling:
-            self._kernel(*tensors, **scalars)
+        steps = (self._steps(),) if self._method.counts else ()
+        settings = self._method.settings(group)
+        plan = self._plan.at(addresses)
+        if self._launch and plan and (self._update_factors or not refresh_products):
+            lr = number_or_tensor(group["lr"])
+            self._launch(plan, *steps, lr, **settings, **scaling)
         else:
-            operator = getattr(torch.ops.rootfree_fused, self._method.name)
-            operator(*tensors, **self._axes, **scalars, **scaling)
+            tail = *steps, as_scalar_tensor(group["lr"])
+            self._operate(tail, settings, refresh_products, scaling)
         # Now, since the specification counts as a write. A step that the device may skip makes no
         # new K K^T there; without an interval each does.
         if "found_inf" not in scaling or group["update_interval"] > 1:
             for bucket in self._buckets:
                 bucket.note_versions()
 
+    def _operate(
+        self, tail: tuple[Tensor, ...], settings: dict[str, Any], refresh: bool, scaling: Scaling
+    ) -> None:
+        """The operator; tail: steps, where it counts, and lr."""
+        tensors = *self._method.tensors(self, self._grads()), *tail
+        switches = {"update_factors": self._update_factors, "refresh_products": refresh}
+        if self._kernel and not scaling:
+            self._kernel(*tensors, **settings, **switches)
+        else:
+            operator = getattr(torch.ops.rootfree_fused, self._method.name)
+            operator(*tensors, **self._axes, **settings, **switches, **scaling)
 
-def _ifshampoo_tensors(call: _Matrices, grads: list[Tensor], group: Group) -> tuple[Any, ...]:
+
+def _ifshampoo_tensors(call: _Matrices, grads: list[Tensor]) -> tuple[Any, ...]:
     names = ("factors", "residuals", "averages", "products")
     return (call.params, grads, *(call.stacks[name] for name in names), call.buffers)
 
@@ -173,13 +230,9 @@ def _ifshampoo_settings(group: Group) -> dict[str, Any]:
     }
 
 
-def _rootfree_shampoo_tensors(
-    call: _Matrices, grads: list[Tensor], group: Group
-) -> tuple[Any, ...]:
+def _rootfree_shampoo_tensors(call: _Matrices, grads: list[Tensor]) -> tuple[Any, ...]:
     names = ("averages", "factors", "residuals", "products")
-    stacks = (call.stacks[name] for name in names)
-    rows = [] if group["row_beta"] is None else [state[ROWS] for state in call.states]
-    return (call.params, grads, call.buffers, rows, *stacks, call.steps())
+    return (call.params, grads, call.buffers, call.rows, *(call.stacks[name] for name in names))
 
 
 def _rootfree_shampoo_settings(group: Group) -> dict[str, Any]:
@@ -195,6 +248,7 @@ IFSHAMPOO = MatrixMethod(
     vectors={"rmsprop": RMSPROP, "factor": RMSPROP},
     tensors=_ifshampoo_tensors,
     settings=_ifshampoo_settings,
+    counts=False,
 )
 ROOTFREE_SHAMPOO = MatrixMethod(
     name="rootfree_shampoo_",
@@ -204,4 +258,5 @@ ROOTFREE_SHAMPOO = MatrixMethod(
     vectors={"adam": VECTOR_ADAM, "rootfree": VECTOR_ROOTFREE},
     tensors=_rootfree_shampoo_tensors,
     settings=_rootfree_shampoo_settings,
+    counts=True,
 )
