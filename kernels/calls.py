@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,18 +17,18 @@ class KnownKernels:
     """
 
     def __init__(self) -> None:
-        self._compiled: dict[Hashable, tuple[CompiledKernel, list[Any]]] = {}
+        self._known: dict[Hashable, tuple[Callable[..., None], list[Any]]] = {}
 
-    def repeat(self, launch: Hashable, programs: int, args: Sequence[Any]) -> bool:
+    def repeat(self, launch: Hashable, args: Sequence[Any]) -> bool:
         """Call what this launch was compiled to, or return False where nothing is known of it.
 
         launch: which of the plan's, and its kind. args: all but constants, in the kernel's order.
         """
-        known = self._compiled.get(launch)
+        known = self._known.get(launch)
         if known is None:
             return False
-        compiled, values = known
-        compiled[programs, 1, 1](*args, *values)
+        run, constants = known
+        run(*args, *constants)
         return True
 
     def call(
@@ -46,7 +46,7 @@ class KnownKernels:
         compiled = kernel[(programs,)](*args, **constants)
         if isinstance(compiled, CompiledKernel):  # and was not interpreted
             values = [constants[name] for name in kernel.arg_names[len(args) :]]
-            self._compiled[launch] = compiled, values
+            self._known[launch] = compiled[programs, 1, 1], values
 
 
 def kind_of(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -208,7 +208,7 @@ def launch(
             )
             args = chunks.on_device(), rows.on_device(), table, *numbers
             known = i, name, kind_of(*numbers)
-            if plan.known.repeat(known, programs, args):
+            if plan.known.repeat(known, args):
                 continue
             constants = {
                 "UPDATE": body.update,

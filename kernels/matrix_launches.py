@@ -18,7 +18,6 @@ from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import (
     BucketOfMatrices,
     MatrixPlan,
-    Operands,
     Stack,
     TileRange,
     Tiling,
@@ -125,37 +124,35 @@ class Launches:
         """A launch without products."""
         for i, (part, tiles) in enumerate(self.parts.get(name, ())):
             own = tiles, self.jobs, self.scratch, *args
-            if self._known.repeat((name, i, self.kind), len(tiles), own):
+            if self._known.repeat((name, i, self.kind), own):
                 continue
             blocks = {"BLOCK_M": GATHER_ROWS, "BLOCK_N": GATHER_COLUMNS, "num_warps": GATHER_WARPS}
             options = blocks | named | self._options()
             if part.dtype is not None:
                 options["GRAD"] = DTYPES[part.dtype]
-            self._known.call((name, i, self.kind), kernel, len(tiles), own, options)
+            self._known.call((name, i, self.kind), kernel, part.count, own, options)
 
     def launch(self, name: str, kernel: Any, *args: Any, finish: Any = None, **named: Any) -> None:
         """`kernel` finds its operands by the tables; of stacks it does what `finish` does."""
         for i, (part, tiles) in enumerate(self.parts.get(name, ())):
             if part.operands:
-                self.launch_stacked((name, i, self.kind), tiles, part.operands, finish)
+                self.launch_stacked((name, i, self.kind), part, tiles, finish)
                 continue
             own = tiles, self.jobs, self.scratch, *args
-            if self._known.repeat((name, i, self.kind), len(tiles), own):
+            if self._known.repeat((name, i, self.kind), own):
                 continue
             options = named | self._options() | self._gemm()
             options["PRECISION"] = self.step.tiling.precision
             if part.dtype is not None:
                 options["PARAM"] = DTYPES[part.dtype]
-            self._known.call((name, i, self.kind), kernel, len(tiles), own, options)
+            self._known.call((name, i, self.kind), kernel, part.count, own, options)
 
-    def launch_stacked(
-        self, launch: Hashable, tiles: Tensor, operands: Operands, finish: Any
-    ) -> None:
-        a, b = operands[0], operands[-1]
+    def launch_stacked(self, launch: Hashable, part: TileRange, tiles: Tensor, finish: Any) -> None:
+        a, b = part.operands[0], part.operands[-1]
         shared = self.descriptor(*a), self.descriptor(*b), self.scalars, self.found_inf
-        own = tiles, self.jobs, self.scratch, len(tiles), *shared
-        programs = min(len(tiles), _programs(self.step.device))
-        if not self._known.repeat(launch, programs, own):
+        own = tiles, self.jobs, self.scratch, part.count, *shared
+        if not self._known.repeat(launch, own):
+            programs = min(part.count, _programs(self.step.device))
             options = {"FINISH": finish, "TRANS_B": not b[1]} | self._options() | self._gemm()
             self._known.call(launch, _stacked_kernel, programs, own, options)
 

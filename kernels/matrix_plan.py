@@ -138,6 +138,10 @@ class TileRange(NamedTuple):
     dtype: torch.dtype | None
     operands: Operands
 
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
 
 class StackProduct(NamedTuple):
     """out = A B, or A^T B, of every matrix of a bucket."""
