@@ -166,6 +166,7 @@ def _rows_kernel(
     one_minus_row_beta = tl.load(scalars_ptr + SHAMPOO.one_minus_row_beta)
     change = tl.maximum(one_minus_row_beta, 1.0 / tl.load(steps_ptr + member))
     v = decayed(tl.load(v_ptrs, mask=offs < m, other=0.0), r, 1.0 - change, change)
+    tl.debug_barrier()  # several threads may hold an entry: each has read it before one writes
     tl.store(v_ptrs, v, mask=offs < m)
     factors_ptr = pointer_at(job_ptr + ROWS.factors, scratch_ptr, tl.float32)
     tl.store(factors_ptr + offs, inverse / tl.sqrt(v + _ROW_DAMPING), mask=offs < m)

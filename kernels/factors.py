@@ -126,6 +126,7 @@ def _update_diagonal_momentum(job_ptr, scratch_ptr, d, ratio, c1, scalars_ptr, p
     k = tl.load(k_ptrs, mask=mask, other=0.0)
     m = tl.load(m_ptrs, mask=mask, other=0.0)
     m = _momentum_update(m, gram + ratio * k * k, c1, 1.0, scalars_ptr)
+    tl.debug_barrier()  # several threads may hold an entry: each has read it before one writes
     tl.store(m_ptrs, m, mask=mask)
     return tl.sum(tl.where(mask, m * m, 0.0), 0)
 
@@ -299,6 +300,7 @@ def _factors_kernel(
         diagonal = tl.load(ptrs, mask=offs < d)
         m_ptr = ragged_pointer_at(job_ptr + FACTORS.operand, scratch_ptr, tl.float32)
         m = tl.load(m_ptr + offs, mask=offs < d)
+        tl.debug_barrier()  # as for momenta
         tl.store(ptrs, _factor_update(diagonal, diagonal * m, step), mask=offs < d)
     else:
         factor = (pointer_at(job_ptr + FACTORS.old, scratch_ptr, FACTOR), d)

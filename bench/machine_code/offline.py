@@ -60,6 +60,7 @@ def compile_call(kernel: JITFunction, call: Call, architecture: int) -> Program:
         metadata.shared,
         metadata.num_warps,
         getattr(metadata, "tmem_size", None) or 0,
+        compiled.asm["ttir"],
     )
 
 
@@ -72,6 +73,7 @@ class Program:
     shared_bytes: int
     num_warps: int
     tensor_columns: int = 0
+    ir: str = ""  # Triton's, with every call inlined
 
     @cached_property
     def instructions(self) -> list[str]:
