@@ -55,6 +55,7 @@ from .calls import kind_of
 from .factors import _factor_momenta_kernel, _factors_kernel, finish_factor
 from .matrix_jobs import build_plan
 from .matrix_launches import (
+    B,
     Launches,
     PreparedMatrices,
     accessible,
@@ -68,6 +69,7 @@ from .matrix_plan import (
     MatrixBucket,
     MatrixPlan,
     Tiling,
+    flops_of,
     kept_plan,
     starts_aligned,
 )
@@ -92,6 +94,12 @@ SMALL = Tiling(block=64, block_k=64, num_warps=4, num_stages=4, precision=None)
 # The multiprocessors of an H100. A stack of so many gets launches of its own on Hopper: on an H200
 # 1024 tiles (64 of 512 x 512) gain 8 % of an update by that, 160 (40 of 256 x 256) nothing.
 ENOUGH_LARGE_TILES = 132
+# What a FLOP in SMALL tiles takes of one in LARGE: 8.39 ms to 5.45, above.
+SMALL_TILES_TAKE = 1.54
+# Small matrices beside large ones get launches of their own where that saves so many FLOPs in large
+# tiles: eight launches more take 0.04 ms of an H200 (bench/HISTORY.md), at 400 TFLOP/s. Root-free
+# Shampoo has thirteen, and a third more FLOPs.
+WORTH_LAUNCHES = 16e9
 # Three TF32 products a product keep 23 of the 24 bits of each operand. On an H200, 114 of 1024 x
 # 1024: 59 ms a step, by scalar units 105 ms in 64 x 64 x 16 tiles and 79 ms in 128 x 128 x 16.
 FLOAT32 = Tiling(block=64, block_k=32, num_warps=4, num_stages=3, precision="tf32x3")
@@ -151,7 +159,7 @@ def prepare(
     if len(served) < len(buckets) or not are_accessible(lists):
         return None
     plan = functools.partial(_find_plan, update=update_factors, refresh=False)
-    return prepared(served, lists, plan)
+    return prepared(served, lists, parted, plan)
 
 
 def ifshampoo_(
@@ -174,7 +182,7 @@ def ifshampoo_(
     dense = {name: list(map(accessible, tensors)) for name, tensors in lists.items()}
     refresh = refresh_products and not update_factors
     plan = functools.partial(_find_plan, update=update_factors, refresh=refresh)
-    launch(prepared(buckets, dense, plan), lr, **settings)
+    launch(prepared(buckets, dense, parted, plan), lr, **settings)
     for name, results in dense.items():
         if name != "grad":
             copy_back(lists[name], results, buckets)
@@ -269,12 +277,28 @@ def _bucket(
 def tiling_of(
     device: torch.device, dtype: torch.dtype, buckets: Sequence[BucketOfMatrices]
 ) -> Tiling:
-    """How the GEMMs of these buckets are cut."""
+    """How the GEMMs of buckets that share launches are cut: see `parted`."""
     if dtype == torch.float32:
         return FLOAT32
-    if sum(map(_large_tiles, buckets)) < ENOUGH_LARGE_TILES:
+    enough = sum(map(_large_tiles, buckets)) >= ENOUGH_LARGE_TILES
+    if not enough or sum(map(_saved_by_small_tiles, buckets)) > 0:
         return SMALL
     return LARGE_HOPPER if _is_hopper(device) else LARGE
+
+
+def parted(device: torch.device, dtype: torch.dtype, buckets: Sequence[B]) -> list[Sequence[B]]:
+    """These buckets by tiling, each part with launches of its own: two parts if that pays."""
+    small = [bucket for bucket in buckets if _saved_by_small_tiles(bucket) > 0]
+    large = [bucket for bucket in buckets if _saved_by_small_tiles(bucket) <= 0]
+    pays = sum(map(_saved_by_small_tiles, small)) > WORTH_LAUNCHES
+    if pays and large and tiling_of(device, dtype, large).block == LARGE.block:
+        return [large, small]
+    return [buckets]
+
+
+def _saved_by_small_tiles(bucket: BucketOfMatrices) -> float:
+    """FLOPs in large tiles that take as long as what small tiles save; less than 0 if they lose."""
+    return flops_of(bucket, LARGE.block) - SMALL_TILES_TAKE * flops_of(bucket, SMALL.block)
 
 
 def _large_tiles(bucket: BucketOfMatrices) -> int:

@@ -72,16 +72,21 @@ class PreparedMatrices:
 def prepared(
     buckets: Sequence[B],
     lists: dict[str, Sequence[Tensor]],
-    plan_of: Callable[[torch.device, torch.dtype, list[B]], tuple[MatrixPlan, Tiling]],
+    parted: Callable[[torch.device, torch.dtype, Sequence[B]], list[Sequence[B]]],
+    plan_of: Callable[[torch.device, torch.dtype, Sequence[B]], tuple[MatrixPlan, Tiling]],
 ) -> list[PreparedMatrices]:
-    """A step of these buckets; `lists` are accessible, by the fields of `slots.Member`."""
+    """A step of these buckets; `lists` are accessible, by the fields of `slots.Member`.
+
+    parted: which buckets of a device and GEMM dtype share launches.
+    """
     found = []
     for (device, dtype), members in grouped(buckets).items():
-        plan, tiling = plan_of(device, dtype, members)
         table = member_table(device, lists)
-        found.append(
-            PreparedMatrices(device, dtype, tiling, plan, members, table, "buffer" in lists)
-        )
+        for part in parted(device, dtype, members):
+            plan, tiling = plan_of(device, dtype, part)
+            found.append(
+                PreparedMatrices(device, dtype, tiling, plan, part, table, "buffer" in lists)
+            )
     return found
 
 

@@ -65,6 +65,18 @@ def grouped(buckets: Sequence[_Bucket]) -> dict[tuple[torch.device, torch.dtype]
     return groups
 
 
+def flops_of(bucket: BucketOfMatrices, block: int) -> int:
+    """FLOPs of an update of IF-Shampoo in tiles of block x block, whatever they have of use."""
+    total = 0
+    across = [-(-size // block) for size in bucket.sizes]
+    for n, (d, dense) in enumerate(zip(bucket.sizes, bucket.dense, strict=True)):
+        if dense:
+            triangle = across[n] * (across[n] + 1) // 2
+            total += 2 * across[0] * across[1] * d  # two products with G
+            total += triangle * (2 * d + bucket.sizes[1 - n]) + across[n] ** 2 * d
+    return 2 * block**2 * total * len(bucket.indices)
+
+
 class MatrixBucket(NamedTuple):
     """Matrices of equal shapes, whose factor state is stacked; a list has a tensor an axis."""
 

@@ -50,7 +50,7 @@ from .directions import (
 )
 from .gradients import _momentum_kernel, _scale_kernel, _transform_kernel
 from .grams import _grams_kernel
-from .matrix import MAX_COLUMNS, suits_stacks, tiling_of
+from .matrix import MAX_COLUMNS, parted, suits_stacks, tiling_of
 from .matrix_launches import (
     Launches,
     PreparedMatrices,
@@ -125,7 +125,7 @@ def prepare(
     served = list(filter(None, buckets))
     if len(served) < len(buckets) or not are_accessible(lists):
         return None
-    return prepared(served, lists, _plans_of(lists, update_factors, refresh=False))
+    return prepared(served, lists, parted, _plans_of(lists, update_factors, refresh=False))
 
 
 def rootfree_shampoo_(
@@ -152,7 +152,7 @@ def rootfree_shampoo_(
         for name, tensors in lists.items()
     }
     plans = _plans_of(lists, update_factors, refresh_products and not update_factors)
-    launch(prepared(buckets, dense, plans), steps, lr, **settings)
+    launch(prepared(buckets, dense, parted, plans), steps, lr, **settings)
     for name in ("param", "buffer", "averages"):
         if name in lists:
             copy_back(lists[name], dense[name], buckets)
