@@ -3,7 +3,8 @@
 Each part is a process of its own with a limit of its own, so that one that fails or hangs leaves
 the others their GPU and their time; rows are written as they are measured, and what a part printed
 lies in a log beside them, all in one archive at the end. First come a few tests, which show what is
-broken and leave compiled kernels to the benchmarks. The report names troubles first and ends with
+broken and leave compiled kernels to the benchmarks. Where ncu and compute-sanitizer are installed,
+they watch a step each; what they say is a log. The report names troubles first and ends with
 the targets. Without a GPU the same command rehearses itself on small sizes, and says so.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +36,20 @@ LIMITS = {
     "limits": (25, 2.0),
     "whole steps": (90, 10.0),
     "products": (60, 8.0),
+    "ncu": (40, 0.0),
     "large diagonal": (60, 8.0),
     "many tensors": (50, 8.0),
-    "tests": (205, 0.0),
+    "memcheck": (20, 0.0),
+    "racecheck": (20, 0.0),
+    "tests": (130, 0.0),  # and all that others leave
+}
+# Programs that watch a case, each with its options. Of `ncu`'s case a step has three launches of
+# these names, so this is the second step's momenta, and its factors of one axis.
+WATCHED = "regex:_factor_momenta_kernel|_factors_kernel|_stacked_factors_kernel"
+TOOLS = {
+    "ncu": ["ncu", "--set", "full", "--kernel-name", WATCHED, "-s", "3", "-c", "2"],
+    "memcheck": ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"],
+    "racecheck": ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"],
 }
 SMOKE = ["tests/kernels/test_gpu.py", "-k", "serve or two_runs or captured_step or launches"]
 # What says most first, in case that time runs out.
@@ -75,11 +88,17 @@ def run(args: argparse.Namespace) -> int:
     if small(device):
         print("no CUDA device: small sizes on the CPU, no GPU test, no product by a kernel")
     for name in rows.remaining(LIMITS):
-        seconds = min(LIMITS[name][0], deadline - time.monotonic())
+        seconds = deadline - time.monotonic()
+        if name != "tests":
+            seconds = min(seconds, LIMITS[name][0])
         if name in TESTS:
             run_tests(rows, device, seconds, name)
             continue
-        run_part(rows, name, case_command(args, name), seconds)
+        command = case_command(args, name)
+        if name in TOOLS:
+            run_watched(rows, device, seconds, name, command)
+            continue
+        run_part(rows, name, command, seconds)
     archive(rows)
     written = rows.finish(table)
     failed = any(row["metric"] == "failed" and row["value"] != 0 for row in written)
@@ -120,6 +139,21 @@ def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
         last = " ".join(printed.strip().splitlines()[-1:])
         rows.add(name, "process", "failed", 1, "", why=f"{why}: {last}"[:300])
     return printed
+
+
+def run_watched(
+    rows: Rows, device: torch.device, seconds: float, name: str, command: list[str]
+) -> None:
+    """A case under one of `TOOLS`, where that is installed; its report is the part's log."""
+    tool, *options = TOOLS[name]
+    program = shutil.which(tool)
+    if small(device) or program is None:
+        why = "no CUDA device" if small(device) else f"no {tool} on PATH"
+        rows.add(name, "process", "skipped", None, "", why=why)
+        return
+    # Every tensor an allocation of its own: what is written behind its end is seen.
+    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+    run_part(rows, name, [*alone, program, *options, *command], seconds)
 
 
 def stop_session(part: subprocess.Popen[bytes]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import Parameter
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from . import diag
 from .matrix import checked_step, step_flops
 from .measuring.common import (
+    Call,
+    Shape,
     device_timer,
     dtype_name,
     interleave,
@@ -157,6 +159,7 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     times = interleave(runs, device_timer(device), seconds=seconds, min_rounds=3)
     for name, timing in times.items():
         rows.add_time("114 of 1024", name, "time", timing)
+    add_launches(rows, {name: runs[name] for name in CAPTURED if name in runs}, device)
     if OURS not in times:
         return
     ours = times[OURS].median
@@ -169,10 +172,49 @@ def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     rows.add("114 of 1024", OURS, "rate fraction", rate / limit, "x mm")
 
 
+def add_launches(rows: Rows, runs: dict[str, Call], device: torch.device) -> None:
+    """Each launch of these steps, by the profiler."""
+    for name, step in runs.items():
+        for launch, seconds in ({} if small(device) else kernel_times(step)).items():
+            rows.add("114 of 1024", f"{name}: {launch}", "time", 1e3 * seconds, "ms")
+
+
+def watched_steps(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Two steps of a stack that is computed as one, for a profiler that looks at the second."""
+    count, n = (2, 32) if small(device) else (32, 1024)
+    step_twice(ifshampoo, [(n, n)] * count, device)
+
+
+def small_matrices(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Steps of either method on rows that are aligned and that are not, for a sanitizer."""
+    for build in CAPTURED.values():
+        step_twice(build, [(24, 16)] * 2 + [(7, 9)] * 2 + [(136, 72)], device)
+
+
+def step_twice(
+    build: Callable[..., Optimizer], shapes: Sequence[Shape], device: torch.device
+) -> None:
+    params, grads = (
+        random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=seed)
+        for seed in (0, 1)
+    )
+    own = [Parameter(param) for param in params]
+    optimizer = build(own, 1, dtype=BF16)
+    for parameter, gradient in zip(own, grads, strict=True):
+        parameter.grad = gradient
+    for _ in range(2):
+        optimizer.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
     "whole steps": whole_steps,
     "products": products,
+    "ncu": watched_steps,
     "many tensors": many_tensors,
+    "memcheck": small_matrices,
+    "racecheck": small_matrices,
 }

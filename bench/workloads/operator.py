@@ -74,6 +74,15 @@ GEMMS = {"product": 3, "factor_momenta": 4, "factors": 2, "products": 2, "params
 CUBLAS = ("nvjet", "gemm")  # in the names of its kernels, which take `product` for stacks
 
 
+def launch_of(kernel: str) -> str | None:
+    """The launch of a kernel by the name that a profiler shows; None for one that is not ours."""
+    if any(part in kernel for part in CUBLAS):
+        return "product"
+    if not (kernel.startswith("_") and kernel.endswith("_kernel")):
+        return None
+    return kernel.removeprefix("_").removeprefix("stacked_").removesuffix("_kernel")
+
+
 def kernel_times(run: Call, rounds: int = 10) -> dict[str, float]:
     """Mean seconds of a run in each of our kernels on a GPU; all launches of one together."""
     for _ in range(3):
@@ -84,11 +93,6 @@ def kernel_times(run: Call, rounds: int = 10) -> dict[str, float]:
         torch.cuda.synchronize()
     times: dict[str, float] = defaultdict(float)
     for event in profile.events():
-        name = event.name.removeprefix("_").removeprefix("stacked_").removesuffix("_kernel")
-        if any(part in event.name for part in CUBLAS):
-            name = "product"
-        elif not event.name.startswith("_"):
-            continue
-        if name == "gather" or name in GEMMS:
+        if name := launch_of(event.name):
             times[name] += event.time_range.elapsed_us() / 1e6 / rounds
     return dict(times)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import tarfile
 import time
@@ -17,6 +18,7 @@ from bench.__main__ import main
 from bench.measuring import rows
 from bench.optimizers import eigh
 from bench.report import targets
+from bench.workloads import operator
 
 # What the CPU cannot rehearse.
 GPU_ALONE = ("K K^T", "K m", "300, graph", "the same, graph", "RootFreeShampoo: graph")
@@ -170,6 +172,78 @@ def test_targets_are_the_end_of_what_a_disaster_prints(tmp_path, monkeypatch, ca
     assert "test_failing.py::test_fails[499]" in (tmp_path / "out" / "gpu-tests.log").read_text()
     with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as tar:
         assert {"gpu.jsonl", "gpu-tests.log", "gpu-products.log"} <= set(tar.getnames())
+
+
+FAKE_TOOL = """#!/bin/sh
+echo "$(basename "$0") $*"
+found=0
+case "$*" in *racecheck*) found=9 ;; esac
+while [ "$1" != "{python}" ]; do shift; done
+"$@" && echo "the case ran" && exit $found
+"""
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """Runs the parts that a program watches, with the programs of these names on PATH alone."""
+
+    def run(*tools):
+        (tmp_path / "bin").mkdir()
+        for tool in tools:
+            path = tmp_path / "bin" / tool
+            path.write_text(FAKE_TOOL.format(python=sys.executable))
+            path.chmod(0o755)
+        monkeypatch.setattr(gpu, "small", lambda _: False)
+        monkeypatch.setattr(gpu, "LIMITS", {name: (120, 0.0) for name in gpu.TOOLS})
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        out = tmp_path / "out"
+        code = main(["gpu", "--device", "cpu", "--dirty", "--out", str(out)])
+        return code, rows.read_rows(out / "gpu.jsonl"), out
+
+    return run
+
+
+def test_cases_run_under_the_programs_that_watch_them(watched):
+    """An error that one finds is a failure, and its report is a log."""
+    code, written, out = watched("ncu", "compute-sanitizer")
+    assert code == 1
+    failed = [(row["case"], row["metric"], row["detail"]["why"]) for row in written]
+    assert failed == [("racecheck", "failed", "exit status 9: the case ran")]
+    logs = {name: (out / f"gpu-{name}.log").read_text() for name in gpu.TOOLS}
+    assert all("the case ran" in log for log in logs.values())
+    assert logs["ncu"].startswith("ncu --set full --kernel-name")
+    assert logs["memcheck"].startswith("compute-sanitizer --tool memcheck")
+    with tarfile.open(out / "gpu.tar.gz") as tar:
+        assert {f"gpu-{name}.log" for name in gpu.TOOLS} <= set(tar.getnames())
+
+
+def test_a_program_that_is_not_there_fails_nothing(watched):
+    code, written, _ = watched("ncu")
+    assert code == 0
+    skipped = [(row["case"], row["metric"], row["detail"]["why"]) for row in written]
+    why = "no compute-sanitizer on PATH"
+    assert skipped == [(name, "skipped", why) for name in ("memcheck", "racecheck")]
+
+
+def test_launches_have_the_names_that_the_profiler_shows():
+    """And the profiler that watches one finds its kernels by theirs."""
+    pytest.importorskip("triton")
+    launches = pytest.importorskip("bench.machine_code.launches")
+    names = {
+        kernel.fn.__name__
+        for calls in (launches.matrix_calls("large"), launches.shampoo_calls("large"))
+        for kernel, _ in calls.values()
+    }
+    found = {operator.launch_of(name) for name in names}
+    own = {"gather", "product", "factor_momenta", "factors", "products", "params"}
+    assert found == own | set(launches.SHAMPOO_KERNELS)
+    assert operator.launch_of("_stacked_inverses_kernel") == "inverses"
+    assert operator.launch_of("nvjet_tst_128x256_64x4") == "product"
+    assert operator.launch_of("void at::native::vectorized_elementwise_kernel") is None
+    pattern = re.compile(gpu.WATCHED.removeprefix("regex:"))
+    of_factors = {"_factor_momenta_kernel", "_factors_kernel"}
+    assert {name for name in names if pattern.search(name)} == of_factors
+    assert pattern.search("_stacked_factors_kernel")
 
 
 def off(optimizer, factor=1.1):
