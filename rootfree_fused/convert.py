@@ -24,6 +24,7 @@ from .optimizer.base import RootFreeOptimizer
 from .optimizer.conversion import Converted, Entry, assembled, entries_of, state_dict_of
 from .optimizer.groups import Group
 from .optimizer.layouts import layout_of
+from .optimizer.stacks import members_of
 from .optimizer.state import MOMENTUM, ROWS, State
 from .reference import is_update_step
 from .reference.rootfree_shampoo import scaled
@@ -219,10 +220,14 @@ def from_ifshampoo(
         if layout is None or not entry.state:
             return Converted(settings, {})
         dtype = state_dtype(entry.param)
-        rows = torch.ones(layout.sizes[:1], dtype=dtype, device=entry.param.device)
+        batch_axes = entry.own["batch_axes"]
+        shape = (*entry.param.shape[:batch_axes], layout.sizes[0])
+        rows = torch.ones(shape, dtype=dtype, device=entry.param.device)
         state = {"step": entry.state["step"], ROWS: rows}
         if MOMENTUM in entry.state:
-            state[MOMENTUM] = scaled(entry.state[MOMENTUM].to(dtype), 1.0)
+            state[MOMENTUM] = entry.state[MOMENTUM].to(dtype, copy=True)
+            for member in members_of([state[MOMENTUM]], batch_axes):
+                member.copy_(scaled(member, 1.0))
         return Converted(settings, state)
 
     return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .ops import WeightDecayMode
 from .optimizer.groups import Group
-from .optimizer.layouts import default_dtype, factor_state, layout_of
+from .optimizer.layouts import batched, default_dtype, factor_state, layout_of
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
@@ -47,8 +47,9 @@ class IFShampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``vector_method``
-            and ``initial_square_avg``, which decide what state there is, may change between steps.
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes``,
+            ``vector_method`` and ``initial_square_avg``, which decide what state there is, may
+            change between steps.
         lr: step size. A tensor of one number is read, never written. The paper's beta_1.
         momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
         damping: weight of the identity, above 0, in the unit of a squared gradient times the batch
@@ -68,6 +69,9 @@ class IFShampoo(MatrixOptimizer):
             tuple of them, one an axis.
         max_dense_dim: the largest axis that may have a dense factor.
         merge_axes: see a tensor of three axes or more as the matrix (first axis, all others).
+        batch_axes: how many of the first axes of every parameter number independent ones, as the
+            first of a stack (experts, outputs, inputs) does: each member is stepped as a parameter
+            of its own, in one bucket with those of its shape.
         vector_method: "rmsprop" or "factor".
         alpha: decay of root-free RMSProp's s for vectors.
         max_update: bound of the entries of P, in units of 1 / sqrt(batch_size damping), near which
@@ -90,10 +94,12 @@ class IFShampoo(MatrixOptimizer):
     ``factor_momentum_N``, of shape (d, d), or (d,) in float32 where diagonal. A bfloat16 factor has
     the bits that its products do not read in ``factor_N_residual`` (int16), so that steps below a
     bfloat16 rounding are not lost. Vectors have ``square_avg`` instead.
+    The batch axes come first in all of them but ``step``.
 
     Raises:
         ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
-            supported or does not fit a shape, an axis too large for a dense factor.
+            supported or does not fit a shape, an axis too large for a dense factor, batch_axes
+            that leave no axis.
         TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
             FullyShardedDataParallel, a sparse gradient, or an argument that torch.optim has and
             this class has not.
@@ -112,6 +118,7 @@ class IFShampoo(MatrixOptimizer):
         "structures",
         "max_dense_dim",
         "merge_axes",
+        "batch_axes",
         "vector_method",
         "initial_square_avg",
     )
@@ -132,6 +139,7 @@ class IFShampoo(MatrixOptimizer):
         structures: Structure | tuple[Structure, ...] = "auto",
         max_dense_dim: int = 2048,
         merge_axes: bool = True,
+        batch_axes: int = 0,
         vector_method: Literal["rmsprop", "factor"] = "rmsprop",
         alpha: float = 0.9,
         max_update: float | None = 8.0,
@@ -156,6 +164,7 @@ class IFShampoo(MatrixOptimizer):
             "structures": structures,
             "max_dense_dim": max_dense_dim,
             "merge_axes": merge_axes,
+            "batch_axes": batch_axes,
             "vector_method": vector_method,
             "alpha": alpha,
             "max_update": max_update,
@@ -174,5 +183,5 @@ class IFShampoo(MatrixOptimizer):
             own = {"square_avg": full_like(param, start)}
         else:
             dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
-            own = factor_state(layout, dtype, start)
+            own = batched(factor_state(layout, dtype, start), param.shape, group)
         return {**own, MOMENTUM: full_like(param, 0.0, optional=True)}

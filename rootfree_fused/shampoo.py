@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .matrix import Structure
 from .optimizer.groups import Group
-from .optimizer.layouts import default_dtype, gram_state, layout_of
+from .optimizer.layouts import batched, default_dtype, gram_state, layout_of
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import ROOTFREE_SHAMPOO
 from .optimizer.state import MOMENTUM, ROWS, Initial, full_like
@@ -56,8 +56,8 @@ class RootFreeShampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim`` and ``vector_method``, which decide
-            what state there is, may change between steps.
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``batch_axes`` and
+            ``vector_method``, which decide what state there is, may change between steps.
         lr: step size. A tensor of one number is read, never written.
         betas: decay per step of M and of S, each in [0, 1).
         damping: lam in units of the mean of S's diagonal, above 0.
@@ -68,6 +68,9 @@ class RootFreeShampoo(MatrixOptimizer):
         structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
             pair of them, of the rows and the columns.
         max_dense_dim: the largest axis that may have a dense factor.
+        batch_axes: how many of the first axes of every parameter number independent ones, as the
+            first of a stack (experts, outputs, inputs) does: each member is stepped as a parameter
+            of its own, in one bucket with those of its shape.
         vector_method: "adam", or "rootfree", the matrices' update with one diagonal factor, which
             plain PyTorch computes.
         vector_beta2: decay of the vectors' second moment, in [0, 1).
@@ -87,10 +90,11 @@ class RootFreeShampoo(MatrixOptimizer):
     (d, d), or (d,) where diagonal. M, S and the averages of rows are float32, or float64 for
     float64 parameters. A bfloat16 factor has the bits that its products do not read in
     ``factor_N_residual`` (int16). Vectors have ``exp_avg`` and ``exp_avg_sq``.
+    The batch axes come first in all of them but ``step``.
 
     Raises:
         ValueError: a hyperparameter out of its range, a structure that is not supported or does
-            not fit a shape, an axis too large for a dense factor.
+            not fit a shape, an axis too large for a dense factor, batch_axes that leave no axis.
         TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
             FullyShardedDataParallel, a sparse gradient, or an argument that this class has not.
 
@@ -102,7 +106,7 @@ class RootFreeShampoo(MatrixOptimizer):
     _matrix_method = ROOTFREE_SHAMPOO
     _replaced = _REPLACED
     _converters = "convert.from_ifshampoo makes one of an IFShampoo's"
-    _shaping = ("factor_dtype", "structures", "max_dense_dim", "vector_method")
+    _shaping = ("factor_dtype", "structures", "max_dense_dim", "batch_axes", "vector_method")
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class RootFreeShampoo(MatrixOptimizer):
         update_interval: int = 1,
         structures: Structure | tuple[Structure, Structure] = "auto",
         max_dense_dim: int = 2048,
+        batch_axes: int = 0,
         vector_method: Literal["adam", "rootfree"] = "adam",
         vector_beta2: float = 0.95,
         vector_rms: float = 1.0,
@@ -135,6 +140,7 @@ class RootFreeShampoo(MatrixOptimizer):
             "update_interval": update_interval,
             "structures": structures,
             "max_dense_dim": max_dense_dim,
+            "batch_axes": batch_axes,
             "vector_method": vector_method,
             "vector_beta2": vector_beta2,
             "vector_rms": vector_rms,
@@ -153,4 +159,5 @@ class RootFreeShampoo(MatrixOptimizer):
         dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
         momentum = full_like(param, 0.0)
         rows = Initial(layout.sizes[:1], momentum.dtype)
-        return {MOMENTUM: momentum, ROWS: rows, **gram_state(layout, dtype, group["damping"])}
+        own = {ROWS: rows, **gram_state(layout, dtype, group["damping"])}
+        return {MOMENTUM: momentum, **batched(own, param.shape, group)}

@@ -58,7 +58,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 _OPTIONAL = ("max_update", "row_beta")
 NUMBERS = _DOMAINS.keys()
 SWITCHES = {name for name, choices in _CHOICES.items() if choices == (False, True)}
-HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, "structures", "update_interval", "max_dense_dim"}
+_LEAST = {"update_interval": 1, "max_dense_dim": 1, "batch_axes": 0}
+HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, "structures"}
 
 
 def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict[str, Any]:
@@ -80,8 +81,8 @@ def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict
                 )
         elif name == "structures":
             _check_structures(value)
-        elif name in ("update_interval", "max_dense_dim"):
-            _check_count(name, value)
+        elif name in _LEAST:
+            _check_count(name, value, _LEAST[name])
         elif value is not None or name not in _OPTIONAL:
             contains, meaning = domains[name]
             for number in _numbers(name, value, meaning):
@@ -122,11 +123,12 @@ def check_switches(**switches: object) -> None:
             raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass True or False")
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: Any, least: int) -> None:
+    cure = f"pass a whole number >= {least}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; pass a whole number >= 1")
-    if value < 1:
-        raise ValueError(f"{name} is {value!r}; pass a whole number >= 1")
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; {cure}")
+    if value < least:
+        raise ValueError(f"{name} is {value!r}; {cure}")
 
 
 def _numbers(name: str, value: Any, meaning: str) -> tuple[Any, ...]:

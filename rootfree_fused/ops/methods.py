@@ -37,6 +37,7 @@ class DiagonalMethod:
         one order that the schema and every kernel have.
     numbers, switches: the settings beside lr and batch_size, floats and bools.
     counts: whether it may need the number of steps.
+    by_tensor: whether an element's update depends on the others of its tensor.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DiagonalMethod:
     numbers: tuple[str, ...]
     switches: tuple[str, ...]
     counts: bool = False
+    by_tensor: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -153,6 +155,7 @@ VECTOR_ROOTFREE = DiagonalMethod(
     numbers=("beta1", "vector_beta2", "weight_decay", "update_rms"),
     switches=("maximize",),
     counts=True,
+    by_tensor=True,
 )
 # The methods that have an operator, by its name; see schemas.register.
 METHODS: dict[str, DiagonalMethod] = {}

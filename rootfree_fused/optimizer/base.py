@@ -259,7 +259,8 @@ class RootFreeOptimizer(DeclaringOptimizer):
         super().__setstate__(state)
         self._reset_caches()
         for group in self.param_groups:
-            restack([self.state[p] for p in group["params"] if p in self.state])
+            owned = [self.state[p] for p in group["params"] if p in self.state]
+            restack(owned, group.get("batch_axes", 0))
         self._watch_state()
 
     def state_dict(self) -> dict[str, Any]:

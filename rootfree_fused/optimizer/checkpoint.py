@@ -176,7 +176,9 @@ def _write_states(
             else:
                 state[key] = value
     written = [optimizer.state[param] for param, _ in loaded if param.numel()]
-    if group.get("initial_square_avg") == AUTO and optimizer._starts.forget(index, written):
+    batch_axes = group.get("batch_axes", 0)
+    waits = group.get("initial_square_avg") == AUTO
+    if waits and optimizer._starts.forget(index, written, batch_axes):
         optimizer._prepared.forget(index)
 
 

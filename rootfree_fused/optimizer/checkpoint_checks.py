@@ -168,9 +168,15 @@ def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any
     values = {
         key: _checked(f"{where}: {key}", key, initial, saved[key]) for key, initial in spec.items()
     }
-    factors = {key: value for key, value in values.items() if _FACTOR.fullmatch(key)}
-    zero = [key for key, value in factors.items() if not is_sharded(value) and not value.any()]
-    if zero and len(zero) < len(factors):
+    started = {
+        key: value.reshape(*value.shape[: spec[key].batch_axes], -1).any(-1).cpu()
+        for key, value in values.items()
+        if _FACTOR.fullmatch(key) and not is_sharded(value)
+    }
+    zero = [
+        key for key, own in started.items() for other in started.values() if (other & ~own).any()
+    ]
+    if zero:
         raise ValueError(
             f"{where}: {', '.join(zero)} is zero and other factors are not, so that no step would "
             f"move the parameter: {_DAMAGED}"
@@ -218,7 +224,7 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
         )
     _check_numbers(where, value, not_negative=key in (ROWS, *second_moments()))
     if key.startswith("gram_") and not is_sharded(value):
-        squares = value.diagonal() if value.dim() == 2 else value
+        squares = initial.structure.diagonal(value) if initial.structure else value
         _check_numbers(where, squares, not_negative=True)
     return value
 

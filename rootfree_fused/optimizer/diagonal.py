@@ -45,7 +45,8 @@ class DiagonalOptimizer(RootFreeOptimizer):
         # The parts of the work, and not the work, which would keep the scaler's tensors.
         states, steps = work.states, work.steps
         group = self.param_groups[index]
-        known = KnownUpdate(self._method, work.params, states, group, lambda: steps)
+        grads = reader(work.params)
+        known = KnownUpdate(self._method, work.params, states, group, lambda: steps, grads)
         if known.kernels is None or known.plan is None:
             return PreparedUpdate(None, lambda _, *rest: known.update(*rest), None)
         return PreparedUpdate(known.plan, known.launch, known.kernels.move_grads)
@@ -64,10 +65,11 @@ class KnownUpdate:
         states: list[State],
         group: Group,
         steps: Callable[[], Tensor],
+        grads: Callable[[], list[Tensor]],
     ) -> None:
-        self._method, self._params, self._steps = method, params, steps
+        self._method, self._params = method, params
+        self._steps, self._grads = steps, grads
         self._states = state_lists(method, states, group)
-        self._grads = reader(params)
         self.kernels = diagonal_kernels(method.name, params) if gradients_suit(params) else None
         lists = [params, self._grads(), *filter(None, self._states)]
         self.plan = self.kernels and self.kernels.prepare(lists)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,23 +26,23 @@ from .state import STACKED, Initial, State
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter is seen: the sizes of its axes and their factors' structures."""
+    """How a parameter, or each member, is seen: the sizes of axes, their factors' structures."""
 
     sizes: tuple[int, ...]
     structures: tuple[Structure, ...]
 
 
 def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
-    """The axes of a parameter, or None for one without factors.
+    """The axes of a parameter, or of each of its members, or None for one without factors.
 
     Axes of size 1 are dropped; a scalar is a vector of 1. With merge_axes, three axes or more are
     seen as the matrix (first axis, all others).
 
     Raises:
-        ValueError: the group's structures do not fit the shape.
+        ValueError: the group's structures or its batch_axes do not fit the shape.
     """
-    sizes = tuple(d for d in shape if d != 1) or (1,)
-    if math.prod(sizes) == 0 or (len(sizes) == 1 and group["vector_method"] != "factor"):
+    sizes = tuple(d for d in shape[_batch_axes(shape, group) :] if d != 1) or (1,)
+    if math.prod(shape) == 0 or (len(sizes) == 1 and group["vector_method"] != "factor"):
         return None
     if group.get("merge_axes", True) and len(sizes) > 2:
         sizes = (sizes[0], math.prod(sizes[1:]))
@@ -72,6 +71,27 @@ def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
             for name, structure in zip(structures, automatic, strict=True)
         ),
     )
+
+
+def _batch_axes(shape: Sequence[int], group: Mapping[str, Any]) -> int:
+    count: int = group.get("batch_axes", 0)
+    if count and count >= len(shape):
+        allowed = " or ".join(map(str, {0, max(len(shape) - 1, 0)}))
+        raise ValueError(
+            f"batch_axes={count} leaves a parameter of shape {tuple(shape)} no axis; pass {allowed}"
+        )
+    return count
+
+
+def batched(
+    spec: Mapping[str, Initial], shape: Sequence[int], group: Mapping[str, Any]
+) -> dict[str, Initial]:
+    """The state of all members of a parameter of this shape, from that of one."""
+    leading = tuple(shape[: _batch_axes(shape, group)])
+    return {
+        key: replace(initial, shape=(*leading, *initial.shape), batch_axes=len(leading))
+        for key, initial in spec.items()
+    }
 
 
 def default_dtype(param: Tensor) -> torch.dtype:
@@ -152,29 +172,30 @@ def gram_state(layout: Layout, dtype: torch.dtype, damping: float) -> dict[str, 
 
 @dataclass
 class Bucket:
-    """Parameters of one layout that are stepped as one, with their factor state stacked.
+    """Matrices of one layout that are stepped as one, with their factor state stacked.
 
     Each list has one tensor an axis: `factors` and `averages`, what they learn from (m of
-    IF-Shampoo, S of root-free Shampoo), of shape (members, d, d), or (members, d) for a diagonal
+    IF-Shampoo, S of root-free Shampoo), of shape (matrices, d, d), or (matrices, d) for a diagonal
     factor; `residuals` (`reference.split`) and `products` K K^T of
-    shape (members, d, d), or empty where there is none. members: positions in the lists of a step.
+    shape (matrices, d, d), or empty where there is none. params: positions in the lists of a step
+    of the parameters whose members they are.
     """
 
-    members: list[int]
+    params: list[int]
     factors: list[Tensor]
     residuals: list[Tensor]
     averages: list[Tensor]
     products: list[Tensor]
     versions: list[int] | None = None
 
-    def part(self, first: int, members: list[int]) -> Bucket:
-        """The `members` that lie from position `first` on."""
+    def part(self, first: int, last: int, params: list[int]) -> Bucket:
+        """Those of `params`, which lie at the positions [first, last)."""
 
         def cut(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor[first : first + len(members)] for tensor in tensors]
+            return [tensor[first:last] for tensor in tensors]
 
         return Bucket(
-            members,
+            params,
             cut(self.factors),
             cut(self.residuals),
             cut(self.averages),
@@ -207,42 +228,48 @@ class Stacks:
     step of one bucket must not leave behind in another.
     """
 
-    def __init__(self, states: Sequence[State], average: str, interval: int) -> None:
+    def __init__(
+        self, states: Sequence[State], average: str, interval: int, batch_axes: int = 0
+    ) -> None:
         self._views: list[tuple[State, str, Tensor]] = []
-        self._positions: dict[int, tuple[Bucket, int]] = {}
-        alike: dict[Any, list[State]] = defaultdict(list)
+        self._spans: dict[int, tuple[Bucket, int, int]] = {}  # a state's positions, [first, last)
+        alike: dict[Any, list[tuple[State, State]]] = defaultdict(list)
         for state in states:
-            kind = [(k, v.shape, v.dtype, v.device) for k, v in state.items() if _is_factor(k)]
+            own = {key: value for key, value in state.items() if _is_factor(key)}
+            kind = tuple((k, v.shape[batch_axes:], v.dtype, v.device) for k, v in own.items())
             if kind:
-                alike[tuple(kind)].append(state)
-        for kind, members in alike.items():
-            keys = [key for key, *_ in kind]
-            for run in runs(members, functools.partial(_follow, keys)):
-                bucket = _stacked(run, average, interval)
-                for position, state in enumerate(run):
-                    self._positions[id(state)] = bucket, position
-                    self._views += [(state, key, state[key]) for key in keys]
+                stack = {key: own[key].view(-1, *shape) for key, shape, *_ in kind}
+                alike[kind].append((state, stack))
+        for found in alike.values():
+            for run in runs(found, _follow):
+                bucket = _stacked([stack for _, stack in run], average, interval)
+                last = 0
+                for state, stack in run:
+                    first, last = last, last + len(stack["factor_0"])
+                    self._spans[id(state)] = bucket, first, last
+                    self._views += [(state, key, state[key]) for key in stack]
 
     def hold(self, states: Sequence[State]) -> bool:
         """Whether they are still the stacks of these states' tensors."""
-        return all(id(state) in self._positions for state in states if "factor_0" in state) and all(
+        return all(id(state) in self._spans for state in states if "factor_0" in state) and all(
             state.get(key) is view for state, key, view in self._views
         )
 
     def plan(self, states: Sequence[State], updates_factors: Sequence[bool]) -> BucketPlan:
         """Buckets of these states: neighbours in a stack that update their factors together."""
         vectors = [i for i, state in enumerate(states) if "factor_0" not in state]
-        found: dict[tuple[int, bool], list[tuple[int, int]]] = defaultdict(list)
+        found: dict[tuple[int, bool], list[tuple[int, int, int]]] = defaultdict(list)
         stacks: dict[int, Bucket] = {}
         for i, state in enumerate(states):
             if "factor_0" in state:
-                stack, position = self._positions[id(state)]
+                stack, first, last = self._spans[id(state)]
                 stacks[id(stack)] = stack
-                found[id(stack), updates_factors[i]].append((position, i))
+                found[id(stack), updates_factors[i]].append((first, last, i))
         buckets = []
-        for (stack_id, _), members in found.items():
-            for run in runs(sorted(members), lambda a, b: b[0] == a[0] + 1):
-                buckets.append(stacks[stack_id].part(run[0][0], [i for _, i in run]))
+        for (stack_id, _), spans in found.items():
+            for run in runs(sorted(spans), lambda a, b: b[0] == a[1]):
+                params = [i for *_, i in run]
+                buckets.append(stacks[stack_id].part(run[0][0], run[-1][1], params))
         return BucketPlan(vectors, buckets)
 
 
@@ -250,11 +277,12 @@ def _is_factor(key: str) -> bool:
     return key.startswith(STACKED)
 
 
-def _follow(keys: Sequence[str], last: State, state: State) -> bool:
-    return all(follows(last[key], state[key]) for key in keys)
+def _follow(last: tuple[State, State], following: tuple[State, State]) -> bool:
+    return all(follows(last[1][key], tensor) for key, tensor in following[1].items())
 
 
 def _stacked(states: Sequence[State], average: str, interval: int) -> Bucket:
+    """The whole stack of some states, each a stack of its own."""
     axes = range(sum(average.format(axis) in states[0] for axis in range(len(states[0]))))
 
     def stacks(key: str) -> list[Tensor]:

@@ -146,7 +146,7 @@ class MatrixOptimizer(RootFreeOptimizer):
             group = self.param_groups[index]
             owned = [state for p in group["params"] if (state := dict.get(self.state, p))]
             stacks = self._stacks[index] = Stacks(
-                owned, self._matrix_method.average, group["update_interval"]
+                owned, self._matrix_method.average, group["update_interval"], group["batch_axes"]
             )
         return stacks
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ from .groups import Group
 from .known_tensors import reader
 from .layouts import Bucket, BucketPlan, Stacks
 from .schedule import UpdatesFactors
-from .state import ROWS, momentum_buffers
+from .stacks import members_of
+from .state import ROWS, State, momentum_buffers
 
 # An operator's call on known tensors, with a group's settings and a scaler's. First where the
 # gradients of all parameters are (int64, on the host), or None where that is not known.
@@ -78,52 +80,82 @@ def planned_calls(
     for bucket in plan.buckets:
         device = bucket.factors[0].device.type
         key = id(bucket) if device == "cpu" else device
-        together[updates_factors[bucket.members[0]], key].append(bucket)
+        together[updates_factors[bucket.params[0]], key].append(bucket)
     for (update, _), buckets in together.items():
         calls.append(_Matrices(method, buckets, update, work, group, addresses))
     return calls
 
 
-def _pick(indices: list[int], *lists: list[Any]) -> list[list[Any]]:
-    return [[items[i] for i in indices] for items in lists]
+class _Members:
+    """The members of the parameters at these indices; owners: of which parameter each is."""
+
+    def __init__(self, indices: list[int], work: Work, batch_axes: int) -> None:
+        self._batch_axes = batch_axes
+        owned = [work.params[i] for i in indices]
+        self._read = reader(owned)
+        self.params = self.of(owned)
+        self.states = [work.states[i] for i in indices]  # of the parameters
+        counts = [math.prod(param.shape[:batch_axes]) for param in owned]
+        self.owners = [i for i, n in zip(indices, counts, strict=True) for _ in range(n)]
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of one tensor a parameter."""
+        return members_of(tensors, self._batch_axes)
+
+    def grads(self) -> list[Tensor]:
+        return self.of(self._read())
+
+    def own_states(self, keys: Iterable[str]) -> list[State]:
+        """Of these keys, which all parameters have, the state of each member."""
+        columns = [self.of([state[key] for state in self.states]) for key in keys]
+        return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _steps_of(indices: list[int], steps: Tensor) -> Callable[[], Tensor]:
     """How to read the counts of the parameters at these indices, which change in place."""
     if indices == list(range(len(steps))):
         return lambda: steps
-    chosen = torch.tensor(indices, device=steps.device)
+    chosen = torch.tensor(indices, dtype=torch.long, device=steps.device)
     return lambda: steps.index_select(0, chosen)
 
 
 class _PlanAtGradients:
     """A plan of Triton's launches, for the gradients of some parameters wherever they are.
 
-    plan: for gradients that are at `addresses` now; None where there is none.
+    plan: for `grads`, those of members of the parameters at the indices `owners`, whose own are at
+        `addresses` now; None where there is none.
     """
 
     def __init__(
         self,
         kernels: DiagonalKernels | MatrixKernels | None,
         plan: Any,
-        indices: list[int],
+        owners: list[int],
+        grads: list[Tensor],
         addresses: Tensor | None,
     ) -> None:
         self._kernels, self._plan, self._moved = kernels, plan, plan
-        self._indices, self._addresses = torch.tensor(indices, device="cpu"), addresses
+        self._owners, self._addresses = torch.tensor(owners, device="cpu"), addresses
+        if addresses is not None:  # a member's gradient lies where its owner's does, and so far on
+            own = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
+            self._offsets = own - addresses[self._owners]
 
     def at(self, addresses: Tensor | None) -> Any:
         """The plan, or None where the operator has to look at the tensors."""
         if self._kernels is None or self._plan is None or addresses is None:
             return None
         if addresses is not self._addresses:
-            self._moved = self._kernels.move_grads(self._plan, addresses[self._indices])
+            here = addresses[self._owners] + self._offsets
+            self._moved = self._kernels.move_grads(self._plan, here)
             self._addresses = addresses
         return self._moved
 
 
 class _Vectors:
-    """The call of the operator for the parameters at these indices, which have no factors."""
+    """The call of the operator for the parameters at these indices, which have no factors.
+
+    Members matter to a method that sees a tensor as a whole; to others an element is an element.
+    """
 
     def __init__(
         self,
@@ -133,10 +165,11 @@ class _Vectors:
         group: Group,
         addresses: Tensor | None,
     ) -> None:
-        params, states = _pick(indices, work.params, work.states)
-        self._known = KnownUpdate(method, params, states, group, _steps_of(indices, work.steps))
-        known = self._known
-        self._plan = _PlanAtGradients(known.kernels, known.plan, indices, addresses)
+        own = _Members(indices, work, group.get("batch_axes", 0) if method.by_tensor else 0)
+        states = own.own_states(method.states) if method.by_tensor else own.states
+        steps = _steps_of(own.owners, work.steps)
+        self._known = known = KnownUpdate(method, own.params, states, group, steps, own.grads)
+        self._plan = _PlanAtGradients(known.kernels, known.plan, own.owners, own.grads(), addresses)
 
     def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
         plan = self._plan.at(addresses)
@@ -159,16 +192,18 @@ class _Matrices:
         addresses: Tensor | None,
     ) -> None:
         self._method, self._buckets, self._update_factors = method, buckets, update_factors
-        indices = [i for bucket in buckets for i in bucket.members]
-        self.params, states = _pick(indices, work.params, work.states)
-        self.buffers = momentum_buffers(states, group.get("momentum", 1.0))
-        self.rows = [] if group.get("row_beta") is None else [state[ROWS] for state in states]
+        indices = [i for bucket in buckets for i in bucket.params]
+        members = _Members(indices, work, group.get("batch_axes", 0))
+        self.params, states = members.params, members.states
+        self.buffers = members.of(momentum_buffers(states, group.get("momentum", 1.0)))
+        rows = [] if group.get("row_beta") is None else [state[ROWS] for state in states]
+        self.rows = members.of(rows)
         self.stacks = {
             name: [tensor for bucket in buckets for tensor in getattr(bucket, name)]
             for name in ("factors", "residuals", "averages", "products")
         }
-        self._steps = _steps_of(indices, work.steps)
-        self._grads = reader(self.params)
+        self._steps = _steps_of(members.owners, work.steps)
+        self._grads = members.grads
         self._axes = (
             {} if method is ROOTFREE_SHAMPOO else {"axes": [len(b.factors) for b in buckets]}
         )
@@ -183,7 +218,7 @@ class _Matrices:
         plan = kernels and kernels.prepare(
             *method.tensors(self, own), **self._axes, update_factors=update_factors
         )
-        self._plan = _PlanAtGradients(kernels, plan, indices, addresses)
+        self._plan = _PlanAtGradients(kernels, plan, members.owners, own, addresses)
         self._launch = kernels and kernels.launch
 
     def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:

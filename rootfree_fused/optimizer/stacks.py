@@ -1,11 +1,14 @@
 """State of many parameters as one tensor: of each, its state tensors are views.
 
+The first `batch_axes` axes of a parameter, and of its state, number members: independent parameters
+in all but name, whose state is stacked as theirs.
 Stacks are made where state is allocated, or copied, and nobody holds it yet. Afterwards no tensor
 is put in another's place: whoever holds one, or shares its memory, holds what a step works on.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
@@ -18,7 +21,7 @@ from .amp_and_graphs import Scaling, steps_taken
 from .state import STACKED, Initial, State
 
 T = TypeVar("T")
-# What a state tensor's memory looks like: key, shape, dtype and device.
+# What the memory of a member's state tensor looks like: key, shape, dtype and device.
 _Form = tuple[str, tuple[int, ...], torch.dtype, torch.device]
 
 
@@ -28,34 +31,47 @@ def allocate(
     """The declared tensors of each parameter, stacked with those that are stepped with them."""
     states: list[State] = [{} for _ in specs]
     forms = [
-        [(k, i.shape, i.dtype, device[k]) for k, i in spec.items() if i.like is None]
+        [
+            (k, i.shape[i.batch_axes :], i.dtype, device[k])
+            for k, i in spec.items()
+            if i.like is None
+        ]
         for spec, device in zip(specs, devices, strict=True)
     ]
     built: dict[tuple[int, str], Tensor] = {}
     for form, members in _alike(forms):
-        initial = specs[members[0]][form[0]]
-        stack = initial(form[3], len(members))
-        built |= {(i, form[0]): view for i, view in zip(members, stack.unbind(), strict=True)}
+        key, *_, place = form
+        shapes = [specs[i][key].shape for i in members]
+        counts = [math.prod(specs[i][key].shape[: specs[i][key].batch_axes]) for i in members]
+        parts = specs[members[0]][key](place, sum(counts)).split(counts)
+        views = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        built |= {(i, key): view for i, view in zip(members, views, strict=True)}
     for i, (spec, device) in enumerate(zip(specs, devices, strict=True)):
         for key, initial in spec.items():
             states[i][key] = built[i, key] if (i, key) in built else initial(device[key])
     return states
 
 
-def restack(states: Sequence[State]) -> None:
+def restack(states: Sequence[State], batch_axes: int) -> None:
     """Stack what `allocate` stacks, in states whose tensors nobody else holds."""
     forms = [
         [
-            (key, tuple(value.shape), value.dtype, value.device)
+            (
+                key,
+                tuple(value.shape[0 if key == "step" else batch_axes :]),
+                value.dtype,
+                value.device,
+            )
             for key, value in state.items()
             if key == "step" or str(key).startswith(STACKED)
         ]
         for state in states
     ]
-    for (key, *_), members in _alike(forms):
-        stack = torch.stack([states[i][key] for i in members])
-        for i, view in zip(members, stack.unbind(), strict=True):
-            states[i][key] = view
+    for (key, shape, *_), members in _alike(forms):
+        parts = [states[i][key].reshape(-1, *shape) for i in members]
+        stack = torch.cat(parts)
+        for i, part in zip(members, stack.split([len(part) for part in parts]), strict=True):
+            states[i][key] = part.view(states[i][key].shape)
 
 
 def _alike(forms: Sequence[list[_Form]]) -> list[tuple[_Form, list[int]]]:
@@ -69,12 +85,12 @@ def _alike(forms: Sequence[list[_Form]]) -> list[tuple[_Form, list[int]]]:
 
 
 def follows(last: Tensor, tensor: Tensor) -> bool:
-    """Whether the second lies right behind the first, one of its form, in the same stack."""
+    """Whether the second lies right behind the first in the same stack, members of its form."""
     base = tensor._base
     return (
         base is not None
         and base is last._base
-        and tensor.shape == last.shape
+        and tensor.shape[1:] == last.shape[1:]
         and tensor.dtype == last.dtype
         and tensor.storage_offset() == last.storage_offset() + last.numel()
         and tensor.is_contiguous()
@@ -83,11 +99,19 @@ def follows(last: Tensor, tensor: Tensor) -> bool:
 
 
 def as_stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors that follow each other, as one of one axis more."""
+    """Tensors that follow each other, as one along their first axis."""
     first = tensors[0]
-    if len(tensors) == 1:
-        return first.unsqueeze(0)
-    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+    count = sum(len(tensor) for tensor in tensors)
+    return (
+        first if len(tensors) == 1 else first.as_strided((count, *first.shape[1:]), first.stride())
+    )
+
+
+def members_of(tensors: Sequence[Tensor], batch_axes: int) -> list[Tensor]:
+    """A view of each member of each tensor; without batch axes a tensor is its own."""
+    for _ in range(batch_axes):
+        tensors = [member for tensor in tensors for member in tensor.unbind()]
+    return list(tensors)
 
 
 def runs(items: Sequence[T], joined: Callable[[T, T], bool]) -> list[Sequence[T]]:
@@ -100,7 +124,7 @@ class Counts:
     """The step counts of some parameters; `steps` has them as one tensor, as `add` left them."""
 
     def __init__(self, counts: Sequence[Tensor]) -> None:
-        parts = runs(counts, follows)
+        parts = runs([count.view(1) for count in counts], follows)
         self._stacks = [as_stack(part) for part in parts]
         self._copies: Sequence[Tensor] = ()
         self.steps = self._stacks[0]

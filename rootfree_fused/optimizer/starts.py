@@ -9,7 +9,8 @@ host learns it without waiting, and looks no more at a tensor that has started.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +22,19 @@ from ..ops.methods import second_moments
 from ..reference import initial_scale, mean_square, split
 from ..reference.structures import structure_of
 from .amp_and_graphs import Scaling
-from .state import State
+from .state import State, is_own
 
 AUTO = "auto"
+_Member = tuple[int, ...]  # its place along the batch axes, () without
 
 
 class Waiting(NamedTuple):
-    """A parameter whose state may not have started yet."""
+    """A member of a parameter whose state may not have started yet."""
 
     param: Tensor
-    state: State
+    member: _Member
+    state: State  # of the member
+    held: Tensor  # of all members, what is zero until they start
 
 
 class _Asked(NamedTuple):
@@ -38,14 +42,14 @@ class _Asked(NamedTuple):
 
     event: Any
     flags: Tensor
-    asked: list[Tensor]
+    asked: list[tuple[Tensor, _Member]]
 
 
 class Starts:
     """Which tensors have started, as far as the host knows."""
 
     def __init__(self) -> None:
-        self._started = WeakTensorKeyDictionary()  # by what `_second_moment` gives
+        self._started = WeakTensorKeyDictionary()  # of what `_second_moment` gives: which members
         self._waiting: dict[int, list[Waiting]] = {}
         self._asked: list[_Asked] = []
 
@@ -54,15 +58,19 @@ class Starts:
     ) -> list[Waiting]:
         """Those that may not have started; `start_` takes from the list what it starts."""
         found: list[Waiting] = []
+        batch_axes = group.get("batch_axes", 0)
         if group.get("initial_square_avg") == AUTO:
-            found += [Waiting(*one) for one in zip(params, states, strict=True) if one[0].numel()]
+            for param, state in zip(params, states, strict=True):
+                for member in _members(param, batch_axes):
+                    own = _state_of(state, member)
+                    found.append(Waiting(param, member, own, _second_moment(state)))
         self._waiting[index] = found
         self._drop_started(found)
         return found
 
-    def forget(self, index: int, states: list[State]) -> bool:
+    def forget(self, index: int, states: list[State], batch_axes: int) -> bool:
         """See whether states that were written have started; whether some have not."""
-        unknown = [state for state in states if not _diagonal(state).any()]
+        unknown = [state for state in states if not _all_started(state, batch_axes)]
         for state in unknown:
             self._started.pop(_second_moment(state), None)
         if unknown:
@@ -82,20 +90,22 @@ class Starts:
         """Start, in place, what has a gradient that is not zero."""
         self._drop_started(waiting)
         flags: dict[torch.device, list[Tensor]] = defaultdict(list)
-        asked: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for param, state in waiting:
+        asked: dict[torch.device, list[tuple[Tensor, _Member]]] = defaultdict(list)
+        for param, member, state, held in waiting:
             (grad,) = usable_gradients([param])
-            flags[param.device].append(start_(state, grad, group, scaling))
-            asked[param.device].append(_second_moment(state))
+            flags[param.device].append(start_(state, grad[member], group, scaling))
+            asked[param.device].append((held, member))
         for device in asked:
             self._ask(device, torch.stack(flags[device]), asked[device])
         self._drop_started(waiting)
 
     def _drop_started(self, waiting: list[Waiting]) -> None:
         self._hear()
-        waiting[:] = [one for one in waiting if _second_moment(one.state) not in self._started]
+        waiting[:] = [one for one in waiting if one.member not in self._started.get(one.held, ())]
 
-    def _ask(self, device: torch.device, flags: Tensor, asked: list[Tensor]) -> None:
+    def _ask(
+        self, device: torch.device, flags: Tensor, asked: list[tuple[Tensor, _Member]]
+    ) -> None:
         if device.type == "meta":
             return  # where nothing has a value, and so nothing starts
         if device.type != "cuda":
@@ -115,10 +125,10 @@ class Starts:
             _, flags, asked = self._asked.pop(0)
             self._learn(flags, asked)
 
-    def _learn(self, flags: Tensor, asked: list[Tensor]) -> None:
-        for tensor, started in zip(asked, flags.tolist(), strict=True):
+    def _learn(self, flags: Tensor, asked: list[tuple[Tensor, _Member]]) -> None:
+        for (held, member), started in zip(asked, flags.tolist(), strict=True):
             if started:
-                self._started[tensor] = True
+                self._started.setdefault(held, set()).add(member)
 
 
 def declared_start(group: Mapping[str, Any]) -> float:
@@ -156,6 +166,23 @@ def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scalin
             _add_(structure_of(factor).diagonal(state[name]), value, starts)
         state[f"factor_momentum_{axis}"].masked_fill_(starts, 0)  # of zero gradients before
     return started | starts
+
+
+def _members(param: Tensor, batch_axes: int) -> Iterable[_Member]:
+    """Those that have any elements."""
+    return product(*map(range, param.shape[:batch_axes])) if param.numel() else ()
+
+
+def _state_of(state: State, member: _Member) -> State:
+    """The state of one member, as views."""
+    if not member:
+        return state
+    return {k: v[member] for k, v in state.items() if is_own(k) and k != "step"}
+
+
+def _all_started(state: State, batch_axes: int) -> bool:
+    held = _second_moment(state)
+    return bool(held.reshape(*held.shape[:batch_axes], -1).any(-1).all())
 
 
 def _second_moment(state: State) -> Tensor:

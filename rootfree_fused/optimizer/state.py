@@ -39,7 +39,8 @@ class Initial:
     """A state tensor that is declared: its shape and dtype, and the `value` of every element, or of
     the diagonal of a factor of a `structure`.
 
-    A call builds it on a device; with `count`, so many of them as one tensor of one axis more.
+    A call builds it on a device; with `count`, so many of what it has a member as one tensor.
+    batch_axes: how many of its first axes number members, stacked as those of other parameters.
     like: the parameter whose strides it has; such a tensor is never stacked.
     optional: whether a group does without it until a change of settings asks for it.
     """
@@ -48,6 +49,7 @@ class Initial:
     dtype: torch.dtype
     value: float = 0.0
     structure: Structure | None = None
+    batch_axes: int = 0
     like: Tensor | None = None
     optional: bool = False
 
@@ -56,7 +58,7 @@ class Initial:
             return torch.full_like(
                 self.like, self.value, dtype=self.dtype, device=device, requires_grad=False
             )
-        shape = self.shape if count is None else (count, *self.shape)
+        shape = self.shape if count is None else (count, *self.shape[self.batch_axes :])
         if self.structure is None:
             return torch.full(shape, self.value, dtype=self.dtype, device=device)
         built = torch.zeros(shape, dtype=self.dtype, device=device)

@@ -272,7 +272,7 @@ def test_answers_that_a_capture_finds_open_are_left_alone(monkeypatch):
     before = snapshot(optimizer, params)
     twin = copy.deepcopy((params, optimizer))
     starts = optimizer._starts
-    starts._asked.append(_Asked(Event(), torch.tensor([True]), [params[0]]))
+    starts._asked.append(_Asked(Event(), torch.tensor([True]), [(params[0], ())]))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     starts._drop_started(starts._waiting[0])
     assert len(starts._asked) == 1

@@ -107,10 +107,10 @@ def stacked_states(count=5, dtype=torch.float32, interval=1):
 
 
 def buckets_of(stacks, states, updates):
-    """By bucket the members, and whose factors it has, which `stacked_states` numbers."""
+    """By bucket the parameters, and whose factors it has, which `stacked_states` numbers."""
     plan = stacks.plan(states, updates)
     assert not plan.vectors
-    return [(b.members, b.factors[0][:, 0, 0].tolist()) for b in plan.buckets]
+    return [(b.params, b.factors[0][:, 0, 0].tolist()) for b in plan.buckets]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
