@@ -17,6 +17,7 @@ from .optimizer.starts import declared_start
 from .optimizer.state import MOMENTUM, Initial, full_like
 
 Structure = Literal["auto", "dense", "diagonal"]
+MergeAxes = bool | tuple[tuple[int, ...], ...]
 
 
 class IFShampoo(MatrixOptimizer):
@@ -68,7 +69,8 @@ class IFShampoo(MatrixOptimizer):
         structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
             tuple of them, one an axis.
         max_dense_dim: the largest axis that may have a dense factor.
-        merge_axes: see a tensor of three axes or more as the matrix (first axis, all others).
+        merge_axes: see a tensor of three axes or more as the matrix (first axis, all others), or
+            which axes are seen as one, as ((0, 1), (2, 3)). ((0, 1),) makes a vector of a matrix.
         batch_axes: how many of the first axes of every parameter number independent ones, as the
             first of a stack (experts, outputs, inputs) does: each member is stepped as a parameter
             of its own, in one bucket with those of its shape.
@@ -138,7 +140,7 @@ class IFShampoo(MatrixOptimizer):
         update_schedule: Literal["constant", "log4"] = "constant",
         structures: Structure | tuple[Structure, ...] = "auto",
         max_dense_dim: int = 2048,
-        merge_axes: bool = True,
+        merge_axes: MergeAxes = True,
         batch_axes: int = 0,
         vector_method: Literal["rmsprop", "factor"] = "rmsprop",
         alpha: float = 0.9,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .matrix import Structure
+from .matrix import MergeAxes, Structure
 from .optimizer.groups import Group
 from .optimizer.layouts import batched, default_dtype, gram_state, layout_of
 from .optimizer.matrix import MatrixOptimizer
@@ -22,7 +22,6 @@ _REPLACED = {
     "momentum": "pass betas=(momentum, beta2): its momentum is an average, and Nesterov's",
     "nesterov": "leave it out: its momentum is Nesterov's",
     "eps": "leave it out: damping, in units of the mean of S's diagonal, bounds what divides",
-    "merge_axes": "leave it out: a parameter is always the matrix of its first axis by all others",
     "factor_lr": "pass betas=(beta1, beta2): a factor follows S, whose decay is beta2",
     "factor_momentum": "pass betas=(beta1, beta2): a factor follows S, whose decay is beta2",
     "max_update": "leave it out: every update of a matrix has the RMS update_rms",
@@ -32,10 +31,11 @@ _REPLACED = {
 class RootFreeShampoo(MatrixOptimizer):
     r"""Shampoo without roots or decompositions (root-free Shampoo): the one to train with.
 
-    A parameter is seen as a matrix, its first axis by all others. Each axis of d entries, A the
-    rows and B the columns, has an average S of the gradients' second moments and a factor K such
-    that K K^T is near (S + lam I)^-1, which matrix products alone keep so, at every step. With the
-    gradient G of a matrix (m, n), brought to a mean square of 1:
+    A parameter is seen as a matrix, its first axis by all others unless ``merge_axes`` says
+    otherwise. Each axis of d entries, A the rows and B the columns, has an average S of the
+    gradients' second moments and a factor K such that K K^T is near (S + lam I)^-1, which matrix
+    products alone keep so, at every step. With the gradient G of a matrix (m, n), brought to a mean
+    square of 1:
 
         S_A <- S_A + (1 - beta2) (G K_B (G K_B)^T / n - S_A)
         S_B <- S_B + (1 - beta2) ((K_A^T G)^T K_A^T G / m - S_B)
@@ -56,7 +56,7 @@ class RootFreeShampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``batch_axes`` and
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes`` and
             ``vector_method``, which decide what state there is, may change between steps.
         lr: step size. A tensor of one number is read, never written.
         betas: decay per step of M and of S, each in [0, 1).
@@ -68,6 +68,8 @@ class RootFreeShampoo(MatrixOptimizer):
         structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
             pair of them, of the rows and the columns.
         max_dense_dim: the largest axis that may have a dense factor.
+        merge_axes: see a tensor of three axes or more as the matrix (first axis, all others), or
+            which axes are seen as one, as ((0, 1), (2, 3)). ((0, 1),) makes a vector of a matrix.
         batch_axes: how many of the first axes of every parameter number independent ones, as the
             first of a stack (experts, outputs, inputs) does: each member is stepped as a parameter
             of its own, in one bucket with those of its shape.
@@ -106,7 +108,14 @@ class RootFreeShampoo(MatrixOptimizer):
     _matrix_method = ROOTFREE_SHAMPOO
     _replaced = _REPLACED
     _converters = "convert.from_ifshampoo makes one of an IFShampoo's"
-    _shaping = ("factor_dtype", "structures", "max_dense_dim", "batch_axes", "vector_method")
+    _shaping = (
+        "factor_dtype",
+        "structures",
+        "max_dense_dim",
+        "merge_axes",
+        "batch_axes",
+        "vector_method",
+    )
 
     def __init__(
         self,
@@ -120,6 +129,7 @@ class RootFreeShampoo(MatrixOptimizer):
         update_interval: int = 1,
         structures: Structure | tuple[Structure, Structure] = "auto",
         max_dense_dim: int = 2048,
+        merge_axes: MergeAxes = True,
         batch_axes: int = 0,
         vector_method: Literal["adam", "rootfree"] = "adam",
         vector_beta2: float = 0.95,
@@ -140,6 +150,7 @@ class RootFreeShampoo(MatrixOptimizer):
             "update_interval": update_interval,
             "structures": structures,
             "max_dense_dim": max_dense_dim,
+            "merge_axes": merge_axes,
             "batch_axes": batch_axes,
             "vector_method": vector_method,
             "vector_beta2": vector_beta2,
@@ -156,6 +167,12 @@ class RootFreeShampoo(MatrixOptimizer):
         layout = layout_of(param.shape, group)
         if layout is None:
             return {key: full_like(param, 0.0) for key in ("exp_avg", "exp_avg_sq")}
+        if len(layout.sizes) > 2:
+            raise ValueError(
+                f"merge_axes is {group['merge_axes']!r} and leaves a parameter of shape "
+                f"{tuple(param.shape)} the axes {layout.sizes}; RootFreeShampoo sees matrices: "
+                "pass True, or merge them into two"
+            )
         dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
         momentum = full_like(param, 0.0)
         rows = Initial(layout.sizes[:1], momentum.dtype)

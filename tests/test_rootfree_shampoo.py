@@ -286,7 +286,7 @@ def test_no_scale_of_the_gradients_matters(factor, device):
         ({"batch_size": 8}, TypeError, "no argument 'batch_size'; leave it out: it needs none"),
         ({"momentum": 0.9}, TypeError, r"no argument 'momentum'; pass betas=\(momentum, beta2\)"),
         ({"eps": 1e-8}, TypeError, "no argument 'eps'; leave it out: damping"),
-        ({"merge_axes": False}, TypeError, "no argument 'merge_axes'; leave it out"),
+        ({"merge_axes": ((0, 1), 1)}, ValueError, "merge_axes is .*; pass True, False, or a tuple"),
         ({"initial_square_avg": 1.0}, TypeError, "no argument 'initial_square_avg'; leave it out"),
         ({"alpha": 0.9}, TypeError, "no argument 'alpha'; it has lr, betas, damping"),
     ],

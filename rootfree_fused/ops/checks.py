@@ -48,7 +48,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "weight_decay_mode": ("decoupled", "momentum"),
     "bias_correction": (False, True),
     "update_schedule": ("constant", "log4"),
-    "merge_axes": (False, True),
     "vector_method": ("rmsprop", "factor", "adam", "rootfree"),
     "factor_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
     "maximize": (False, True),
@@ -59,7 +58,7 @@ _OPTIONAL = ("max_update", "row_beta")
 NUMBERS = _DOMAINS.keys()
 SWITCHES = {name for name, choices in _CHOICES.items() if choices == (False, True)}
 _LEAST = {"update_interval": 1, "max_dense_dim": 1, "batch_axes": 0}
-HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, "structures"}
+HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, "structures", "merge_axes"}
 
 
 def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict[str, Any]:
@@ -81,6 +80,8 @@ def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict
                 )
         elif name == "structures":
             _check_structures(value)
+        elif name == "merge_axes":
+            settings[name] = value if isinstance(value, bool) else _sets(name, value, "True, False")
         elif name in _LEAST:
             _check_count(name, value, _LEAST[name])
         elif value is not None or name not in _OPTIONAL:
@@ -114,6 +115,21 @@ def _check_structures(value: Any) -> None:
             f"structures is {value!r}; supported are {', '.join(map(repr, _STRUCTURES))}: pass one "
             "of them, or a tuple with one an axis"
         )
+
+
+def _sets(name: str, value: Any, others: str) -> tuple[tuple[int, ...], ...]:
+    """The value as tuples of whole numbers, by what a setting may be beside them."""
+    sets = tuple(tuple(s) if isinstance(s, (tuple, list)) else () for s in _sequence(value))
+    if not sets or not all(sets) or any(type(i) is not int or i < 0 for s in sets for i in s):
+        raise ValueError(
+            f"{name} is {value!r}; pass {others}, or a tuple of tuples of whole numbers, as "
+            "((0, 1), (2, 3))"
+        )
+    return sets
+
+
+def _sequence(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 def check_switches(**switches: object) -> None:

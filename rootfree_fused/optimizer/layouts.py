@@ -36,15 +36,19 @@ def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
     """The axes of a parameter, or of each of its members, or None for one without factors.
 
     Axes of size 1 are dropped; a scalar is a vector of 1. With merge_axes, three axes or more are
-    seen as the matrix (first axis, all others).
+    seen as the matrix (first axis, all others), or axes are merged as it names them.
 
     Raises:
-        ValueError: the group's structures or its batch_axes do not fit the shape.
+        ValueError: the group's structures, batch_axes or merge_axes do not fit the shape.
     """
-    sizes = tuple(d for d in shape[_batch_axes(shape, group) :] if d != 1) or (1,)
+    merge = group.get("merge_axes", True)
+    merged = [shape[i] for i in range(_batch_axes(shape, group), len(shape))]
+    if isinstance(merge, tuple):
+        merged = _merged(shape, merged, merge)
+    sizes = tuple(d for d in merged if d != 1) or (1,)
     if math.prod(shape) == 0 or (len(sizes) == 1 and group["vector_method"] != "factor"):
         return None
-    if group.get("merge_axes", True) and len(sizes) > 2:
+    if merge is True and len(sizes) > 2:
         sizes = (sizes[0], math.prod(sizes[1:]))
     structures = group["structures"]
     if isinstance(structures, str):
@@ -81,6 +85,19 @@ def _batch_axes(shape: Sequence[int], group: Mapping[str, Any]) -> int:
             f"batch_axes={count} leaves a parameter of shape {tuple(shape)} no axis; pass {allowed}"
         )
     return count
+
+
+def _merged(
+    shape: Sequence[int], sizes: Sequence[int], sets: tuple[tuple[int, ...], ...]
+) -> list[int]:
+    """The sizes of a parameter's axes, or a member's, with those of a set as one."""
+    if [axis for axes in sets for axis in axes] != list(range(len(sizes))):
+        behind = " behind its batch axes" if len(sizes) < len(shape) else ""
+        raise ValueError(
+            f"merge_axes is {sets!r} but a parameter of shape {tuple(shape)} has {len(sizes)} axes"
+            f"{behind}; name them from 0 on, each once, in order, or put it into another group"
+        )
+    return [math.prod(sizes[axis] for axis in axes) for axes in sets]
 
 
 def batched(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -34,6 +36,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ((6, 1, 5), {}, (6, 5), (DENSE, DENSE)),
         ((4, 3, 3, 2), {}, (4, 18), (DENSE, DENSE)),
         ((4, 3, 3, 2), {"merge_axes": False}, (4, 3, 3, 2), (DENSE,) * 4),
+        ((4, 3, 3, 2), {"merge_axes": ((0, 1), (2, 3))}, (12, 6), (DENSE, DENSE)),
+        ((4, 1, 3, 2), {"merge_axes": ((0,), (1,), (2, 3))}, (4, 6), (DENSE, DENSE)),
+        ((5, 8, 4), {"batch_axes": 1}, (8, 4), (DENSE, DENSE)),
+        ((1, 8, 1, 4), {"batch_axes": 1}, (8, 4), (DENSE, DENSE)),
+        ((5, 6, 8, 2, 2), {"batch_axes": 2}, (8, 4), (DENSE, DENSE)),
+        ((5, 2, 3, 4), {"batch_axes": 1, "merge_axes": ((0, 1), (2,))}, (6, 4), (DENSE, DENSE)),
         ((8, 4), {"structures": "diagonal"}, (8, 4), (DIAGONAL, DIAGONAL)),
         ((8, 400), {"structures": ("dense", "auto")}, (8, 400), (DENSE, DIAGONAL)),
         ((8, 4), {"structures": ("diagonal", "dense")}, (8, 4), (DIAGONAL, DENSE)),
@@ -49,6 +57,32 @@ def test_layout(shape, settings, sizes, structures):
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 7), (0, 3)])
 def test_vectors_scalars_and_empty_parameters_are_rmsprops(shape):
     assert layout_of(shape, GROUP) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((8, 4), {"merge_axes": ((0, 1),)}),
+        ((1, 7), {"merge_axes": ((0,), (1,))}),
+        ((5, 7), {"batch_axes": 1}),
+        ((0, 8, 4), {"batch_axes": 1}),
+    ],
+)
+def test_what_is_merged_into_a_vector_or_has_vectors_as_members(shape, settings):
+    assert layout_of(shape, {**GROUP, **settings}) is None
+
+
+@pytest.mark.parametrize(
+    "sets", [((0,),), ((0, 1), (1, 2)), ((1, 0), (2,)), ((0, 1), (3,)), ((0, 1), (2, 3))]
+)
+def test_axes_are_merged_in_order_each_once(sets):
+    settings = {**GROUP, "merge_axes": sets}
+    message = f"merge_axes is {sets} but a parameter of shape (4, 3, 2) has 3 axes; name them from"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layout_of((4, 3, 2), settings)
+    behind = "of shape (9, 4, 3, 2) has 3 axes behind its batch axes; name them from 0 on"
+    with pytest.raises(ValueError, match=re.escape(behind)):
+        layout_of((9, 4, 3, 2), {**settings, "batch_axes": 1})
 
 
 def test_an_axis_too_large_for_a_dense_factor_is_refused():
