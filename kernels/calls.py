@@ -46,7 +46,8 @@ class KnownKernels:
         compiled = kernel[(programs,)](*args, **constants)
         if isinstance(compiled, CompiledKernel):  # and was not interpreted
             values = [constants[name] for name in kernel.arg_names[len(args) :]]
-            self._known[launch] = compiled[programs, 1, 1], values
+            grid = programs, 1, 1
+            self._known[launch] = compiled[grid], values
 
 
 def kind_of(*tensors: Tensor | None) -> tuple[Any, ...]:
