@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from .ops import WeightDecayMode
 from .optimizer.groups import Group
-from .optimizer.layouts import batched, default_dtype, factor_state, layout_of
+from .optimizer.joint import unit_of
+from .optimizer.layouts import batched, default_dtype, factor_state
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
@@ -18,6 +19,7 @@ from .optimizer.state import MOMENTUM, Initial, full_like
 
 Structure = Literal["auto", "dense", "diagonal"]
 MergeAxes = bool | tuple[tuple[int, ...], ...]
+Combine = Literal["none", "module"] | tuple[tuple[int, ...], ...]
 
 
 class IFShampoo(MatrixOptimizer):
@@ -49,8 +51,8 @@ class IFShampoo(MatrixOptimizer):
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
             ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes``,
-            ``vector_method`` and ``initial_square_avg``, which decide what state there is, may
-            change between steps.
+            ``combine``, ``vector_method`` and ``initial_square_avg``, which decide what state there
+            is, may change between steps.
         lr: step size. A tensor of one number is read, never written. The paper's beta_1.
         momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
         damping: weight of the identity, above 0, in the unit of a squared gradient times the batch
@@ -74,6 +76,10 @@ class IFShampoo(MatrixOptimizer):
         batch_axes: how many of the first axes of every parameter number independent ones, as the
             first of a stack (experts, outputs, inputs) does: each member is stepped as a parameter
             of its own, in one bucket with those of its shape.
+        combine: "module" steps a weight (o, ...) and its bias (o,) as the matrix (o, ... + 1), and
+            tensors of one shape (d,), as a normalisation's, as (d, 2), where they are all that a
+            module has by its own name; it needs named parameters. Or which of the group's
+            parameters are stepped so, as ((0, 1), (2, 3)), by their positions.
         vector_method: "rmsprop" or "factor".
         alpha: decay of root-free RMSProp's s for vectors.
         max_update: bound of the entries of P, in units of 1 / sqrt(batch_size damping), near which
@@ -96,7 +102,8 @@ class IFShampoo(MatrixOptimizer):
     ``factor_momentum_N``, of shape (d, d), or (d,) in float32 where diagonal. A bfloat16 factor has
     the bits that its products do not read in ``factor_N_residual`` (int16), so that steps below a
     bfloat16 rounding are not lost. Vectors have ``square_avg`` instead.
-    The batch axes come first in all of them but ``step``.
+    The batch axes come first in all of them but ``step``. Of joined parameters the first has
+    them all, the others ``step`` and ``momentum_buffer``.
 
     Raises:
         ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
@@ -121,6 +128,7 @@ class IFShampoo(MatrixOptimizer):
         "max_dense_dim",
         "merge_axes",
         "batch_axes",
+        "combine",
         "vector_method",
         "initial_square_avg",
     )
@@ -142,6 +150,7 @@ class IFShampoo(MatrixOptimizer):
         max_dense_dim: int = 2048,
         merge_axes: MergeAxes = True,
         batch_axes: int = 0,
+        combine: Combine = "none",
         vector_method: Literal["rmsprop", "factor"] = "rmsprop",
         alpha: float = 0.9,
         max_update: float | None = 8.0,
@@ -167,6 +176,7 @@ class IFShampoo(MatrixOptimizer):
             "max_dense_dim": max_dense_dim,
             "merge_axes": merge_axes,
             "batch_axes": batch_axes,
+            "combine": combine,
             "vector_method": vector_method,
             "alpha": alpha,
             "max_update": max_update,
@@ -180,10 +190,11 @@ class IFShampoo(MatrixOptimizer):
         super().__init__(params, defaults, unknown)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        layout, start = layout_of(param.shape, group), declared_start(group)
+        (owner, *_), layout = unit_of(param, group)
+        start, own = declared_start(group), {}
         if layout is None:
             own = {"square_avg": full_like(param, start)}
-        else:
+        elif owner is param:
             dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
             own = batched(factor_state(layout, dtype, start), param.shape, group)
         return {**own, MOMENTUM: full_like(param, 0.0, optional=True)}

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .matrix import MergeAxes, Structure
+from .matrix import Combine, MergeAxes, Structure
 from .optimizer.groups import Group
-from .optimizer.layouts import batched, default_dtype, gram_state, layout_of
+from .optimizer.joint import unit_of
+from .optimizer.layouts import batched, default_dtype, gram_state
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import ROOTFREE_SHAMPOO
 from .optimizer.state import MOMENTUM, ROWS, Initial, full_like
@@ -56,8 +57,9 @@ class RootFreeShampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes`` and
-            ``vector_method``, which decide what state there is, may change between steps.
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes``,
+            ``combine`` and ``vector_method``, which decide what state there is, may change between
+            steps.
         lr: step size. A tensor of one number is read, never written.
         betas: decay per step of M and of S, each in [0, 1).
         damping: lam in units of the mean of S's diagonal, above 0.
@@ -73,6 +75,10 @@ class RootFreeShampoo(MatrixOptimizer):
         batch_axes: how many of the first axes of every parameter number independent ones, as the
             first of a stack (experts, outputs, inputs) does: each member is stepped as a parameter
             of its own, in one bucket with those of its shape.
+        combine: "module" steps a weight (o, ...) and its bias (o,) as the matrix (o, ... + 1), and
+            tensors of one shape (d,), as a normalisation's, as (d, 2), where they are all that a
+            module has by its own name; it needs named parameters. Or which of the group's
+            parameters are stepped so, as ((0, 1), (2, 3)), by their positions.
         vector_method: "adam", or "rootfree", the matrices' update with one diagonal factor, which
             plain PyTorch computes.
         vector_beta2: decay of the vectors' second moment, in [0, 1).
@@ -92,7 +98,8 @@ class RootFreeShampoo(MatrixOptimizer):
     (d, d), or (d,) where diagonal. M, S and the averages of rows are float32, or float64 for
     float64 parameters. A bfloat16 factor has the bits that its products do not read in
     ``factor_N_residual`` (int16). Vectors have ``exp_avg`` and ``exp_avg_sq``.
-    The batch axes come first in all of them but ``step``.
+    The batch axes come first in all of them but ``step``. Of joined parameters the first has
+    them all, the others ``step`` and ``momentum_buffer``.
 
     Raises:
         ValueError: a hyperparameter out of its range, a structure that is not supported or does
@@ -114,6 +121,7 @@ class RootFreeShampoo(MatrixOptimizer):
         "max_dense_dim",
         "merge_axes",
         "batch_axes",
+        "combine",
         "vector_method",
     )
 
@@ -131,6 +139,7 @@ class RootFreeShampoo(MatrixOptimizer):
         max_dense_dim: int = 2048,
         merge_axes: MergeAxes = True,
         batch_axes: int = 0,
+        combine: Combine = "none",
         vector_method: Literal["adam", "rootfree"] = "adam",
         vector_beta2: float = 0.95,
         vector_rms: float = 1.0,
@@ -152,6 +161,7 @@ class RootFreeShampoo(MatrixOptimizer):
             "max_dense_dim": max_dense_dim,
             "merge_axes": merge_axes,
             "batch_axes": batch_axes,
+            "combine": combine,
             "vector_method": vector_method,
             "vector_beta2": vector_beta2,
             "vector_rms": vector_rms,
@@ -164,7 +174,7 @@ class RootFreeShampoo(MatrixOptimizer):
         super().__init__(params, defaults, unknown)
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        layout = layout_of(param.shape, group)
+        (owner, *_), layout = unit_of(param, group)
         if layout is None:
             return {key: full_like(param, 0.0) for key in ("exp_avg", "exp_avg_sq")}
         if len(layout.sizes) > 2:
@@ -173,8 +183,10 @@ class RootFreeShampoo(MatrixOptimizer):
                 f"{tuple(param.shape)} the axes {layout.sizes}; RootFreeShampoo sees matrices: "
                 "pass True, or merge them into two"
             )
-        dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
         momentum = full_like(param, 0.0)
+        if owner is not param:
+            return {MOMENTUM: momentum}
+        dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
         rows = Initial(layout.sizes[:1], momentum.dtype)
         own = {ROWS: rows, **gram_state(layout, dtype, group["damping"])}
         return {MOMENTUM: momentum, **batched(own, param.shape, group)}

@@ -58,7 +58,7 @@ _OPTIONAL = ("max_update", "row_beta")
 NUMBERS = _DOMAINS.keys()
 SWITCHES = {name for name, choices in _CHOICES.items() if choices == (False, True)}
 _LEAST = {"update_interval": 1, "max_dense_dim": 1, "batch_axes": 0}
-HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, "structures", "merge_axes"}
+HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, "structures", "merge_axes", "combine"}
 
 
 def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict[str, Any]:
@@ -82,6 +82,9 @@ def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict
             _check_structures(value)
         elif name == "merge_axes":
             settings[name] = value if isinstance(value, bool) else _sets(name, value, "True, False")
+        elif name == "combine":
+            named = isinstance(value, str) and value in ("none", "module")
+            settings[name] = value if named else _sets(name, value, "'none', 'module'")
         elif name in _LEAST:
             _check_count(name, value, _LEAST[name])
         elif value is not None or name not in _OPTIONAL:

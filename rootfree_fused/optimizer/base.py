@@ -235,13 +235,13 @@ class RootFreeOptimizer(DeclaringOptimizer):
             own_scaling = on_host(scaling) if params[0].is_cpu else scaling
             torch._foreach_add_(counts, steps_taken(own_scaling, counts[0].device))
             if group.get("initial_square_avg") == AUTO:  # what has started, only the device knows
-                self._start_traced(states, usable_gradients(params), group, own_scaling)
+                self._start_traced(params, states, group, own_scaling)
             self._update(index, Work(params, states, torch.stack(counts), own_scaling))
 
     def _start_traced(
-        self, states: list[State], grads: list[Tensor], group: Group, scaling: Scaling
+        self, params: list[Tensor], states: list[State], group: Group, scaling: Scaling
     ) -> None:
-        for state, grad in zip(states, grads, strict=True):
+        for state, grad in zip(states, usable_gradients(params), strict=True):
             start_(state, grad, group, scaling)
 
     @_disable_dynamo

@@ -41,6 +41,12 @@ def entries_of(
     source: Optimizer | Mapping[str, Any], saved: Mapping[str, Any], optimizer: Optimizer
 ) -> list[Entry]:
     """Each parameter of `optimizer` with what the source has of it."""
+    for index, group in enumerate(optimizer.param_groups):
+        if group.get("combine", "none") != "none":
+            raise ValueError(
+                f"combine of group {index} is {group['combine']!r}, but no source joins parameters "
+                "as it does; build the optimizer with combine='none'"
+            )
     owned = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     theirs = [(key, group) for group in saved["param_groups"] for key in group["params"]]
     if len(owned) != len(theirs):

@@ -273,8 +273,11 @@ class Stacks:
         )
 
     def plan(self, states: Sequence[State], updates_factors: Sequence[bool]) -> BucketPlan:
-        """Buckets of these states: neighbours in a stack that update their factors together."""
-        vectors = [i for i, state in enumerate(states) if "factor_0" not in state]
+        """Buckets of these states: neighbours in a stack that update their factors together.
+
+        An empty state is a part of another's.
+        """
+        vectors = [i for i, state in enumerate(states) if state and "factor_0" not in state]
         found: dict[tuple[int, bool], list[tuple[int, int, int]]] = defaultdict(list)
         stacks: dict[int, Bucket] = {}
         for i, state in enumerate(states):

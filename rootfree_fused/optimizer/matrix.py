@@ -18,10 +18,12 @@ from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .checks import check_state, check_whole, name_of
 from .groups import Group
+from .joint import Joints, check_gradients
 from .known_tensors import PreparedUpdate
 from .layouts import BucketPlan, Stacks, default_dtype
 from .matrix_calls import Call, KnownCalls, MatrixMethod, planned_calls
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
+from .starts import start_, waiting_members
 from .state import State
 
 
@@ -61,6 +63,7 @@ class MatrixOptimizer(RootFreeOptimizer):
         self._had_matrices[len(self.param_groups) - 1] = _has_matrices(group["params"])
 
     def _gather(self, index: int, group: Group) -> list[Tensor]:
+        self._check_named(index, check_gradients, group)
         params = super()._gather(index, group)
         if params and self._had_matrices.get(index) and not _has_matrices(group["params"]):
             raise TypeError(
@@ -76,11 +79,17 @@ class MatrixOptimizer(RootFreeOptimizer):
         super()._check_taken(index, position, group)
         check_whole(name_of(index, position, group), group["params"][position])
 
-    _start_traced = _disable_dynamo(RootFreeOptimizer._start_traced)
+    @_disable_dynamo
+    def _start_traced(
+        self, params: list[Tensor], states: list[State], group: Group, scaling: Scaling
+    ) -> None:
+        for one in waiting_members(group, params, states):
+            start_(one.state, one.grad(group), group, scaling)
 
     @_disable_dynamo
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
+        self._check_named(index, check_gradients, group)
         for param, state in zip(work.params, work.states, strict=True):
             check_state("a parameter", param, state, self._spec(param, group))
         self._step(index, work, KnownCalls())
@@ -131,9 +140,12 @@ class MatrixOptimizer(RootFreeOptimizer):
             stacks = self._stacked(index, work.states)
             if stacks is not known.stacks:
                 known.by_kind.clear()
-            plan = stacks.plan(work.states, updates_factors)
+            if known.joints is None and group["combine"] != "none":
+                known.joints = Joints(group, work.params, work.states)
+            joints = known.joints if known.joints and known.joints.owners else None
+            plan = stacks.plan(joints.planned if joints else work.states, updates_factors)
             calls = planned_calls(
-                self._matrix_method, group, updates_factors, work, plan, addresses
+                self._matrix_method, group, updates_factors, work, plan, addresses, joints
             )
             known.stacks, known.by_kind[kind] = stacks, (plan, calls)
         self._plans[index], calls = known.by_kind[kind]

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .amp_and_graphs import Scaling
 from .base import Work
 from .diagonal import KnownUpdate, number_or_tensor
 from .groups import Group
+from .joint import Joints
 from .known_tensors import reader
 from .layouts import Bucket, BucketPlan, Stacks
 from .schedule import UpdatesFactors
@@ -36,6 +38,7 @@ class KnownCalls:
 
     def __init__(self) -> None:
         self.stacks: Stacks | None = None
+        self.joints: Joints | None = None
         self.by_kind: dict[Hashable, tuple[BucketPlan, list[Call]]] = {}
 
 
@@ -68,9 +71,13 @@ def planned_calls(
     work: Work,
     plan: BucketPlan,
     addresses: Tensor | None,
+    joints: Joints | None,
 ) -> list[Call]:
     """What a plan asks of the operators; addresses: of the gradients, as a `Call` takes them."""
     calls: list[Call] = []
+    if joints:
+        work = work._replace(params=joints.params, states=joints.states)
+        calls.append(lambda *_: joints.read_())
     if plan.vectors:
         vectors = method.vectors[group["vector_method"]]
         calls.append(_Vectors(vectors, plan.vectors, work, group, addresses))
@@ -82,17 +89,21 @@ def planned_calls(
         key = id(bucket) if device == "cpu" else device
         together[updates_factors[bucket.params[0]], key].append(bucket)
     for (update, _), buckets in together.items():
-        calls.append(_Matrices(method, buckets, update, work, group, addresses))
+        calls.append(_Matrices(method, buckets, update, work, group, addresses, joints))
+    if joints:
+        calls.append(lambda *_: joints.write_())
     return calls
 
 
 class _Members:
     """The members of the parameters at these indices; owners: of which parameter each is."""
 
-    def __init__(self, indices: list[int], work: Work, batch_axes: int) -> None:
+    def __init__(
+        self, indices: list[int], work: Work, batch_axes: int, joints: Joints | None = None
+    ) -> None:
         self._batch_axes = batch_axes
         owned = [work.params[i] for i in indices]
-        self._read = reader(owned)
+        self._read = partial(joints.grads, indices) if joints else reader(owned)
         self.params = self.of(owned)
         self.states = [work.states[i] for i in indices]  # of the parameters
         counts = [math.prod(param.shape[:batch_axes]) for param in owned]
@@ -193,10 +204,15 @@ class _Matrices:
         work: Work,
         group: Group,
         addresses: Tensor | None,
+        joints: Joints | None,
     ) -> None:
         self._method, self._buckets, self._update_factors = method, buckets, update_factors
         indices = [i for bucket in buckets for i in bucket.params]
-        members = _Members(indices, work, group.get("batch_axes", 0))
+        if joints and joints.owners.isdisjoint(indices):
+            joints = None
+        if joints:
+            addresses = None  # gradients are joined anew at every step
+        members = _Members(indices, work, group.get("batch_axes", 0), joints)
         self.params, states = members.params, members.states
         self.buffers = members.of(momentum_buffers(states, group.get("momentum", 1.0)))
         rows = [] if group.get("row_beta") is None else [state[ROWS] for state in states]

@@ -9,7 +9,7 @@ host learns it without waiting, and looks no more at a tensor that has started.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -22,19 +22,24 @@ from ..ops.methods import second_moments
 from ..reference import initial_scale, mean_square, split
 from ..reference.structures import structure_of
 from .amp_and_graphs import Scaling
-from .state import State, is_own
+from .joint import joined, units
+from .state import MOMENTUM, State, is_own
 
 AUTO = "auto"
 _Member = tuple[int, ...]  # its place along the batch axes, () without
 
 
 class Waiting(NamedTuple):
-    """A member of a parameter whose state may not have started yet."""
+    """A member of a parameter, or of several that are one, whose state may not have started yet."""
 
-    param: Tensor
+    parts: tuple[Tensor, ...]
     member: _Member
     state: State  # of the member
     held: Tensor  # of all members, what is zero until they start
+
+    def grad(self, group: Mapping[str, Any]) -> Tensor:
+        """Of the member."""
+        return joined(usable_gradients(self.parts), group.get("batch_axes", 0))[self.member]
 
 
 class _Asked(NamedTuple):
@@ -57,20 +62,16 @@ class Starts:
         self, index: int, group: Mapping[str, Any], params: list[Tensor], states: list[State]
     ) -> list[Waiting]:
         """Those that may not have started; `start_` takes from the list what it starts."""
-        found: list[Waiting] = []
-        batch_axes = group.get("batch_axes", 0)
-        if group.get("initial_square_avg") == AUTO:
-            for param, state in zip(params, states, strict=True):
-                for member in _members(param, batch_axes):
-                    own = _state_of(state, member)
-                    found.append(Waiting(param, member, own, _second_moment(state)))
+        auto = group.get("initial_square_avg") == AUTO
+        found = waiting_members(group, params, states) if auto else []
         self._waiting[index] = found
         self._drop_started(found)
         return found
 
     def forget(self, index: int, states: list[State], batch_axes: int) -> bool:
         """See whether states that were written have started; whether some have not."""
-        unknown = [state for state in states if not _all_started(state, batch_axes)]
+        owned = [state for state in states if not state.keys() <= {"step", MOMENTUM}]
+        unknown = [state for state in owned if not _all_started(state, batch_axes)]
         for state in unknown:
             self._started.pop(_second_moment(state), None)
         if unknown:
@@ -91,10 +92,10 @@ class Starts:
         self._drop_started(waiting)
         flags: dict[torch.device, list[Tensor]] = defaultdict(list)
         asked: dict[torch.device, list[tuple[Tensor, _Member]]] = defaultdict(list)
-        for param, member, state, held in waiting:
-            (grad,) = usable_gradients([param])
-            flags[param.device].append(start_(state, grad[member], group, scaling))
-            asked[param.device].append((held, member))
+        for one in waiting:
+            device = one.held.device
+            flags[device].append(start_(one.state, one.grad(group), group, scaling))
+            asked[device].append((one.held, one.member))
         for device in asked:
             self._ask(device, torch.stack(flags[device]), asked[device])
         self._drop_started(waiting)
@@ -166,6 +167,20 @@ def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scalin
             _add_(structure_of(factor).diagonal(state[name]), value, starts)
         state[f"factor_momentum_{axis}"].masked_fill_(starts, 0)  # of zero gradients before
     return started | starts
+
+
+def waiting_members(
+    group: Mapping[str, Any], params: Sequence[Tensor], states: Sequence[State]
+) -> list[Waiting]:
+    """All whose state has something that starts; no part that another parameter owns."""
+    found = []
+    joint = {id(part): parts for parts in units(group, params) for part in parts}
+    for param, state in zip(params, states, strict=True):
+        parts = joint.get(id(param), (param,))
+        for member in _members(param, group.get("batch_axes", 0)) if parts[0] is param else ():
+            own = _state_of(state, member)
+            found.append(Waiting(parts, member, own, _second_moment(state)))
+    return found
 
 
 def _members(param: Tensor, batch_axes: int) -> Iterable[_Member]:

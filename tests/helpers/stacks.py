@@ -1,40 +1,29 @@
-"""Stacks of matrices beside their members as parameters of their own; bodies of the operators."""
+"""Stacks of matrices beside their members as parameters; the operators by reference."""
 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
-from helpers.offline import interpreted
 from helpers.optimizers import parameters
 
 from rootfree_fused import IFShampoo, RootFreeShampoo
-from rootfree_fused.ops import by_reference, dispatch
+from rootfree_fused.ops import by_reference
 from rootfree_fused.optimizer import matrix_calls
 
-OPERATORS = ("ifshampoo_", "rootfree_shampoo_")
 CLASSES = {"ifshampoo": IFShampoo, "shampoo": RootFreeShampoo}
+OPERATORS = {"ifshampoo": "ifshampoo_", "shampoo": "rootfree_shampoo_"}
 SETTINGS = {
     "ifshampoo": {"lr": 0.05, "batch_size": 8, "weight_decay": 0.1},
     "shampoo": {"lr": 0.05, "weight_decay": 0.1},
 }
 
 
-def use_body(monkeypatch, body):
-    """Have the optimizers take this body of the operators, on CPU tensors; the context to run in.
-
-    own: what users get there, C++ and products of stacks.
-    """
-    if body == "own":
-        return nullcontext()
+def use_reference(monkeypatch):
+    """Have the optimizers take the specification of the operators, on CPU tensors."""
     monkeypatch.setattr(matrix_calls, "matrix_kernel", lambda *_: None)
-    for name in OPERATORS:
-        run = getattr(by_reference, name)
-        if body == "triton":
-            run = getattr(dispatch, f"_{name}on_cuda")(run)
-        monkeypatch.setattr(torch.ops.rootfree_fused, name, run)
-    return interpreted() if body == "triton" else nullcontext()
+    for name in OPERATORS.values():
+        monkeypatch.setattr(torch.ops.rootfree_fused, name, getattr(by_reference, name))
 
 
 class Twins:
