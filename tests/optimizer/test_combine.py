@@ -11,6 +11,11 @@ import pytest
 import torch
 from helpers.optimizers import assert_identical, set_grads, snapshot
 from helpers.stacks import CLASSES, SETTINGS, use_reference
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from bench.host import as_on_cuda
 from rootfree_fused import IFShampoo, convert
@@ -263,3 +268,31 @@ def test_nothing_converts_to_joint_parameters():
     optimizer = CLASSES["shampoo"](layer.parameters(), combine=((0, 1),))
     with pytest.raises(ValueError, match=r"combine of group 0 is .* build the optimizer with"):
         convert.from_ifshampoo(source, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("combine", ["module", ((0, 1),)], ids=str)
+@by_name
+def test_it_passes_through_torch_distributed(name, combine, flat):
+    """The setting and all of the state, whose keys differ between the parts."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    convolution, other = torch.nn.Conv2d(2, 3, 2), torch.nn.Conv2d(2, 3, 2)
+    (optimizer, params), (resumed, others) = (
+        (
+            CLASSES[name](list(own.named_parameters()), combine=combine, **SETTINGS[name]),
+            list(own.parameters()),
+        )
+        for own in (convolution, other)
+    )
+    for seed in range(2):
+        set_grads(params, seed)
+        optimizer.step()
+    saved = get_optimizer_state_dict(convolution, optimizer, options=options)
+    other.load_state_dict(convolution.state_dict())
+    set_optimizer_state_dict(other, resumed, saved, options=options)
+    assert resumed.param_groups[0]["combine"] == combine
+    for own, one in ((params, optimizer), (others, resumed)):
+        set_grads(own, 2)
+        one.step()
+    assert_identical(snapshot(resumed, others), snapshot(optimizer, params))
