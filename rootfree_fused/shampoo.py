@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -113,6 +114,7 @@ class RootFreeShampoo(MatrixOptimizer):
     """
 
     _matrix_method = ROOTFREE_SHAMPOO
+    _added_later: Mapping[str, Any] = {**MatrixOptimizer._added_later, "merge_axes": True}
     _replaced = _REPLACED
     _converters = "convert.from_ifshampoo makes one of an IFShampoo's"
     _shaping = (

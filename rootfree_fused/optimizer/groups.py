@@ -53,6 +53,8 @@ class DeclaringOptimizer(Optimizer):
     # Settings that decide what state there is, and of these the ones that no load may change.
     _shaping: tuple[str, ...] = ()
     _fixed: tuple[str, ...] = ()
+    # Settings that came after checkpoints that lack them, and what those were stepped with.
+    _added_later: Mapping[str, Any] = {}
     # What a subclass has in place of arguments of other classes, for who passes those.
     _replaced: Mapping[str, str] = {}
     # What makes a state_dict of another optimizer's, for who loads that one.

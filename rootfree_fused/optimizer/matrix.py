@@ -32,6 +32,7 @@ class MatrixOptimizer(RootFreeOptimizer):
 
     _matrix_method: MatrixMethod
     _fixed = ("factor_dtype",)
+    _added_later: Mapping[str, Any] = {"batch_axes": 0, "combine": "none"}
 
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return check_hyperparameters(values, self._matrix_method.undamped)

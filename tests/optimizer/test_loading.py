@@ -127,7 +127,8 @@ def mutations(saved, data):
         words = data.draw(st.sampled_from(sorted(FORMS)))
         FORMS[words](damaged)
     elif kind == "cut short":
-        key = data.draw(st.sampled_from(sorted(settings.keys() - {"params"})))
+        later = {"params", "merge_axes", "batch_axes", "combine"}  # not in every checkpoint
+        key = data.draw(st.sampled_from(sorted(settings.keys() - later)))
         del settings[key]
         words = f"group {group} has no {key}.*cut short"
     elif kind == "setting":
@@ -290,3 +291,25 @@ def test_factors_of_which_one_is_zero_are_damaged():
     with pytest.raises(ValueError, match=f"factor_1 is zero and other factors are not.*{DAMAGED}"):
         optimizer.load_state_dict(saved)
     assert_identical(snapshot(optimizer, [p]), before)
+
+
+@pytest.mark.parametrize(("name", "later"), [("ifshampoo", 2), ("shampoo", 3)])
+def test_a_checkpoint_from_before_a_setting_is_what_it_was(name, later):
+    """It was stepped as the setting's default steps; one of other parameters does not fit."""
+    settings = ("merge_axes", "batch_axes", "combine")[-later:]
+    params, others = parameters((6, 4), (4,)), parameters((6, 4), (4,))
+    optimizer, twin = build(name, params), build(name, others)
+    run(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    for key in settings:
+        del saved["param_groups"][0][key]
+    for p, other in zip(params, others, strict=True):
+        other.data.copy_(p.data)
+    twin.load_state_dict(saved)
+    assert all(twin.param_groups[0][k] == optimizer.param_groups[0][k] for k in settings)
+    for one, own in ((optimizer, params), (twin, others)):
+        run(one, own, 2, first=2)
+    assert_identical(snapshot(twin, others), snapshot(optimizer, params))
+    stack = build(name, parameters((2, 6, 4), (2, 4)), batch_axes=1)
+    with pytest.raises(ValueError, match="has shape"):
+        stack.load_state_dict(saved)
