@@ -184,6 +184,8 @@ DIGITS = _methods(
     RootFreeShampoo={"tuned": {"lr": 3e-3, "betas": (0.9, 0.98)}},
     SOAP={"tuned": {"lr": 1e-2, "betas": (0.8, 0.95)}},
     Muon={"tuned": {"lr": 2e-2, "adamw_lr": 3e-2}},
+    KL_Shampoo={"tuned": {"lr": 3e-3, "betas": (0.9, 0.9)}},
+    KL_SOAP={"tuned": {"lr": 1e-2, "betas": (0.9, 0.98)}},
     RootFreeRMSprop={"tuned": {"lr": 1e-3, "alpha": 0.9}, "fixed": _released},
     RootFreeAdamW={
         "search": {
@@ -238,6 +240,8 @@ TEXT = _methods(
         },
         "tuned": {"lr": 4e-2, "adamw_lr": 3.2e-2},
     },
+    KL_Shampoo={"tuned": {"lr": 3e-2, "betas": (0.9, 0.9)}},
+    KL_SOAP={"tuned": {"lr": 1e-2, "betas": (0.9, 0.9)}},
 )
 
 _at_any_lr = {name: {"lr": method.search["lr"]} for name, method in BASE.items()}
