@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -18,6 +19,14 @@ from bench.report import losses
 
 NO_SEARCH = ("text", "KL-SOAP")
 STORED = ("text", "SOAP")
+
+
+@pytest.fixture(autouse=True)
+def _no_search(monkeypatch):
+    """No search of NO_SEARCH is stored."""
+    for task in ("text", "long text"):
+        unsearched = dataclasses.replace(METHODS[task]["KL-SOAP"], tuned=None)
+        monkeypatch.setitem(METHODS[task], "KL-SOAP", unsearched)
 
 
 def ended(job, value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from dataclasses import replace
@@ -228,7 +229,9 @@ def test_the_stored_comparison_used_the_settings_in_use(path):
         assert used == json.loads(json.dumps(of))
 
 
-def test_a_method_without_a_search_is_trained_at_its_defaults():
+def test_a_method_without_a_search_is_trained_at_its_defaults(monkeypatch):
+    unsearched = dataclasses.replace(tuned.METHODS["text"]["KL-SOAP"], tuned=None)
+    monkeypatch.setitem(tuned.METHODS["text"], "KL-SOAP", unsearched)
     chosen = train.chosen("text", None)
     assert chosen["SOAP"] == ("SOAP", {"lr": 1e-2, "betas": (0.8, 0.95)})
     assert chosen["KL-SOAP, defaults"] == ("KL-SOAP", None)
