@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     extensions.known_tensors() is None, reason="csrc/known_tensors.cpp is not built"
 )
 pytest.importorskip("triton")
-SHAPES = [(8, 8), (5,), (7, 6), (8, 8)]  # whose K K^T are kept on the CPU too
+SHAPES = [(8, 8), (5,), (8, 8)]  # whose K K^T are kept on the CPU too
 KERNELS = {"ifshampoo": "matrix", "shampoo": "rootfree_shampoo"}
 OPERATORS = {"ifshampoo": "ifshampoo_", "shampoo": "rootfree_shampoo_"}
 
@@ -64,34 +64,28 @@ def step_both(both, operators, t, *, aligned=True, in_place=False):
         counts.append(len(operators) - before)
     (params, optimizer), (others, twin) = both
     assert_identical(snapshot(optimizer, params), snapshot(twin, others))
-    assert counts[1] >= 1  # on the CPU each bucket is a call of its own
+    assert counts[1] == 1
     return counts[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["ifshampoo", "shampoo"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("ifshampoo", torch.float32), ("ifshampoo", torch.bfloat16), ("shampoo", torch.float32)],
+)
 def test_gradients_may_lie_anywhere(name, dtype, operators):
     """From one that does not start aligned the operator makes a copy."""
     both = pair(name, dtype)
-    ways = [
-        {},
-        {"in_place": True},
-        {},
-        {"aligned": False},
-        {},
-        {"aligned": False},
-        {"in_place": True},
-    ]
+    ways = [{}, {"in_place": True}, {"aligned": False}, {}, {"aligned": False}, {"in_place": True}]
     counts = [step_both(both, operators, t, **way) for t, way in enumerate(ways)]
-    assert counts == [0, 0, 0, 2, 0, 2, 2]
+    assert counts == [0, 0, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["ifshampoo", "shampoo"])
 def test_gradients_of_a_stack_move_with_it(name, operators):
-    both = pair(name, shapes=[(3, 8, 8), (2, 5), (2, 8, 8)], batch_axes=1)
-    ways = [{}, {"in_place": True}, {}, {"aligned": False}, {}]
+    both = pair(name, shapes=[(2, 8, 8), (2, 5), (2, 8, 8)], batch_axes=1)
+    ways = [{}, {}, {"aligned": False}]
     counts = [step_both(both, operators, t, **way) for t, way in enumerate(ways)]
-    assert counts == [0, 0, 0, 1, 0]
+    assert counts == [0, 0, 1]
 
 
 @pytest.mark.parametrize("name", ["ifshampoo", "shampoo"])
@@ -108,15 +102,12 @@ def test_settings_and_a_scaler_are_read_at_every_step(name, operators):
                 setattr(optimizer, key, tensors.get(key))
 
     changes = [
-        lambda: None,
         lambda: set_all("lr", 0.01),
-        lambda: set_all("lr", torch.tensor(0.02, dtype=torch.float64)),
-        lambda: set_all("damping", 0.3),
+        lambda: (set_all("lr", torch.tensor(0.02, dtype=torch.float64)), set_all("damping", 0.3)),
         lambda: set_all("maximize", True),
         lambda: scale(grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0)),
         lambda: scale(grad_scale=torch.tensor(2.0), found_inf=torch.tensor(1.0)),
-        lambda: scale(),
-        lambda: set_all("weight_decay", 0.0),
+        lambda: (scale(), set_all("weight_decay", 0.0)),
     ]
     for t, change in enumerate(changes):
         change()
@@ -126,7 +117,7 @@ def test_settings_and_a_scaler_are_read_at_every_step(name, operators):
 def test_rows_are_left_out_and_taken_up_again(operators):
     """A plan has the averages of rows or has not."""
     both = pair("shampoo")
-    for t, row_beta in enumerate((0.95, None, None, 0.9, None, 0.5)):
+    for t, row_beta in enumerate((0.95, None, 0.9, None)):
         for _, optimizer in both:
             optimizer.param_groups[0]["row_beta"] = row_beta
         assert step_both(both, operators, t, in_place=t > 0) == 0
@@ -136,7 +127,7 @@ def test_rows_are_left_out_and_taken_up_again(operators):
 def test_between_updates_products_that_are_stale_are_the_operators(name, operators):
     both = pair(name, update_interval=2)
     counts = []
-    for t in range(8):
+    for t in range(6):
         if t in (3, 5):
             for params, optimizer in both:
                 if t == 5:
@@ -144,7 +135,7 @@ def test_between_updates_products_that_are_stale_are_the_operators(name, operato
                 else:
                     optimizer.state[params[0]]["factor_0"].mul_(1.25)
         counts.append(step_both(both, operators, t, in_place=t > 0))
-    assert counts == [0, 2, 0, 1, 0, 2, 0, 0]  # the first of a kind makes products anew
+    assert counts == [0, 1, 0, 1, 0, 1]  # the first of a kind makes products anew
 
 
 @pytest.mark.parametrize("name", ["ifshampoo", "shampoo"])
