@@ -223,6 +223,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
 
     def _step_traced(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it, which guards the tensors itself."""
+        self._check_traced()
         for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
@@ -237,6 +238,9 @@ class RootFreeOptimizer(DeclaringOptimizer):
             if group.get("initial_square_avg") == AUTO:  # what has started, only the device knows
                 self._start_traced(params, states, group, own_scaling)
             self._update(index, Work(params, states, torch.stack(counts), own_scaling))
+
+    def _check_traced(self) -> None:
+        """Raise for gradients that no step may take, before a count moves."""
 
     def _start_traced(
         self, params: list[Tensor], states: list[State], group: Group, scaling: Scaling

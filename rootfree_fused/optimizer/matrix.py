@@ -87,10 +87,18 @@ class MatrixOptimizer(RootFreeOptimizer):
         for one in waiting_members(group, params, states):
             start_(one.state, one.grad(group), group, scaling)
 
+    def _check_traced(self) -> None:
+        if any(group["combine"] != "none" for group in self.param_groups):
+            self._check_joined()
+
+    @_disable_dynamo
+    def _check_joined(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            self._check_named(index, check_gradients, group)
+
     @_disable_dynamo
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
-        self._check_named(index, check_gradients, group)
         for param, state in zip(work.params, work.states, strict=True):
             check_state("a parameter", param, state, self._spec(param, group))
         self._step(index, work, KnownCalls())

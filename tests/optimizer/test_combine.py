@@ -141,6 +141,19 @@ def test_a_compiled_step_is_the_same(name):
     twins.assert_equal()
 
 
+@by_name
+def test_a_compiled_step_tells_of_a_missing_gradient_before_a_count_moves(name):
+    twins = Twins(name, {key: SETS[key] for key in ("linear", "normalisation")})
+    twins.optimizer.step = torch.compile(twins.optimizer.step, backend="eager")
+    twins.step(0)
+    set_grads(twins.params, 1)
+    twins.params[1].grad = None
+    before = snapshot(twins.optimizer, twins.params)
+    with pytest.raises(ValueError, match="joins to it, has none"):
+        twins.optimizer.step()
+    assert_identical(snapshot(twins.optimizer, twins.params), before)
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
 @by_name
