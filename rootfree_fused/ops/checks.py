@@ -122,17 +122,14 @@ def _check_structures(value: Any) -> None:
 
 def _sets(name: str, value: Any, others: str) -> tuple[tuple[int, ...], ...]:
     """The value as tuples of whole numbers, by what a setting may be beside them."""
-    sets = tuple(tuple(s) if isinstance(s, (tuple, list)) else () for s in _sequence(value))
+    given = value if isinstance(value, (tuple, list)) else ()
+    sets = tuple(tuple(s) if isinstance(s, (tuple, list)) else () for s in given)
     if not sets or not all(sets) or any(type(i) is not int or i < 0 for s in sets for i in s):
         raise ValueError(
             f"{name} is {value!r}; pass {others}, or a tuple of tuples of whole numbers, as "
             "((0, 1), (2, 3))"
         )
     return sets
-
-
-def _sequence(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 def check_switches(**switches: object) -> None:

@@ -146,10 +146,8 @@ class _PlanAtGradients:
         addresses: Tensor | None,
     ) -> None:
         self._kernels, self._plan, self._moved = kernels, plan, plan
-        self._owners, self._addresses = (
-            torch.tensor(owners, dtype=torch.long, device="cpu"),
-            addresses,
-        )
+        self._addresses = addresses
+        self._owners = torch.tensor(owners, dtype=torch.long, device="cpu")
         if addresses is not None:  # a member's gradient lies where its owner's does, and so far on
             own = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
             self._offsets = own - addresses[self._owners]

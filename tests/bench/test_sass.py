@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.jit import JITFunction
+from helpers.offline import needs_compiler
 
 from bench import matrix
 from bench.__main__ import main
@@ -23,12 +23,6 @@ from bench.machine_code.instructions import (
 )
 from bench.machine_code.occupancy import resident_programs
 from rootfree_fused.kernels import matrix as matrix_kernels
-
-needs_compiler = pytest.mark.skipif(
-    not isinstance(matrix_kernels._product_kernel, JITFunction),
-    reason="TRITON_INTERPRET compiles nothing",
-)
-
 
 # Residency, by hand ---------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ MODULES = [
     for module in pkgutil.iter_modules(kernels.__path__)
 ]
 needs_cuda = pytest.mark.gpu  # skipped by conftest.py where there is none
+needs_compiler = pytest.mark.skipif(
+    not isinstance(diag._diag_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
+)
 
 
 @contextmanager

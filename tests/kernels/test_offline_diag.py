@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from helpers import adagrad_kernel
-from triton.runtime.jit import JITFunction
+from helpers.offline import needs_compiler
 
 from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index, last_index, widths
@@ -23,9 +23,7 @@ from bench.machine_code.launches import (
 from bench.machine_code.offline import Recorder, compile_call
 from rootfree_fused.kernels import diag
 
-pytestmark = pytest.mark.skipif(
-    not isinstance(diag._diag_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
-)
+pytestmark = needs_compiler
 
 FLOAT_ARITHMETIC = r"\b(FADD|FMUL|FFMA)2?\b"
 # Bandwidth per multiprocessor times 0.8 us of latency, for H100 and B200, in bytes.

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton.runtime.jit import JITFunction
+from helpers.offline import needs_compiler
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.machine_code import sass
@@ -27,14 +27,11 @@ from bench.machine_code.launches import (
 )
 from bench.machine_code.occupancy import CHIPS
 from bench.machine_code.offline import compile_call
-from rootfree_fused.kernels import matrix, matrix_launches, products
+from rootfree_fused.kernels import matrix, matrix_launches
 from rootfree_fused.kernels.matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
 from rootfree_fused.kernels.slots import LAYOUT
 
-pytestmark = pytest.mark.skipif(
-    not isinstance(products._product_kernel, JITFunction),
-    reason="TRITON_INTERPRET compiles nothing",
-)
+pytestmark = needs_compiler
 
 TENSOR_CORES = {
     80: r"^(@!?U?P\d+ )?HMMA\.16816\.F32\.BF16",

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton.runtime.jit import JITFunction
+from helpers.offline import needs_compiler
 
 from bench.machine_code.launches import (
     MATRIX_KERNELS,
@@ -16,12 +16,8 @@ from bench.machine_code.launches import (
     matrix_program,
     shampoo_program,
 )
-from rootfree_fused.kernels import products
 
-pytestmark = pytest.mark.skipif(
-    not isinstance(products._product_kernel, JITFunction),
-    reason="TRITON_INTERPRET compiles nothing",
-)
+pytestmark = needs_compiler
 
 # Vectors have as many entries as a tile has rows: fewer than a program has threads.
 VECTOR = r"tensor<\d+x!tt\.ptr"

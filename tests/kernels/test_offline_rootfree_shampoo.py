@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from triton.runtime.jit import JITFunction
+from helpers.offline import needs_compiler
 
 from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index, widths
@@ -22,13 +22,11 @@ from bench.machine_code.launches import (
 )
 from bench.machine_code.occupancy import CHIPS
 from bench.machine_code.offline import compile_call
-from rootfree_fused.kernels import matrix_launches, roots
+from rootfree_fused.kernels import matrix_launches
 from rootfree_fused.kernels.gradients import PART_ROWS
 from rootfree_fused.kernels.matrix_jobs import GATHER_COLUMNS
 
-pytestmark = pytest.mark.skipif(
-    not isinstance(roots._roots_kernel, JITFunction), reason="TRITON_INTERPRET compiles nothing"
-)
+pytestmark = needs_compiler
 
 # What is to be mended: 8 bytes, on the way of ragged rows, for a third program a multiprocessor.
 OLD = triton.__version__.startswith("3.6")

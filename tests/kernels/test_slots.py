@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from helpers.offline import needs_compiler
 from triton.runtime.jit import JITFunction
 
 from rootfree_fused.kernels import factors, rootfree_shampoo_slots, slots, tiles
@@ -130,9 +131,7 @@ def test_padded_rows_are_as_long_on_the_host_as_on_the_device():
     assert 2 * LAYOUT.row_multiple == LAYOUT.alignment
 
 
-@pytest.mark.skipif(
-    not isinstance(tiles.padded, JITFunction), reason="TRITON_INTERPRET compiles nothing"
-)
+@needs_compiler
 @pytest.mark.parametrize(
     ("module", "function", "table"),
     [(factors, "_factor_step", "FACTORS"), (tiles, "tile_at", "TILE")],
