@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from rootfree_fused.optimizer.layouts import default_dtype
+from rootfree_fused.optimizer.factor_state import default_dtype
 
 from .matrix import transformer
 from .measuring.common import (

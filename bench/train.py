@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from rootfree_fused.optimizer.layouts import default_dtype
+from rootfree_fused.optimizer.factor_state import default_dtype
 
 from .matrix import checked_step
 from .measuring.common import (

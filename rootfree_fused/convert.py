@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .diag import RootFreeAdamW, RootFreeRMSprop
 from .matrix import IFShampoo
+from .ops import structure_names
 from .ops.checks import state_dtype
 from .optimizer.base import RootFreeOptimizer
 from .optimizer.conversion import Converted, Entry, assembled, entries_of, state_dict_of
@@ -303,10 +304,10 @@ def _renamed(entry: Entry, names: Mapping[str, str]) -> Group:
 
 def _structures(entry: Entry) -> str | tuple[str, ...]:
     structures = entry.group["structures"]
-    if others := set(structures) - {"dense", "diagonal"}:
+    if others := {name for name in structures if structure_names.read(name) is None}:
         raise ValueError(
             f"group {entry.position} of the source has the structures {sorted(others)}; IFShampoo "
-            "has dense and diagonal factors alone"
+            f"has those of singd that it calls dense, diagonal, {structure_names.ALIASES} alone"
         )
     return structures[0] if len(set(structures)) == 1 else tuple(structures)
 
@@ -339,5 +340,5 @@ def _factor_state(
                     f"would lose bits; build the optimizer with factor_dtype="
                     f"{torch.promote_types(value.dtype, torch.bfloat16)}"
                 )
-            state[f"{key}_{axis}"] = value if structure.is_dense else value.diagonal().clone()
+            state[f"{key}_{axis}"] = structure.from_matrix(value)
     return state

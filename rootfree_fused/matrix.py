@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .ops import WeightDecayMode
+from .optimizer.factor_state import batched, default_dtype, factor_state
 from .optimizer.groups import Group
 from .optimizer.joint import unit_of
-from .optimizer.layouts import batched, default_dtype, factor_state
+from .optimizer.layouts import BLOCK_SIZE, HIERARCHICAL_SIZES
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
 from .optimizer.state import MOMENTUM, Initial, full_like
 
-Structure = Literal["auto", "dense", "diagonal"]
+Structure = (
+    Literal[
+        "auto", "dense", "diagonal", "block", "hierarchical", "lower_toeplitz", "upper_toeplitz"
+    ]
+    | str
+)
 MergeAxes = bool | tuple[tuple[int, ...], ...]
 Combine = Literal["none", "module"] | tuple[tuple[int, ...], ...]
 
@@ -50,9 +57,9 @@ class IFShampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes``,
-            ``combine``, ``vector_method`` and ``initial_square_avg``, which decide what state there
-            is, may change between steps.
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``block_size``,
+            ``hierarchical_sizes``, ``merge_axes``, ``batch_axes``, ``combine``, ``vector_method``
+            and ``initial_square_avg``, which decide what state there is, may change between steps.
         lr: step size. A tensor of one number is read, never written. The paper's beta_1.
         momentum: heavy-ball coefficient on the preconditioned gradient; sirfshampoo's alpha1.
         damping: weight of the identity, above 0, in the unit of a squared gradient times the batch
@@ -68,9 +75,15 @@ class IFShampoo(MatrixOptimizer):
         update_interval: update the factors every so many steps.
         update_schedule: "constant", or "log4", as released: after an update at step k wait
             min(max(floor(log4(k + 1)), 1), update_interval) steps.
-        structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
-            tuple of them, one an axis.
-        max_dense_dim: the largest axis that may have a dense factor.
+        structures: of the factors: "auto" (dense up to max_dense_dim, blocks up to 16 times it,
+            diagonal above), "dense", "diagonal", "block", "hierarchical", "lower_toeplitz",
+            "upper_toeplitz", or singd's name for one; or a tuple of them, one an axis. The last
+            three have no kernels: the PyTorch reference steps them, in float32.
+        max_dense_dim: the largest axis that may have a dense factor. Larger ones have blocks of
+            equal sizes, multiples of 16 and at most this, each bounded by its own ||m_n||_F.
+        block_size: of "block", whose blocks are bounded by ||m_n||_F of the factor, as released.
+        hierarchical_sizes: of "hierarchical", of how many of the first and of the last rows the
+            factor is dense among each other; the others are scaled.
         merge_axes: see a tensor of three axes or more as the matrix (first axis, all others), or
             which axes are seen as one, as ((0, 1), (2, 3)). ((0, 1),) makes a vector of a matrix.
         batch_axes: how many of the first axes of every parameter number independent ones, as the
@@ -99,9 +112,10 @@ class IFShampoo(MatrixOptimizer):
 
     State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the
     parameter's shape, float32, or float64 for float64 parameters), and per axis ``factor_N`` and
-    ``factor_momentum_N``, of shape (d, d), or (d,) in float32 where diagonal. A bfloat16 factor has
-    the bits that its products do not read in ``factor_N_residual`` (int16), so that steps below a
-    bfloat16 rounding are not lost. Vectors have ``square_avg`` instead.
+    ``factor_momentum_N``, of shape (d, d), (n, b, b) for n blocks, of which the last is zero beyond
+    d, or (d,) in float32 where diagonal. A bfloat16 factor has the bits that its products do not
+    read in ``factor_N_residual`` (int16), so that steps below a bfloat16 rounding are not lost.
+    Vectors have ``square_avg`` instead.
     The batch axes come first in all of them but ``step``. Of joined parameters the first has
     them all, the others ``step`` and ``momentum_buffer``.
 
@@ -118,6 +132,10 @@ class IFShampoo(MatrixOptimizer):
     """
 
     _matrix_method = IFSHAMPOO
+    _added_later: Mapping[str, Any] = {
+        **MatrixOptimizer._added_later,
+        "hierarchical_sizes": HIERARCHICAL_SIZES,
+    }
     _converters = (
         "convert.from_sirfshampoo and convert.from_released_code make one of sirfshampoo's and of "
         "the released code's"
@@ -126,6 +144,8 @@ class IFShampoo(MatrixOptimizer):
         "factor_dtype",
         "structures",
         "max_dense_dim",
+        "block_size",
+        "hierarchical_sizes",
         "merge_axes",
         "batch_axes",
         "combine",
@@ -148,6 +168,8 @@ class IFShampoo(MatrixOptimizer):
         update_schedule: Literal["constant", "log4"] = "constant",
         structures: Structure | tuple[Structure, ...] = "auto",
         max_dense_dim: int = 2048,
+        block_size: int = BLOCK_SIZE,
+        hierarchical_sizes: tuple[int, int] = HIERARCHICAL_SIZES,
         merge_axes: MergeAxes = True,
         batch_axes: int = 0,
         combine: Combine = "none",
@@ -174,6 +196,8 @@ class IFShampoo(MatrixOptimizer):
             "update_schedule": update_schedule,
             "structures": structures,
             "max_dense_dim": max_dense_dim,
+            "block_size": block_size,
+            "hierarchical_sizes": hierarchical_sizes,
             "merge_axes": merge_axes,
             "batch_axes": batch_axes,
             "combine": combine,

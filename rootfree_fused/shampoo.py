@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .matrix import Combine, MergeAxes, Structure
+from .optimizer.factor_state import batched, default_dtype, gram_state
 from .optimizer.groups import Group
 from .optimizer.joint import unit_of
-from .optimizer.layouts import batched, default_dtype, gram_state
+from .optimizer.layouts import BLOCK_SIZE
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import ROOTFREE_SHAMPOO
 from .optimizer.state import MOMENTUM, ROWS, Initial, full_like
@@ -58,9 +59,9 @@ class RootFreeShampoo(MatrixOptimizer):
     Args:
         params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
             float32, bfloat16 or float16. Every hyperparameter can be set per group; all but
-            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``merge_axes``, ``batch_axes``,
-            ``combine`` and ``vector_method``, which decide what state there is, may change between
-            steps.
+            ``factor_dtype``, ``structures``, ``max_dense_dim``, ``block_size``, ``merge_axes``,
+            ``batch_axes``, ``combine`` and ``vector_method``, which decide what state there is, may
+            change between steps.
         lr: step size. A tensor of one number is read, never written.
         betas: decay per step of M and of S, each in [0, 1).
         damping: lam in units of the mean of S's diagonal, above 0.
@@ -68,9 +69,11 @@ class RootFreeShampoo(MatrixOptimizer):
         update_rms: root mean square of the update of a 256 x 256 matrix, above 0.
         update_interval: update S and K every so many steps; what more than 1 costs in
             training is not measured.
-        structures: "auto" (dense up to max_dense_dim, diagonal above), "dense", "diagonal", or a
-            pair of them, of the rows and the columns.
-        max_dense_dim: the largest axis that may have a dense factor.
+        structures: "auto" (dense up to max_dense_dim, blocks up to 16 times it, diagonal above),
+            "dense", "diagonal", "block", or a pair of them, of the rows and the columns.
+        max_dense_dim: the largest axis that may have a dense factor. Larger ones have blocks of
+            equal sizes, multiples of 16 and at most this; each is bounded by its own E.
+        block_size: of "block".
         merge_axes: see a tensor of three axes or more as the matrix (first axis, all others), or
             which axes are seen as one, as ((0, 1), (2, 3)). ((0, 1),) makes a vector of a matrix.
         batch_axes: how many of the first axes of every parameter number independent ones, as the
@@ -96,11 +99,11 @@ class RootFreeShampoo(MatrixOptimizer):
 
     State of a matrix: ``step`` (0-d float32), ``momentum_buffer`` (M, of the parameter's shape),
     ``row_square_avg`` (of length m), and per axis ``gram_N`` (S) and ``factor_N`` (K), of shape
-    (d, d), or (d,) where diagonal. M, S and the averages of rows are float32, or float64 for
-    float64 parameters. A bfloat16 factor has the bits that its products do not read in
-    ``factor_N_residual`` (int16). Vectors have ``exp_avg`` and ``exp_avg_sq``.
-    The batch axes come first in all of them but ``step``. Of joined parameters the first has
-    them all, the others ``step`` and ``momentum_buffer``.
+    (d, d), (n, b, b) for n blocks, of which the last is zero beyond d, or (d,) where diagonal. M, S
+    and the averages of rows are float32, or float64 for float64 parameters. A bfloat16 factor has
+    the bits that its products do not read in ``factor_N_residual`` (int16). Vectors have
+    ``exp_avg`` and ``exp_avg_sq``. The batch axes come first in all of them but ``step``. Of joined
+    parameters the first has them all, the others ``step`` and ``momentum_buffer``.
 
     Raises:
         ValueError: a hyperparameter out of its range, a structure that is not supported or does
@@ -121,6 +124,7 @@ class RootFreeShampoo(MatrixOptimizer):
         "factor_dtype",
         "structures",
         "max_dense_dim",
+        "block_size",
         "merge_axes",
         "batch_axes",
         "combine",
@@ -139,6 +143,7 @@ class RootFreeShampoo(MatrixOptimizer):
         update_interval: int = 1,
         structures: Structure | tuple[Structure, Structure] = "auto",
         max_dense_dim: int = 2048,
+        block_size: int = BLOCK_SIZE,
         merge_axes: MergeAxes = True,
         batch_axes: int = 0,
         combine: Combine = "none",
@@ -161,6 +166,7 @@ class RootFreeShampoo(MatrixOptimizer):
             "update_interval": update_interval,
             "structures": structures,
             "max_dense_dim": max_dense_dim,
+            "block_size": block_size,
             "merge_axes": merge_axes,
             "batch_axes": batch_axes,
             "combine": combine,

@@ -16,11 +16,7 @@ from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop
 from rootfree_fused.convert import from_released_code, from_sirfshampoo
 
 FLOAT64 = torch.float64
-DENSE = [
-    case
-    for case in golden.MATRIX
-    if case not in ("ifshampoo_diagonal", "ifshampoo_mixed_structures")
-]
+DENSE = [case for case in golden.MATRIX if load(case)[1]["structure"] == "dense"]
 CONSTANT = [case for case in golden.MATRIX if case != "ifshampoo_log4_schedule"]
 LOG4 = [case for case in DENSE if case != "ifshampoo_interval3"]
 
@@ -273,9 +269,7 @@ def test_what_sirfshampoo_has_and_ours_does_not_is_refused():
 
     broken = {
         "T of group 0 is a function": with_group(T=lambda step: True),
-        "has the structures .'block30diagonal'.": with_group(
-            structures=("dense", "block30diagonal")
-        ),
+        "has the structures .'trilsparse'.": with_group(structures=("dense", "trilsparse")),
         "share factors": with_group(params=[0, 1]),
         "no T, alpha1, .*; pass an optimizer of the class": {
             **source,

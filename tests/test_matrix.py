@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from helpers.foreign import matrices_of
 from helpers.golden import MATRIX, load, matrix_optimizer
 from helpers.golden import factor as golden_factor
 from helpers.optimizers import assert_identical, parameters, run, set_grads, snapshot
@@ -30,12 +31,11 @@ def test_golden(case, device):
             expected = data[f"param.{t}.{i}"]
             assert (p.detach().cpu() - expected).abs().max() <= 1e-12 * expected.abs().max()
     for i, p in enumerate(params):
-        axes = sum(d != 1 for d in p.shape) or 1
-        for axis in range(axes):
-            factor = optimizer.state[p][f"factor_{axis}"].cpu()
-            expected = golden_factor(data, i, axis, axes)
-            dense = factor if factor.dim() == 2 else factor.diag()
-            assert (dense - expected).abs().max() <= 1e-12 * expected.abs().max()
+        matrices = matrices_of(optimizer, p)
+        for axis, matrix in enumerate(matrices):
+            expected = golden_factor(data, i, axis, len(matrices))
+            if expected is not None:
+                assert (matrix.cpu() - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 def reference_run(shape, grads, start, *, axes, interval=1, **settings):
@@ -288,8 +288,11 @@ def test_a_bad_setting_is_named_and_nothing_is_added(name, value, error):
 
 
 def test_an_unsupported_structure_lists_what_is_supported():
-    with pytest.raises(ValueError, match="'auto', 'dense', 'diagonal'"):
-        IFShampoo(parameters((4, 3)), batch_size=8, structures="block30diagonal")
+    for structure in ("blocks", "block0diagonal", "hierarchical0_0", None, ("dense", 3)):
+        with pytest.raises(
+            ValueError, match=r"'auto', 'dense', 'diagonal', 'block'.* triltoeplitz"
+        ):
+            IFShampoo(parameters((4, 3)), batch_size=8, structures=structure)
 
 
 def test_a_changed_factor_dtype_on_load_changes_nothing(device):

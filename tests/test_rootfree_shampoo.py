@@ -12,6 +12,7 @@ from helpers.optimizers import assert_identical, parameters, run, set_grads, sna
 from helpers.truth import start, step_
 
 from rootfree_fused import BatchSizeCounter, RootFreeShampoo
+from rootfree_fused.reference.structures import structure_of
 
 FLOAT64 = torch.float64
 CASES = sorted(path.stem for path in (GOLDEN / "rootfree_shampoo").glob("*.npz"))
@@ -274,9 +275,16 @@ def test_no_scale_of_the_gradients_matters(factor, device):
         ({"update_rms": 0}, ValueError, "update_rms is 0; pass a number > 0"),
         ({"update_interval": 0}, ValueError, "update_interval is 0; pass a whole number >= 1"),
         ({"update_interval": 2.0}, TypeError, "update_interval is 2.0, a float; pass"),
-        ({"structures": "block"}, ValueError, "structures is 'block'; supported are"),
+        ({"structures": "blocks"}, ValueError, "structures is 'blocks'; supported are"),
+        ({"structures": ("dense", "hierarchical")}, ValueError, "or use IFShampoo"),
+        ({"structures": "triltoeplitz"}, ValueError, "has auto, block, dense, diagonal alone"),
+        ({"structures": "block", "block_size": 0}, ValueError, "block_size is 0"),
         ({"structures": ("dense",)}, ValueError, "pass one structure an axis, or one for all"),
-        ({"structures": "dense", "max_dense_dim": 5}, ValueError, "pass 'auto' or 'diagonal'"),
+        (
+            {"structures": "dense", "max_dense_dim": 5},
+            ValueError,
+            "pass 'block', 'auto' or 'diagonal'",
+        ),
         ({"vector_method": "rmsprop"}, ValueError, "pass 'adam' or 'rootfree'"),
         ({"vector_beta2": 1.0}, ValueError, "vector_beta2 is 1.0; pass"),
         ({"vector_rms": 0.0}, ValueError, "vector_rms is 0.0; pass a number > 0"),
@@ -349,7 +357,7 @@ def test_a_checkpoint_with_a_negative_square_is_refused(key, limit):
     before = snapshot(optimizer, [param])
     damaged = optimizer.state_dict()
     value = damaged["state"][0][key]
-    (value.diagonal() if value.dim() == 2 else value)[2] = -1.0
+    structure_of(value).diagonal(value)[..., 2] = -1.0
     with pytest.raises(ValueError, match=rf"{key} holds -1\.0.*load an earlier one"):
         optimizer.load_state_dict(damaged)
     assert_identical(snapshot(optimizer, [param]), before)

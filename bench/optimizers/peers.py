@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from rootfree_fused import IFShampoo, RootFreeShampoo, reference
 from rootfree_fused.optimizer.layouts import layout_of
-from rootfree_fused.reference.structures import structure_of
+from rootfree_fused.reference.structures import Structure
 
 from ..measuring.common import dtype_name
 from .diagonal import CHECK_STEPS as DIAGONAL_STEPS
@@ -95,13 +95,12 @@ def ifshampoo(
 
 
 def specified(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) -> Tensor:
-    """IF-Shampoo's displacement of a matrix, an axis above `limit` having a diagonal factor."""
+    """IF-Shampoo's displacement of a matrix, an axis above `limit` having blocks, or a diagonal."""
     p, g, buffer = _copy64(param), grad.double(), torch.zeros_like(param, dtype=torch.float64)
     settings = {"merge_axes": True, "structures": "auto", "max_dense_dim": limit}
     layout = layout_of(p.shape, {**settings, "vector_method": "factor"})
     axes = zip(layout.sizes, layout.structures, strict=True)
-    like = [torch.ones(s.shape(d), dtype=torch.float64, device=p.device) for d, s in axes]
-    factors = [structure_of(one).identity_like(one) for one in like]
+    factors = [_identity(size, structure, p) for size, structure in axes]
     momenta = [torch.zeros_like(factor) for factor in factors]
     for step in range(CHECK_STEPS):
         if step % interval == 0:
@@ -121,6 +120,12 @@ def specified(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) 
     return p - param.double()
 
 
+def _identity(size: int, structure: Structure, like: Tensor) -> Tensor:
+    factor = like.new_zeros(structure.shape(size))
+    structure.add_identity_(factor, 1.0, size)
+    return factor
+
+
 def rootfree_shampoo(
     params: list[Parameter], interval: int, *, dtype: torch.dtype, capturable: bool = False
 ) -> Optimizer:
@@ -130,7 +135,7 @@ def rootfree_shampoo(
 
 
 def averaged(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) -> Tensor:
-    """Root-free Shampoo's displacement of a matrix, an axis above `limit` having a diagonal."""
+    """Root-free Shampoo's displacement of a matrix, an axis above `limit` as `specified` has it."""
     p, g = _copy64(param), grad.double()
     settings = {"structures": "auto", "max_dense_dim": limit, "vector_method": "adam"}
     layout = layout_of(p.shape, settings)
@@ -141,8 +146,7 @@ def averaged(param: Tensor, grad: Tensor, interval: int, *, limit: int = 2048) -
     starts = reference.start_values(0.1)
     for size, structure, values in zip(layout.sizes, layout.structures, starts, strict=True):
         for tensors, value in zip((grams, factors), values, strict=True):
-            like = buffer.new_zeros(structure.shape(size))
-            tensors.append(value * structure.identity_like(like))
+            tensors.append(value * _identity(size, structure, buffer))
     for step in range(CHECK_STEPS):
         reference.rootfree_shampoo_(
             *(p, g.view(layout.sizes), buffer, grams, factors, rows, step + 1),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..reference import matrix, rootfree_shampoo
+from ..reference.structures import Structure
+from .axes import known_sizes, structures_of
 from .methods import DiagonalMethod
 
 
@@ -100,10 +102,16 @@ def ifshampoo_(
     decoupled: bool,
     maximize: bool,
     bound: float | None = None,
+    joint_norms: list[bool] | None = None,
+    sizes: Sequence[int] | None = None,
+    structures: Sequence[Structure] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused."""
+    """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused.
+
+    sizes, structures: of the axes of the only bucket, where the factors' shapes do not tell.
+    """
     if skips(found_inf):
         return
     grads = unscaled(grads, grad_scale)
@@ -112,6 +120,7 @@ def ifshampoo_(
     first = 0
     for count in axes:
         last = first + count
+        own = structures or structures_of(factors, joint_norms, first, last)
         for i in range(factors[first].shape[0]):
             param, grad, buffer = next(members)
             stored = [factor[i] for factor in factors[first:last]]
@@ -120,7 +129,7 @@ def ifshampoo_(
                 factor.clone() if residual is None else matrix.join(factor, residual)
                 for factor, residual in zip(stored, kept, strict=True)
             ]
-            g = grad.reshape([value.shape[0] for value in values])
+            g = grad.reshape(sizes or known_sizes(param, factors[first:last]))
             if update_factors:
                 momenta = [m[i].to(values[0].dtype) for m in factor_momenta[first:last]]
                 matrix.update_factors_(
@@ -131,12 +140,13 @@ def ifshampoo_(
                     factor_momentum=factor_momentum,
                     damping=damping,
                     batch_size=batch_size,
+                    structures=own,
                 )
                 for value, factor, residual in zip(values, stored, kept, strict=True):
                     store(value, factor, residual)
                 for value, m in zip(momenta, factor_momenta[first:last], strict=True):
                     m[i].copy_(value)
-            update = matrix.precondition(-g if maximize else g, values)
+            update = matrix.precondition(-g if maximize else g, values, own)
             matrix.apply_(
                 param,
                 update.reshape(param.shape),
@@ -180,7 +190,7 @@ def rootfree_shampoo_(
             param, grad, buffer, row, step = next(members)
             stored = [factor[i] for factor in factors[pair]]
             kept = [residual[i] if residual.numel() else None for residual in residuals[pair]]
-            sizes = [factor.shape[0] for factor in stored]
+            sizes = known_sizes(param, factors[pair])
             averages = [gram[i] for gram in grams[pair]]
             wide = torch.promote_types(buffer.dtype, averages[0].dtype)
             roots = [

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import structure_names
+
 # Kernels compute in float32: what is larger would be infinite there.
 LARGEST = torch.finfo(torch.float32).max
 PLAIN = (Tensor, torch.nn.Parameter)  # tensors that are what their memory says
@@ -43,7 +45,6 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "released start)",
     ),
 }
-_STRUCTURES = ("auto", "dense", "diagonal")
 _CHOICES: dict[str, tuple[object, ...]] = {
     "weight_decay_mode": ("decoupled", "momentum"),
     "bias_correction": (False, True),
@@ -57,8 +58,9 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 _OPTIONAL = ("max_update", "row_beta")
 NUMBERS = _DOMAINS.keys()
 SWITCHES = {name for name, choices in _CHOICES.items() if choices == (False, True)}
-_LEAST = {"update_interval": 1, "max_dense_dim": 1, "batch_axes": 0}
-HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, "structures", "merge_axes", "combine"}
+_LEAST = {"update_interval": 1, "max_dense_dim": 1, "block_size": 1, "batch_axes": 0}
+_SHAPED = ("structures", "hierarchical_sizes", "merge_axes", "combine")
+HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, *_SHAPED}
 
 
 def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict[str, Any]:
@@ -80,6 +82,8 @@ def check_hyperparameters(values: Mapping[str, Any], undamped: str = "") -> dict
                 )
         elif name == "structures":
             _check_structures(value)
+        elif name == "hierarchical_sizes":
+            _check_hierarchical_sizes(value)
         elif name == "merge_axes":
             settings[name] = value if isinstance(value, bool) else _sets(name, value, "True, False")
         elif name == "combine":
@@ -113,10 +117,24 @@ def _plain(name: str, value: Any) -> Any:
 
 def _check_structures(value: Any) -> None:
     structures = value if isinstance(value, (tuple, list)) else (value,)
-    if not structures or any(structure not in _STRUCTURES for structure in structures):
+    if not structures or any(structure_names.read(structure) is None for structure in structures):
         raise ValueError(
-            f"structures is {value!r}; supported are {', '.join(map(repr, _STRUCTURES))}: pass one "
-            "of them, or a tuple with one an axis"
+            f"structures is {value!r}; supported are "
+            f"{', '.join(map(repr, structure_names.NAMES))}, and singd's names as "
+            f"{structure_names.ALIASES}: pass one of them, or a tuple with one an axis"
+        )
+
+
+def _check_hierarchical_sizes(value: Any) -> None:
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or any(type(size) is not int or size < 0 for size in value)
+        or not any(value)
+    ):
+        raise ValueError(
+            f"hierarchical_sizes is {value!r}; pass two whole numbers >= 0, of which one is not 0 "
+            "((0, 0) is 'diagonal')"
         )
 
 

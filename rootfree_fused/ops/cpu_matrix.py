@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..reference import matrix
-from ..reference.structures import structure_of_stack
+from ..reference.structures import Structure
 from . import by_reference
+from .axes import known_sizes, structures_of
 from .by_reference import IFShampooTensors
 
 
@@ -21,6 +22,7 @@ def ifshampoo_(
     grads: list[Tensor],
     *tensors: Any,
     axes: list[int],
+    joint_norms: list[bool] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     **scalars: Any,
@@ -34,22 +36,25 @@ def ifshampoo_(
         return
     grads = by_reference.unscaled(grads, grad_scale)
     every = IFShampooTensors(params, grads, *tensors)
+    first = 0
     for bucket, count in enumerate(axes):
+        structures = structures_of(every.factors, joint_norms, first, first + count)
+        first += count
         own = by_reference.take_bucket(bucket, every, axes)
         if kernel_serves("_ifshampoo_bf16_", own.params, own.residuals):
             _in_the_kernel(own, scalars)
         elif count == 2:
-            _stacked(own, **scalars)
+            _stacked(own, structures, **scalars)
         else:
             own = own._replace(factors=unversioned(own.factors))
-            by_reference.ifshampoo_(*own, axes=[count], **scalars)
+            by_reference.ifshampoo_(*own, axes=[count], structures=structures, **scalars)
 
 
 def kernel_serves(name: str, params: list[Tensor], residuals: list[Tensor]) -> bool:
     """Whether the C++ kernel serves a bucket of these parameters; `residuals` has one an axis."""
     return (
         len(residuals) == 2
-        and all(residual.numel() for residual in residuals)
+        and all(residual.numel() and residual.dim() == 3 for residual in residuals)
         and all(p.dtype != torch.float64 for p in params)
         and hasattr(torch.ops.rootfree_fused, name)  # the extension is built
         and torch.ops.rootfree_fused._bf16_kernel_runs()
@@ -76,6 +81,7 @@ def _in_the_kernel(own: IFShampooTensors, scalars: dict[str, Any]) -> None:
 
 def _stacked(
     own: IFShampooTensors,
+    structures: Sequence[Structure],
     *,
     update_factors: bool,
     refresh_products: bool,
@@ -86,9 +92,8 @@ def _stacked(
     bound: float | None = None,
     **scalars: float,
 ) -> None:
-    sizes = [factor.shape[1] for factor in own.factors]
-    dense = [f.dtype for f in own.factors if structure_of_stack(f).is_dense]
-    dtype = dense[0] if dense else own.factors[0].dtype
+    sizes = known_sizes(own.params[0], own.factors)
+    dtype = product_dtype(own.factors)
     grad = torch.stack([g.reshape(sizes) for g in own.grads])
     lowest, highest = torch.aminmax(grad.flatten(1), dim=1)
     if bool((torch.maximum(-lowest, highest) > matrix.LARGEST_GRADIENT).any()):
@@ -98,21 +103,12 @@ def _stacked(
     if update_factors:
         is_zero = (lowest == 0) & (highest == 0)  # of which K and m learn nothing
         kept = _rows(is_zero, factors, own.residuals, own.momenta)
-        _update_factors(grad, factors, own.residuals, own.momenta, **scalars)
+        _update_factors(grad, structures, factors, own.residuals, own.momenta, **scalars)
         for stack, rows in kept:
             stack[is_zero] = rows
     if update_factors or refresh_products:
-        for factor, product in zip(factors, own.products, strict=True):
-            if product.numel():
-                torch.bmm(factor, factor.mT, out=product.data)
-
-    update = -grad if maximize else grad
-    for axis, (factor, product) in enumerate(zip(factors, own.products, strict=True)):
-        if product.numel():
-            update = times(update, product, axis)
-        else:
-            transposed = structure_of_stack(factor).transposed(factor)
-            update = times(times(update, factor, axis), transposed, axis)
+        make_products(factors, own.products)
+    update = preconditioned(-grad if maximize else grad, structures, factors, own.products)
     p = torch.stack([param.reshape(sizes) for param in own.params])
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     buffer = None
@@ -144,8 +140,39 @@ def unversioned(factors: list[Tensor]) -> list[Tensor]:
     return [factor.data for factor in factors]
 
 
+def product_dtype(factors: Sequence[Tensor]) -> torch.dtype:
+    """Of the products of a bucket: that of its matrices, if it has any."""
+    return next((f.dtype for f in factors if f.dim() > 2), factors[0].dtype)
+
+
+def make_products(factors: Sequence[Tensor], products: Sequence[Tensor]) -> None:
+    """K K^T of each that is kept."""
+    for factor, product in zip(factors, products, strict=True):
+        if product.numel():
+            torch.matmul(factor, factor.mT, out=product.data)
+
+
+def preconditioned(
+    update: Tensor,
+    structures: Sequence[Structure],
+    factors: Sequence[Tensor],
+    products: Sequence[Tensor],
+) -> Tensor:
+    """C C^T N K K^T of each matrix of a stack, by the products that are kept."""
+    for axis, (structure, factor, product) in enumerate(
+        zip(structures, factors, products, strict=True)
+    ):
+        if product.numel():
+            update = times(update, structure, product, axis)
+        else:
+            update = times(update, structure, factor, axis)
+            update = times(update, structure, factor, axis, transposed=True)
+    return update
+
+
 def _update_factors(
     grad: Tensor,
+    structures: Sequence[Structure],
     factors: list[Tensor],
     residuals: list[Tensor],
     momenta: list[Tensor],
@@ -159,12 +186,13 @@ def _update_factors(
         matrix.join(factor, residual) if residual.numel() else factor
         for factor, residual in zip(factors, residuals, strict=True)
     ]
-    mean_squares = [square_sums(value) / value.shape[1] for value in values]
-    transformed = times(times(grad, factors[0], 0), factors[1], 1)
+    axes = list(zip(structures, factors, values, momenta, strict=True))
+    sizes = grad.shape[1:]
+    mean_squares = [s.square_sum(v) / d for s, v, d in zip(structures, values, sizes, strict=True)]
+    transformed = times(times(grad, structures[0], factors[0], 0), structures[1], factors[1], 1)
     decay, weight = factor_momentum, (1 - factor_momentum) / 2  # of the old m and of 2 H
-    for axis, (factor, value, m) in enumerate(zip(factors, values, momenta, strict=True)):
+    for axis, (structure, factor, value, m) in enumerate(axes):
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
-        structure = structure_of_stack(factor)
         unfolded = transformed.mT if axis else transformed
         new = m.to(value.dtype)
         scale = weight * batch_size / unfolded.shape[2]
@@ -173,12 +201,12 @@ def _update_factors(
         structure.average_gram_(new, wide, decay=decay, weight=scale)
         square = structure.square(factor).to(value.dtype)
         new.addcmul_(square, damping * mean_squares[1 - axis].view(each), value=weight)
-        structure.diagonal(new).sub_(weight)
+        structure.add_identity_(new, -weight, sizes[axis])
         new.clamp_(-matrix.LARGEST_MOMENTUM, matrix.LARGEST_MOMENTUM)
         m.copy_(new)
-        step = factor_lr / square_sums(new).sqrt().clamp_min(1)
+        step = factor_lr / structure.norms(new).clamp_min(1)
         product = structure.product(factor, m).to(value.dtype)
-        value.addcmul_(product, step.view(each), value=-1)
+        value.addcmul_(product, step, value=-1)
     for factor, residual, value in zip(factors, residuals, values, strict=True):
         if residual.numel():
             high, low = matrix.split(value)
@@ -186,22 +214,13 @@ def _update_factors(
             residual.copy_(low)
 
 
-def square_sums(stack: Tensor) -> Tensor:
-    """||m||_F^2 of each.
-
-    torch's norm adds float32 squares one by one, 1.5e-5 off at 1024 x 1024; its sum of all at once
-    is split among the threads, whose number would show. Sums of rows are neither.
-    """
-    rows = stack.square().sum(-1)
-    return rows.sum(-1) if rows.dim() == 2 else rows
-
-
-def times(x: Tensor, factor: Tensor, axis: int) -> Tensor:
-    """F^T X on axis 0, X F on axis 1."""
-    structure = structure_of_stack(factor)
+def times(
+    x: Tensor, structure: Structure, factor: Tensor, axis: int, *, transposed: bool = False
+) -> Tensor:
+    """F^T X on axis 0, X F on axis 1; transposed F X and X F^T."""
     if axis == 0:
-        return structure.left(structure.transposed(factor), x).to(x.dtype)
-    return structure.right(x, factor).to(x.dtype)
+        return structure.left(factor, x, transposed=not transposed).to(x.dtype)
+    return structure.right(x, factor, transposed=transposed).to(x.dtype)
 
 
 def scatter(stacked: Tensor, tensors: Sequence[Tensor]) -> None:

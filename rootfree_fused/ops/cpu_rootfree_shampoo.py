@@ -11,8 +11,18 @@ from ..reference import matrix
 from ..reference.rootfree_shampoo import ROW_DAMPING, shape_scale
 from ..reference.structures import structure_of_stack
 from . import by_reference
+from .axes import known_sizes
 from .by_reference import RootFreeShampooTensors
-from .cpu_matrix import contiguous_copies, kernel_serves, scatter, square_sums, times, unversioned
+from .cpu_matrix import (
+    contiguous_copies,
+    kernel_serves,
+    make_products,
+    preconditioned,
+    product_dtype,
+    scatter,
+    times,
+    unversioned,
+)
 
 
 def rootfree_shampoo_(
@@ -61,8 +71,8 @@ def _stacked(
     maximize: bool,
 ) -> None:
     factors = unversioned(own.factors)
-    sizes = [factor.shape[1] for factor in factors]
-    dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
+    structures = list(map(structure_of_stack, factors))
+    sizes = known_sizes(own.params[0], factors)
     wide = torch.promote_types(own.grams[0].dtype, own.buffers[0].dtype)
     grad = _scaled(torch.stack([g.reshape(sizes) for g in own.grads]).to(wide), 1.0)
     grad = -grad if maximize else grad
@@ -75,16 +85,8 @@ def _stacked(
         learns = grad.flatten(1).any(1)
         _update_roots(grad, learns, own.grams, factors, own.residuals, beta2, damping)
     if update_factors or refresh_products:
-        for factor, product in zip(factors, own.products, strict=True):
-            if product.numel():
-                torch.bmm(factor, factor.mT, out=product.data)
-    update = ahead.to(dtype)
-    for axis, (factor, product) in enumerate(zip(factors, own.products, strict=True)):
-        if product.numel():
-            update = times(update, product, axis)
-        else:
-            transposed = structure_of_stack(factor).transposed(factor)
-            update = times(times(update, factor, axis), transposed, axis)
+        make_products(factors, own.products)
+    update = preconditioned(ahead.to(product_dtype(factors)), structures, factors, own.products)
     update = update.to(wide)
     if row_beta is not None:
         update = _scaled(update, 1.0)
@@ -110,28 +112,32 @@ def _update_roots(
     damping: float,
 ) -> None:
     """`reference.update_roots_` of a stack; only what `learns` does, whose gradient is not zero."""
-    dtype = next((f.dtype for f in factors if structure_of_stack(f).is_dense), factors[0].dtype)
-    seen = times(grad.to(dtype), factors[1], 1), times(grad.to(dtype), factors[0], 0).mT
-    for gram, factor, residual, unfolded in zip(grams, factors, residuals, seen, strict=True):
-        structure = structure_of_stack(factor)
+    dtype = product_dtype(factors)
+    a, b = structures = list(map(structure_of_stack, factors))
+    grad = grad.to(dtype)
+    seen = times(grad, b, factors[1], 1), times(grad, a, factors[0], 0).mT
+    for structure, gram, factor, residual, unfolded in zip(
+        structures, grams, factors, residuals, seen, strict=True
+    ):
+        size = unfolded.shape[1]
         each = (-1, *[1] * (factor.dim() - 1))  # one number a matrix
         new = structure.gram(unfolded if structure.is_dense else unfolded.to(gram.dtype))
         weight = (learns.to(gram.dtype) * (1 - beta2)).view(each)
         _lerp(gram, new.to(gram.dtype) / unfolded.shape[2], weight)
-        lam = (damping * structure.diagonal(gram).mean(1)).view(each)
+        lam = (damping / size * structure.diagonal(gram).flatten(1).sum(1)).view(each)
         if not structure.is_dense:
             factor.copy_(torch.where(learns.view(each), (gram + lam).rsqrt(), factor))
             continue
         value = matrix.join(factor, residual) if residual.numel() else factor
-        ahead = torch.baddbmm((lam * value).to(dtype), gram.to(dtype), factor)
+        flat = gram.to(dtype).flatten(0, -3), factor.flatten(0, -3)
+        ahead = torch.baddbmm((lam * value).to(dtype).flatten(0, -3), *flat).view(factor.shape)
         # The identity goes before the rounding: near the end E is small beside it.
         residue = factor.mT.to(gram.dtype) @ ahead.to(gram.dtype)
-        structure.diagonal(residue).sub_(1)
+        structure.add_identity_(residue, -1, size)
         error = residue.to(dtype)
-        bound = torch.fmin(
-            square_sums(residue).sqrt(), square_sums((error @ error).to(gram.dtype)).sqrt().sqrt()
-        )
-        step = torch.where(learns, 0.5 / bound.clamp_min(1), 0.0).view(each)
+        squared = (error @ error).to(gram.dtype)
+        bound = torch.fmin(structure.norms(residue), structure.norms(squared).sqrt())
+        step = torch.where(learns.view(each), 0.5 / bound.clamp_min(1), 0.0)
         moved = value - step * (factor @ error).to(value.dtype)
         value = torch.where(learns.view(each), moved, value)
         by_reference.store(value, factor, residual if residual.numel() else None)

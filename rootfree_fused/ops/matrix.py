@@ -39,6 +39,7 @@ def ifshampoo_(
     weight_decay: float = 0.0,
     weight_decay_mode: WeightDecayMode = "decoupled",
     max_update: float | None = 8.0,
+    joint_norms: Sequence[bool] | None = None,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -55,15 +56,16 @@ def ifshampoo_(
         params: float64, float32, bfloat16 or float16 tensors of as many elements as the product of
             their bucket's axes, of any strides; updated.
         grads: one a parameter, of its shape; of its dtype, or float32. Never written.
-        factors: K, contiguous, of shape (members, d, d), in bfloat16, float32 or float64, one dtype
-            a bucket; or diagonal, of shape (members, d), in float32, or float64 beside float64.
-            Multiples of the identity before the first step. Updated.
-        residuals: for a dense bfloat16 factor the 16 bits that it lacks to float32 (int16, of its
+        factors: K, contiguous, of shape (members, d, d), or (members, n, b, b) for n > 1 blocks, in
+            bfloat16, float32 or float64, one dtype a bucket; or diagonal, of shape (members, d), in
+            float32, or float64 beside float64. Multiples of the identity before the first step,
+            zero in rows and columns of the last block beyond d. Updated.
+        residuals: for a bfloat16 factor the 16 bits that it lacks to float32 (int16, of its
             shape, zeros before the first step; see `reference.split`), else None. Updated.
         factor_momenta: m, as factors, zeros before the first step. Updated.
-        products: room for K K^T of each dense factor, as it is, else None; kept between calls, it
-            saves its product where `update_factors` is False, and must then be what the last call
-            left. None makes it anew where it is needed.
+        products: room for K K^T of each factor that is not diagonal, as it is, else None; kept
+            between calls, it saves its product where `update_factors` is False, and must then be
+            what the last call left. None makes it anew where it is needed.
         momentum_buffers: one a parameter, of its shape, float64 for float64 parameters and float32
             for all others, zeros before the first step; empty without momentum. Updated.
         lr: step size; a float, or a tensor of one number that is read on its device.
@@ -79,6 +81,8 @@ def ifshampoo_(
         weight_decay_mode: "decoupled" or "momentum".
         max_update: bound of the entries of the preconditioned gradient, in units of
             1 / sqrt(batch_size damping); None means no bound.
+        joint_norms: of each axis, whether all blocks of its factor are bounded by the norm of the
+            whole m, as released, or each by its own; None means each.
         maximize: ascend instead of descend.
         grad_scale: what the gradients were multiplied by: one float32 or float64, read on its
             device. None means 1.
@@ -120,6 +124,11 @@ def ifshampoo_(
         "products": [None] * len(factors) if products is None else list(products),
     }
     check_buckets(params, axes, per_axis, products_are_given=products is not None)
+    if joint_norms is not None and len(joint_norms) != len(factors):
+        raise ValueError(
+            f"joint_norms has {len(joint_norms)} entries but factors has {len(factors)}; pass one "
+            "an axis, or None"
+        )
     written: dict[str, Sequence[Tensor | None]] = {"momentum_buffers": buffers, **per_axis}
     check_lists_written(params, grads, written)
 
@@ -146,6 +155,7 @@ def ifshampoo_(
         weight_decay=settings["weight_decay"],
         decoupled=settings["weight_decay_mode"] == "decoupled",
         maximize=settings["maximize"],
+        joint_norms=None if joint_norms is None else list(map(bool, joint_norms)),
         **scaling,
     )
     mark_changed(params)
@@ -154,7 +164,7 @@ def ifshampoo_(
 def room_for_products(factors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """For K K^T: the Triton kernels apply it alone; on the CPU K^T then K cost as little."""
     return [
-        torch.empty_like(f) if f is not None and f.is_cuda and f.dim() == 3 else None
+        torch.empty_like(f) if f is not None and f.is_cuda and f.dim() > 2 else None
         for f in factors
     ]
 

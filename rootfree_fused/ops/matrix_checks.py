@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.structures import structure_of_stack
+from .axes import sizes_of
 
 DENSE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,8 +38,9 @@ def check_buckets(
     for count in axes:
         indices = range(first, first + count)
         stacks = [_checked_factor(f"factors[{i}]", factors[i]) for i in indices]
-        members, sizes = stacks[0].shape[0], [stack.shape[1] for stack in stacks]
+        members = stacks[0].shape[0]
         own = params[member : member + members]
+        shared = sizes_of(own[0].shape, stacks) if own else None
         for i, stack in zip(indices, stacks, strict=True):
             if stack.shape[0] != members or len(own) < members:
                 raise ValueError(
@@ -55,11 +57,12 @@ def check_buckets(
         for i, stack in zip(indices, stacks, strict=True):
             _check_belongings(i, stack, per_axis, products_are_given=products_are_given)
         for i, param in enumerate(own, start=member):
-            if not _merges(param.shape, sizes):
+            sizes = sizes_of(param.shape, stacks)
+            if sizes is None or sizes != shared:
                 raise ValueError(
                     f"params[{i}] has shape {tuple(param.shape)} but its bucket has axes of "
-                    f"{sizes}, which are not its own in their order, nor neighbours of them merged;"
-                    " put it into a bucket of its own axes"
+                    f"{shared or list(map(_size, stacks))}, which are not its own in their order, "
+                    "nor neighbours of them merged; put it into a bucket of its own axes"
                 )
             if param.device != own[0].device:
                 raise ValueError(
@@ -74,26 +77,23 @@ def check_buckets(
         )
 
 
-def _merges(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether the sizes are those of a tensor's axes, in order, with neighbours merged."""
-    axes = [size for size in shape if size != 1]
-    for size in sizes:
-        merged = 1
-        while axes and merged < size:
-            merged *= axes.pop(0)
-        if merged != size:
-            return False
-    return not axes
+def _size(stack: Tensor) -> int | str:
+    """Of the axis that a stack of factors is of, or what it may be."""
+    *_, block = stack.shape
+    count = stack.shape[1]
+    return f"{(count - 1) * block + 1} to {count * block}" if stack.dim() == 4 else count
 
 
 def _checked_factor(name: str, factor: Tensor | None) -> Tensor:
     if not isinstance(factor, Tensor):
         raise TypeError(f"{name} is a {type(factor).__name__}; pass a tensor")
     shape = tuple(factor.shape)
-    square = factor.dim() == 2 or (factor.dim() == 3 and shape[1] == shape[2])
-    if not square or not factor.numel():
+    dims = factor.dim()
+    square = dims == 2 or (dims in (3, 4) and shape[-2] == shape[-1])
+    if not square or not factor.numel() or (dims == 4 and shape[1] == 1):
         raise ValueError(
-            f"{name} has shape {shape}; pass (members, d, d), or (members, d) for a diagonal factor"
+            f"{name} has shape {shape}; pass (members, d, d), (members, d) for a diagonal factor, "
+            "or (members, n, b, b) for n > 1 blocks"
         )
     if not factor.is_contiguous():
         raise ValueError(f"{name} is not contiguous; pass .contiguous()")

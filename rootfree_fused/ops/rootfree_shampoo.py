@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .axes import known_sizes
 from .checks import (
     check_hyperparameters,
     check_reachable,
@@ -63,16 +64,17 @@ def rootfree_shampoo_(
             float32 for all others, zeros before the first step. Updated.
         row_square_avgs: v, one a parameter, of shape (m,), as momentum_buffers; empty where
             row_beta is None. Updated.
-        grams: S, contiguous, of shape (members, d, d), or (members, d) beside a diagonal factor;
+        grams: S, contiguous, of the factors' shapes;
             float64 where the factors of the bucket are, else float32. Updated.
-        factors: K, contiguous, of shape (members, d, d), in bfloat16, float32 or float64, one dtype
-            a bucket; or diagonal, of shape (members, d), in float32, or float64 beside float64.
-            Updated.
-        residuals: for a dense bfloat16 factor the 16 bits that it lacks to float32 (int16, of its
+        factors: K, contiguous, of shape (members, d, d), or (members, n, b, b) for n > 1 blocks, in
+            bfloat16, float32 or float64, one dtype a bucket; or diagonal, of shape (members, d), in
+            float32, or float64 beside float64. Zero, as S, in rows and columns of the last block
+            beyond d. Updated.
+        residuals: for a bfloat16 factor the 16 bits that it lacks to float32 (int16, of its
             shape; see `reference.split`), else None. Updated.
-        products: room for K K^T of each dense factor, as it is, else None; kept between calls, it
-            saves its product where `update_factors` is False, and must then be what the last call
-            left. None makes it anew where it is needed.
+        products: room for K K^T of each factor that is not diagonal, as it is, else None; kept
+            between calls, it saves its product where `update_factors` is False, and must then be
+            what the last call left. None makes it anew where it is needed.
         steps: float32, shape (len(params),): how many steps each parameter has taken, this one
             counted.
         lr: step size; a float, or a tensor of one number that is read on its device.
@@ -173,7 +175,10 @@ def _check_rows(
             f"row_square_avgs has {len(rows)} tensors but params has {len(params)}; pass one a "
             "parameter, or row_beta=None"
         )
-    sizes = [f.shape[1] for f in factors[::2] if f is not None for _ in range(f.shape[0])]
+    stacks = [factor for factor in factors if factor is not None]
+    pairs = [stacks[i : i + 2] for i in range(0, len(stacks), 2)]
+    owners = [pair for pair in pairs for _ in range(len(pair[0]))]
+    sizes = [known_sizes(param, own)[0] for param, own in zip(params, owners, strict=True)]
     for i, (param, row, size) in enumerate(zip(params, rows, sizes, strict=True)):
         needed = (state_dtype(param), (size,), param.device)
         if not isinstance(row, Tensor) or (row.dtype, tuple(row.shape), row.device) != needed:

@@ -19,7 +19,8 @@ IFSHAMPOO = (
     "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] axes, bool update_factors, "
     "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
     "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize, "
-    "float? bound=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "float? bound=None, bool[]? joint_norms=None, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()"
 )
 ROOTFREE_SHAMPOO = (
     "rootfree_shampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "

@@ -1,27 +1,22 @@
-"""Which factors a parameter's shape owns, and buckets of parameters whose factors are stacked."""
+"""How a parameter is seen: which axes it has, and the structure of each axis' factor."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from ..ops import structure_names
+from ..reference.compact_structures import Hierarchical, Toeplitz
+from ..reference.structures import DENSE, DIAGONAL, Blocks, Structure
 
-from ..reference.matrix import initial_scale, split
-from ..reference.rootfree_shampoo import start_values
-from ..reference.structures import (
-    DENSE,
-    DIAGONAL,
-    STRUCTURES,
-    Structure,
-    structure_of_stack,
-)
-from .stacks import as_stack, follows, runs
-from .state import STACKED, Initial, State
+# How many times max_dense_dim an axis may have to get blocks from "auto".
+LARGEST_IN_BLOCKS = 16
+# What "block" and "hierarchical" have unless it is set: two tiles of a GEMM, and as released.
+BLOCK_SIZE, HIERARCHICAL_SIZES = 256, (15, 15)
+# What block sizes are multiples of: 16 bytes of each dtype, and a tile of any unit of products.
+BLOCK_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +25,11 @@ class Layout:
 
     sizes: tuple[int, ...]
     structures: tuple[Structure, ...]
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether the shapes of factors tell their structures, as the operators need it."""
+        return not any(isinstance(s, (Hierarchical, Toeplitz)) for s in self.structures)
 
 
 def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
@@ -42,7 +42,7 @@ def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
         ValueError: the group's structures, batch_axes or merge_axes do not fit the shape.
     """
     merge = group.get("merge_axes", True)
-    merged = [shape[i] for i in range(_batch_axes(shape, group), len(shape))]
+    merged = [shape[i] for i in range(batch_axes_of(shape, group), len(shape))]
     if isinstance(merge, tuple):
         merged = _merged(shape, merged, merge)
     sizes = tuple(d for d in merged if d != 1) or (1,)
@@ -58,26 +58,54 @@ def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
             f"structures is {structures!r}, of length {len(structures)}, but a parameter of shape "
             f"{tuple(shape)} has the axes {sizes}; pass one structure an axis, or one for all"
         )
+    axes = zip(structures, sizes, strict=True)
+    return Layout(sizes, tuple(_structure(name, size, shape, group) for name, size in axes))
+
+
+def names_in(structures: str | Sequence[str]) -> set[str]:
+    """Which of `structure_names.NAMES` a setting means."""
+    names = (structures,) if isinstance(structures, str) else structures
+    return {read[0] for name in names if (read := structure_names.read(name))}
+
+
+def _structure(name: str, size: int, shape: Sequence[int], group: Mapping[str, Any]) -> Structure:
+    """The structure of this name for an axis of this size."""
+    read = structure_names.read(name)
+    assert read is not None, "settings are checked"
+    kind, numbers = read
     limit = group["max_dense_dim"]
-    for size, structure in zip(sizes, structures, strict=True):
-        if structure == "dense" and size > limit:
+    if kind == "auto":
+        return automatic(size, limit)
+    if kind == "dense":
+        if size > limit:
             raise ValueError(
                 f"structures is {group['structures']!r} but a parameter of shape {tuple(shape)} "
                 f"has an axis of {size}, above max_dense_dim={limit}: its factor would take "
-                f"{6 * size * size / 2**30:.1f} GiB; pass 'auto' or 'diagonal', or a larger "
-                "max_dense_dim"
+                f"{6 * size * size / 2**30:.1f} GiB; pass 'block', 'auto' or 'diagonal', or a "
+                "larger max_dense_dim"
             )
-    automatic = (DENSE if size <= limit else DIAGONAL for size in sizes)
-    return Layout(
-        sizes,
-        tuple(
-            structure if name == "auto" else STRUCTURES[name]
-            for name, structure in zip(structures, automatic, strict=True)
-        ),
-    )
+        return DENSE
+    if kind == "block":
+        block = numbers[0] if numbers else group["block_size"]
+        return DENSE if block >= size else Blocks(block, joint_norm=True)
+    if kind == "hierarchical":
+        return Hierarchical(size, *(numbers or group["hierarchical_sizes"]))
+    return DIAGONAL if kind == "diagonal" else Toeplitz(lower=kind == "lower_toeplitz")
 
 
-def _batch_axes(shape: Sequence[int], group: Mapping[str, Any]) -> int:
+def automatic(size: int, limit: int) -> Structure:
+    """Dense up to a limit, in as few equal blocks up to 16 of it, diagonal above."""
+    if size <= limit:
+        return DENSE
+    if size > LARGEST_IN_BLOCKS * limit:
+        return DIAGONAL
+    largest = limit // BLOCK_MULTIPLE * BLOCK_MULTIPLE or limit
+    least = -(-size // -(-size // largest))
+    return Blocks(min(-(-least // BLOCK_MULTIPLE) * BLOCK_MULTIPLE, largest))
+
+
+def batch_axes_of(shape: Sequence[int], group: Mapping[str, Any]) -> int:
+    """How many of the first axes of a parameter of this shape number members."""
     count: int = group.get("batch_axes", 0)
     if count and count >= len(shape):
         allowed = " or ".join(map(str, {0, max(len(shape) - 1, 0)}))
@@ -98,230 +126,3 @@ def _merged(
             f"{behind}; name them from 0 on, each once, in order, or put it into another group"
         )
     return [math.prod(sizes[axis] for axis in axes) for axes in sets]
-
-
-def batched(
-    spec: Mapping[str, Initial], shape: Sequence[int], group: Mapping[str, Any]
-) -> dict[str, Initial]:
-    """The state of all members of a parameter of this shape, from that of one."""
-    leading = tuple(shape[: _batch_axes(shape, group)])
-    return {
-        key: replace(initial, shape=(*leading, *initial.shape), batch_axes=len(leading))
-        for key, initial in spec.items()
-    }
-
-
-def default_dtype(param: Tensor) -> torch.dtype:
-    """The factor dtype that suits a parameter's device: bfloat16 where it is native."""
-    if param.dtype == torch.float64:
-        return torch.float64
-    if param.device.type == "cuda":
-        native = torch.cuda.get_device_capability(param.device) >= (8, 0)
-    else:
-        native = param.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def caches_product(layout: Layout, axis: int, interval: int, device: torch.device) -> bool:
-    """Whether K K^T of a dense axis is kept between updates, rather than applied as K^T then K.
-
-    With d the axis and e the product of the others, keeping it costs d^3 / 2 multiply-adds an
-    update (a symmetric product at half price) and d^2 e a step; applying both costs 2 d^2 e a step.
-    They break even at d = 2 e in multiply-adds and at d = 1.5 e in time on an AMD Zen 5, as K K^T
-    is also written and read. GPU kernels have the first form alone.
-    """
-    size = layout.sizes[axis]
-    others = math.prod(layout.sizes) // size
-    pays = device.type == "cuda" or 2 * size < 3 * interval * others
-    return layout.structures[axis].is_dense and pays
-
-
-def factor_state(layout: Layout, dtype: torch.dtype, start: float) -> dict[str, Initial]:
-    """How the factors of a parameter start: c I such that G becomes G / start, momenta of zero.
-
-    Where `start` is 0 they are 0, until a gradient starts them.
-
-    A dense factor has the GEMM dtype; in bfloat16 a 16-bit residual holds the bits that the GEMMs
-    do not read. A diagonal factor takes part in no GEMM and is float32, or float64 for float64.
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    spec: dict[str, Initial] = {}
-    square = torch.tensor(start, dtype=torch.float64, device="cpu")
-    scale = initial_scale(square, 0.0, len(layout.sizes)) if start else square
-    high, residual = split(scale.float())
-    for axis, (size, structure) in enumerate(zip(layout.sizes, layout.structures, strict=True)):
-        in_parts = structure.is_dense and dtype == torch.bfloat16
-        shape = structure.shape(size)
-        kept = dtype if structure.is_dense else wide
-        value = (high if in_parts else scale).item()
-        spec[f"factor_{axis}"] = Initial(shape, kept, value, structure)
-        spec[f"factor_momentum_{axis}"] = Initial(shape, kept)
-        if in_parts:
-            spec[f"factor_{axis}_residual"] = Initial(
-                shape, torch.int16, residual.item(), structure
-            )
-    return spec
-
-
-def gram_state(layout: Layout, dtype: torch.dtype, damping: float) -> dict[str, Initial]:
-    """How S and K of root-free Shampoo start: at `reference.start_values` times the identity.
-
-    K has the dtype of the products, in bfloat16 with a residual, as IF-Shampoo's factors; S has the
-    dtype of a sum.
-    """
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    spec: dict[str, Initial] = {}
-    starts = start_values(damping)
-    for axis, (size, structure) in enumerate(zip(layout.sizes, layout.structures, strict=True)):
-        shape, (gram, factor) = structure.shape(size), starts[axis]
-        spec[f"gram_{axis}"] = Initial(shape, wide, gram, structure)
-        if structure.is_dense and dtype == torch.bfloat16:
-            high, residual = split(torch.tensor(factor, dtype=torch.float32, device="cpu"))
-            spec[f"factor_{axis}"] = Initial(shape, dtype, high.item(), structure)
-            spec[f"factor_{axis}_residual"] = Initial(
-                shape, torch.int16, residual.item(), structure
-            )
-        else:
-            kept = dtype if structure.is_dense else wide
-            spec[f"factor_{axis}"] = Initial(shape, kept, factor, structure)
-    return spec
-
-
-@dataclass
-class Bucket:
-    """Matrices of one layout that are stepped as one, with their factor state stacked.
-
-    Each list has one tensor an axis: `factors` and `averages`, what they learn from (m of
-    IF-Shampoo, S of root-free Shampoo), of shape (matrices, d, d), or (matrices, d) for a diagonal
-    factor; `residuals` (`reference.split`) and `products` K K^T of
-    shape (matrices, d, d), or empty where there is none. params: positions in the lists of a step
-    of the parameters whose members they are.
-    """
-
-    params: list[int]
-    factors: list[Tensor]
-    residuals: list[Tensor]
-    averages: list[Tensor]
-    products: list[Tensor]
-    versions: list[int] | None = None
-
-    def part(self, first: int, last: int, params: list[int]) -> Bucket:
-        """Those of `params`, which lie at the positions [first, last)."""
-
-        def cut(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor[first:last] for tensor in tensors]
-
-        return Bucket(
-            params,
-            cut(self.factors),
-            cut(self.residuals),
-            cut(self.averages),
-            cut(self.products),
-        )
-
-    def products_are_stale(self) -> bool:
-        """Whether the factors were written by anything but the operator since `note_versions`.
-
-        The operator does not count as a write (it keeps the products itself); a load does.
-        """
-        return [factor._version for factor in self.factors] != self.versions
-
-    def note_versions(self) -> None:
-        self.versions = [factor._version for factor in self.factors]
-
-
-@dataclass
-class BucketPlan:
-    """Which parameters have no factors (`vectors`), and the others by bucket."""
-
-    vectors: list[int]
-    buckets: list[Bucket]
-
-
-class Stacks:
-    """The factor state of a group's parameters, as stacks that its buckets are parts of.
-
-    All steps of the group share them, whichever gradients there are, and with them K K^T, which a
-    step of one bucket must not leave behind in another.
-    """
-
-    def __init__(
-        self, states: Sequence[State], average: str, interval: int, batch_axes: int = 0
-    ) -> None:
-        self._views: list[tuple[State, str, Tensor]] = []
-        self._spans: dict[int, tuple[Bucket, int, int]] = {}  # a state's positions, [first, last)
-        alike: dict[Any, list[tuple[State, State]]] = defaultdict(list)
-        for state in states:
-            own = {key: value for key, value in state.items() if _is_factor(key)}
-            kind = tuple((k, v.shape[batch_axes:], v.dtype, v.device) for k, v in own.items())
-            if kind:
-                stack = {key: own[key].view(-1, *shape) for key, shape, *_ in kind}
-                alike[kind].append((state, stack))
-        for found in alike.values():
-            for run in runs(found, _follow):
-                bucket = _stacked([stack for _, stack in run], average, interval)
-                last = 0
-                for state, stack in run:
-                    first, last = last, last + len(stack["factor_0"])
-                    self._spans[id(state)] = bucket, first, last
-                    self._views += [(state, key, state[key]) for key in stack]
-
-    def hold(self, states: Sequence[State]) -> bool:
-        """Whether they are still the stacks of these states' tensors."""
-        return all(id(state) in self._spans for state in states if "factor_0" in state) and all(
-            state.get(key) is view for state, key, view in self._views
-        )
-
-    def plan(self, states: Sequence[State], updates_factors: Sequence[bool]) -> BucketPlan:
-        """Buckets of these states: neighbours in a stack that update their factors together.
-
-        An empty state is a part of another's.
-        """
-        vectors = [i for i, state in enumerate(states) if state and "factor_0" not in state]
-        found: dict[tuple[int, bool], list[tuple[int, int, int]]] = defaultdict(list)
-        stacks: dict[int, Bucket] = {}
-        for i, state in enumerate(states):
-            if "factor_0" in state:
-                stack, first, last = self._spans[id(state)]
-                stacks[id(stack)] = stack
-                found[id(stack), updates_factors[i]].append((first, last, i))
-        buckets = []
-        for (stack_id, _), spans in found.items():
-            for run in runs(sorted(spans), lambda a, b: b[0] == a[1]):
-                params = [i for *_, i in run]
-                buckets.append(stacks[stack_id].part(run[0][0], run[-1][1], params))
-        return BucketPlan(vectors, buckets)
-
-
-def _is_factor(key: str) -> bool:
-    return key.startswith(STACKED)
-
-
-def _follow(last: tuple[State, State], following: tuple[State, State]) -> bool:
-    return all(follows(last[1][key], tensor) for key, tensor in following[1].items())
-
-
-def _stacked(states: Sequence[State], average: str, interval: int) -> Bucket:
-    """The whole stack of some states, each a stack of its own."""
-    axes = range(sum(average.format(axis) in states[0] for axis in range(len(states[0]))))
-
-    def stacks(key: str) -> list[Tensor]:
-        names = [key.format(axis) for axis in axes]
-        return [
-            as_stack([state[name] for state in states]) if name in states[0] else empty[axis]
-            for axis, name in enumerate(names)
-        ]
-
-    empty = [states[0][f"factor_{axis}"].new_empty(0) for axis in axes]
-    factors = stacks("factor_{}")
-    layout = Layout(
-        tuple(factor.shape[1] for factor in factors), tuple(map(structure_of_stack, factors))
-    )
-    products = [
-        torch.empty(factor.shape, dtype=factor.dtype, device=factor.device)
-        if caches_product(layout, axis, interval, factor.device)
-        else empty[axis]
-        for axis, factor in enumerate(factors)
-    ]
-    residuals, averages = stacks("factor_{}_residual"), stacks(average)
-    return Bucket(list(range(len(states))), factors, residuals, averages, products)

@@ -16,11 +16,13 @@ from ..ops.by_reference import skips
 from ..ops.checks import check_hyperparameters, gradients_suit
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
+from .buckets import BucketPlan, Stacks
 from .checks import check_state, check_whole, name_of
+from .factor_state import default_dtype
 from .groups import Group
-from .joint import Joints, check_gradients
+from .joint import Joints, check_gradients, unit_of
 from .known_tensors import PreparedUpdate
-from .layouts import BucketPlan, Stacks, default_dtype
+from .layouts import BLOCK_SIZE, names_in
 from .matrix_calls import Call, KnownCalls, MatrixMethod, planned_calls
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
 from .starts import start_, waiting_members
@@ -32,7 +34,11 @@ class MatrixOptimizer(RootFreeOptimizer):
 
     _matrix_method: MatrixMethod
     _fixed = ("factor_dtype",)
-    _added_later: Mapping[str, Any] = {"batch_axes": 0, "combine": "none"}
+    _added_later: Mapping[str, Any] = {
+        "batch_axes": 0,
+        "combine": "none",
+        "block_size": BLOCK_SIZE,
+    }
 
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return check_hyperparameters(values, self._matrix_method.undamped)
@@ -42,6 +48,13 @@ class MatrixOptimizer(RootFreeOptimizer):
         chosen, methods = group["vector_method"], self._matrix_method.vectors
         if chosen not in methods:
             raise ValueError(f"vector_method is {chosen!r}; pass {' or '.join(map(repr, methods))}")
+        refused = names_in(group["structures"]) - self._matrix_method.structures
+        if refused:
+            raise ValueError(
+                f"structures is {group['structures']!r} but {type(self).__name__} has "
+                f"{', '.join(sorted(self._matrix_method.structures))} alone: the inverse of an "
+                "average is not of the other structures; pass one of these, or use IFShampoo"
+            )
 
     def _complete(self, group: Group) -> None:
         params = [p for p in group["params"] if isinstance(p, Tensor) and not p.is_meta]
@@ -85,7 +98,7 @@ class MatrixOptimizer(RootFreeOptimizer):
         self, params: list[Tensor], states: list[State], group: Group, scaling: Scaling
     ) -> None:
         for one in waiting_members(group, params, states):
-            start_(one.state, one.grad(group), group, scaling)
+            start_(one.state, one.grad(group), group, scaling, one.layout)
 
     def _check_traced(self) -> None:
         if any(group["combine"] != "none" for group in self.param_groups):
@@ -165,9 +178,13 @@ class MatrixOptimizer(RootFreeOptimizer):
         stacks = self._stacks.get(index)
         if stacks is None or not stacks.hold(states):
             group = self.param_groups[index]
-            owned = [state for p in group["params"] if (state := dict.get(self.state, p))]
+            owned = [(state, p) for p in group["params"] if (state := dict.get(self.state, p))]
             stacks = self._stacks[index] = Stacks(
-                owned, self._matrix_method.average, group["update_interval"], group["batch_axes"]
+                [state for state, _ in owned],
+                [unit_of(p, group).layout for _, p in owned],
+                self._matrix_method.average,
+                group["update_interval"],
+                group["batch_axes"],
             )
         return stacks
 

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import matrix, rootfree_shampoo
+from ..ops import by_reference, matrix, rootfree_shampoo, structure_names
 from ..ops.dispatch import DiagonalKernels, MatrixKernels, matrix_kernel, matrix_kernels
 from ..ops.methods import RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod, settings_of
 from ..ops.schemas import as_scalar_tensor
 from ..reference.matrix import largest_update
+from ..reference.structures import Blocks
 from .amp_and_graphs import Scaling
 from .base import Work
+from .buckets import Bucket, BucketPlan, Stacks
 from .diagonal import KnownUpdate, number_or_tensor
 from .groups import Group
 from .joint import Joints
 from .known_tensors import reader
-from .layouts import Bucket, BucketPlan, Stacks
 from .schedule import UpdatesFactors
 from .stacks import members_of
 from .state import ROWS, State, momentum_buffers
@@ -48,18 +49,21 @@ class MatrixMethod:
 
     kernel: the operator in C++ that serves one bucket of bfloat16 factors on the CPU.
     average: the keys of what the factors are learned from, an axis.
+    structures: the names of those that its factors may have.
     undamped: what goes wrong at a damping of 0.
     vectors: what updates parameters without factors, by the setting vector_method.
-    tensors, settings: what the operator takes, but for steps, if it `counts`, for lr and for which
-        products are stale.
+    tensors, axes, settings: what the operator takes, but for steps, if it `counts`, for lr and for
+        which products are stale.
     """
 
     name: str
     kernel: str
     average: str
+    structures: frozenset[str]
     undamped: str
     vectors: Mapping[str, DiagonalMethod]
     tensors: Callable[[_Matrices, list[Tensor]], tuple[Any, ...]]
+    axes: Callable[[list[Bucket]], dict[str, Any]]
     settings: Callable[[Group], dict[str, Any]]
     counts: bool
 
@@ -86,7 +90,7 @@ def planned_calls(
     together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
     for bucket in plan.buckets:
         device = bucket.factors[0].device.type
-        key = id(bucket) if device == "cpu" else device
+        key = device if device != "cpu" and bucket.layout.in_kernels else id(bucket)
         together[updates_factors[bucket.params[0]], key].append(bucket)
     for (update, _), buckets in together.items():
         calls.append(_Matrices(method, buckets, update, work, group, addresses, joints))
@@ -221,9 +225,12 @@ class _Matrices:
         }
         self._steps = _steps_of(members.owners, work.steps)
         self._grads = members.grads
-        self._axes = (
-            {} if method is ROOTFREE_SHAMPOO else {"axes": [len(b.factors) for b in buckets]}
-        )
+        self._axes = method.axes(buckets)
+        self._specified: Callable[..., None] | None = None
+        if not (layout := buckets[0].layout).in_kernels:  # the operator could not tell it
+            self._specified = partial(
+                by_reference.ifshampoo_, sizes=layout.sizes, structures=layout.structures
+            )
         own = self._grads()
         alone = len(buckets) == 1 and all(
             t.is_contiguous() for t in (*self.params, *own, *self.buffers)
@@ -231,7 +238,8 @@ class _Matrices:
         self._kernel = (
             matrix_kernel(method.kernel, self.params, buckets[0].residuals) if alone else None
         )
-        kernels = None if addresses is None else matrix_kernels(method.name, self.params)
+        launched = addresses is not None and self._specified is None
+        kernels = matrix_kernels(method.name, self.params) if launched else None
         plan = kernels and kernels.prepare(
             *method.tensors(self, own), **self._axes, update_factors=update_factors
         )
@@ -261,7 +269,9 @@ class _Matrices:
         """The operator; tail: steps, where it counts, and lr."""
         tensors = *self._method.tensors(self, self._grads()), *tail
         switches = {"update_factors": self._update_factors, "refresh_products": refresh}
-        if self._kernel and not scaling:
+        if self._specified:
+            self._specified(*tensors, **self._axes, **settings, **switches, **scaling)
+        elif self._kernel and not scaling:
             self._kernel(*tensors, **settings, **switches)
         else:
             operator = getattr(torch.ops.rootfree_fused, self._method.name)
@@ -271,6 +281,14 @@ class _Matrices:
 def _ifshampoo_tensors(call: _Matrices, grads: list[Tensor]) -> tuple[Any, ...]:
     names = ("factors", "residuals", "averages", "products")
     return (call.params, grads, *(call.stacks[name] for name in names), call.buffers)
+
+
+def _ifshampoo_axes(buckets: list[Bucket]) -> dict[str, Any]:
+    structures = [structure for bucket in buckets for structure in bucket.layout.structures]
+    return {
+        "axes": [len(bucket.factors) for bucket in buckets],
+        "joint_norms": [isinstance(s, Blocks) and s.joint_norm for s in structures],
+    }
 
 
 def _ifshampoo_settings(group: Group) -> dict[str, Any]:
@@ -296,9 +314,11 @@ IFSHAMPOO = MatrixMethod(
     name="ifshampoo_",
     kernel="_ifshampoo_bf16_",
     average="factor_momentum_{}",
+    structures=frozenset(structure_names.NAMES),
     undamped=matrix.UNDAMPED,
     vectors={"rmsprop": RMSPROP, "factor": RMSPROP},
     tensors=_ifshampoo_tensors,
+    axes=_ifshampoo_axes,
     settings=_ifshampoo_settings,
     counts=False,
 )
@@ -306,9 +326,11 @@ ROOTFREE_SHAMPOO = MatrixMethod(
     name="rootfree_shampoo_",
     kernel="_rootfree_shampoo_bf16_",
     average="gram_{}",
+    structures=frozenset({"auto", "dense", "diagonal", "block"}),
     undamped=rootfree_shampoo.UNDAMPED,
     vectors={"adam": VECTOR_ADAM, "rootfree": VECTOR_ROOTFREE},
     tensors=_rootfree_shampoo_tensors,
+    axes=lambda _: {},
     settings=_rootfree_shampoo_settings,
     counts=True,
 )

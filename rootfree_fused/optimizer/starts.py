@@ -22,7 +22,8 @@ from ..ops.methods import second_moments
 from ..reference import initial_scale, mean_square, split
 from ..reference.structures import structure_of
 from .amp_and_graphs import Scaling
-from .joint import joined, units
+from .joint import joined, unit_of
+from .layouts import Layout
 from .state import MOMENTUM, State, is_own
 
 AUTO = "auto"
@@ -36,6 +37,7 @@ class Waiting(NamedTuple):
     member: _Member
     state: State  # of the member
     held: Tensor  # of all members, what is zero until they start
+    layout: Layout | None
 
     def grad(self, group: Mapping[str, Any]) -> Tensor:
         """Of the member."""
@@ -94,7 +96,7 @@ class Starts:
         asked: dict[torch.device, list[tuple[Tensor, _Member]]] = defaultdict(list)
         for one in waiting:
             device = one.held.device
-            flags[device].append(start_(one.state, one.grad(group), group, scaling))
+            flags[device].append(start_(one.state, one.grad(group), group, scaling, one.layout))
             asked[device].append((one.held, one.member))
         for device in asked:
             self._ask(device, torch.stack(flags[device]), asked[device])
@@ -138,10 +140,17 @@ def declared_start(group: Mapping[str, Any]) -> float:
     return 0.0 if start == AUTO else float(start)
 
 
-def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scaling) -> Tensor:
+def start_(
+    state: State,
+    grad: Tensor,
+    group: Mapping[str, Any],
+    scaling: Scaling,
+    layout: Layout | None = None,
+) -> Tensor:
     """Start the state in place if it has not and the gradient is not zero; whether it has started.
 
-    Not from a gradient that is not finite, nor in a step that the scaler skips.
+    Not from a gradient that is not finite, nor in a step that the scaler skips. layout: of what has
+    factors.
     """
     held = _second_moment(state)
     started = _diagonal(state).any()
@@ -149,22 +158,22 @@ def start_(state: State, grad: Tensor, group: Mapping[str, Any], scaling: Scalin
     if "grad_scale" in scaling:
         square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
     # As s will hold it: what is 0 there starts nothing. Factors start from the damping too.
-    held_square = square if "factor_0" in state else square.to(held.dtype)
+    held_square = square.to(held.dtype) if layout is None else square
     starts = ~started & (held_square > 0) & square.isfinite()
     if "found_inf" in scaling:
         starts &= (scaling["found_inf"] == 0).to(grad.device).reshape(())
-    if "factor_0" not in state:
+    if layout is None:
         _add_(held, square.clamp(max=torch.finfo(held.dtype).max), starts)
         return started | starts
-    axes = sum(f"factor_{axis}" in state for axis in range(len(state)))
-    scale = initial_scale(square, group["damping"], axes)
-    for axis in range(axes):
+    scale = initial_scale(square, group["damping"], len(layout.sizes))
+    for axis, (structure, size) in enumerate(zip(layout.structures, layout.sizes, strict=True)):
         key = f"factor_{axis}"
-        factor, parts = state[key], {key: scale}
+        parts = {key: scale}
         if f"{key}_residual" in state:
             parts = dict(zip((key, f"{key}_residual"), split(scale.float()), strict=True))
         for name, value in parts.items():
-            _add_(structure_of(factor).diagonal(state[name]), value, starts)
+            held = state[name]
+            structure.add_identity_(held, torch.where(starts, value, 0).to(held.dtype), size)
         state[f"factor_momentum_{axis}"].masked_fill_(starts, 0)  # of zero gradients before
     return started | starts
 
@@ -174,12 +183,11 @@ def waiting_members(
 ) -> list[Waiting]:
     """All whose state has something that starts; no part that another parameter owns."""
     found = []
-    joint = {id(part): parts for parts in units(group, params) for part in parts}
     for param, state in zip(params, states, strict=True):
-        parts = joint.get(id(param), (param,))
+        parts, layout = unit_of(param, group) if "structures" in group else ((param,), None)
         for member in _members(param, group.get("batch_axes", 0)) if parts[0] is param else ():
             own = _state_of(state, member)
-            found.append(Waiting(parts, member, own, _second_moment(state)))
+            found.append(Waiting(parts, member, own, _second_moment(state), layout))
     return found
 
 

@@ -37,7 +37,7 @@ def is_own(key: Any) -> bool:
 @dataclass(frozen=True, eq=False)
 class Initial:
     """A state tensor that is declared: its shape and dtype, and the `value` of every element, or of
-    the diagonal of a factor of a `structure`.
+    the diagonal of a factor of a `structure`, of a size.
 
     A call builds it on a device; with `count`, so many of what it has a member as one tensor.
     batch_axes: how many of its first axes number members, stacked as those of other parameters.
@@ -49,6 +49,7 @@ class Initial:
     dtype: torch.dtype
     value: float = 0.0
     structure: Structure | None = None
+    size: int = 0
     batch_axes: int = 0
     like: Tensor | None = None
     optional: bool = False
@@ -62,7 +63,7 @@ class Initial:
         if self.structure is None:
             return torch.full(shape, self.value, dtype=self.dtype, device=device)
         built = torch.zeros(shape, dtype=self.dtype, device=device)
-        self.structure.diagonal(built).fill_(self.value)
+        self.structure.add_identity_(built, self.value, self.size)
         return built
 
 

@@ -6,9 +6,9 @@ codes also divide K by sqrt(d) and by max(1, sqrt(max |K|)) and multiply back; t
 alone and is left out.
 
 The gradient has N axes of sizes d_1 .. d_N, none of size 1 unless N = 1, and a factor K_n an axis:
-a (d_n, d_n) matrix, or for a diagonal factor its diagonal, (d_n,). Factors start at the identity as
-released, or at `initial_scale` times it, and their momenta m_n at zero. Everything is computed in
-the dtype of the factors.
+of one of the structures of `structures` and `compact_structures`, which `structure_of` tells from
+its tensor unless it is given. Factors start at the identity as released, or at `initial_scale`
+times it, and their momenta m_n at zero. Everything is computed in the dtype of the factors.
 
 Two limits, the same in every dtype, keep products and norms finite in float32: finite entries of G
 beyond 2^40 count as 2^40, entries of m_n beyond 2^48 as 2^48, with their signs. G or m_n of such a
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .structures import structure_of
+from .structures import Structure, structure_of
 
 LARGEST_GRADIENT = 2.0**40
 LARGEST_MOMENTUM = 2.0**48
@@ -47,6 +47,7 @@ def update_factors_(
     factor_momentum: float,
     damping: float,
     batch_size: float,
+    structures: Sequence[Structure] | None = None,
 ) -> None:
     """One update of every factor, all from the old factors.
 
@@ -56,38 +57,43 @@ def update_factors_(
         m_n <- factor_momentum m_n + (1 - factor_momentum) H_n
         K_n <- K_n - factor_lr / max(1, ||m_n||_F) K_n m_n
 
-    A diagonal factor keeps the diagonal of H_n alone. Where G is exactly zero nothing changes: it
-    says nothing, and without it the factors would grow to 1 / damping.
+    A factor that is not dense keeps of H_n what its structure holds of it. Where G is exactly zero
+    nothing changes: it says nothing, and without it the factors would grow to 1 / damping.
     """
+    structures = structures or list(map(structure_of, factors))
+    axes = list(zip(structures, factors, grad.shape, strict=True))
     learns = (grad != 0).any().to(factors[0].dtype)
     transformed = limited(grad).to(factors[0].dtype)
-    for axis, factor in enumerate(factors):
-        transformed = _mode_product(transformed, factor, axis, transpose=True)
-    mean_squares = [factor.square().sum() / factor.shape[0] for factor in factors]
+    for axis, (structure, factor, _) in enumerate(axes):
+        transformed = _mode_product(transformed, structure, factor, axis, transposed=True)
+    mean_squares = [structure.square_sum(factor) / size for structure, factor, size in axes]
 
     targets = []
-    for axis, factor in enumerate(factors):
-        others = math.prod(grad.shape) // grad.shape[axis]
+    for axis, (structure, factor, size) in enumerate(axes):
+        others = math.prod(grad.shape) // size
         trace = math.prod(t for j, t in enumerate(mean_squares) if j != axis)
-        unfolded = transformed.movedim(axis, 0).reshape(grad.shape[axis], -1)
-        structure = structure_of(factor)
+        unfolded = transformed.movedim(axis, 0).reshape(size, -1)
         gram, square = structure.gram(unfolded), structure.square(factor)
-        identity = structure.identity_like(factor)
-        targets.append((batch_size / others * gram + damping * trace * square - identity) / 2)
+        target = batch_size / others * gram + damping * trace * square
+        structure.add_identity_(target, -1, size)
+        targets.append(target / 2)
 
-    for factor, momentum, target in zip(factors, factor_momenta, targets, strict=True):
+    for (structure, factor, _), momentum, target in zip(axes, factor_momenta, targets, strict=True):
         momentum.lerp_(target, (1 - factor_momentum) * learns)
         momentum.clamp_(-LARGEST_MOMENTUM, LARGEST_MOMENTUM)
-        step = learns * factor_lr / momentum.norm().clamp_min(1)
-        factor.sub_(step * structure_of(factor).product(factor, momentum))
+        step = learns * factor_lr / structure.norms(momentum).clamp_min(1)
+        factor.sub_(step * structure.product(factor, momentum))
 
 
-def precondition(grad: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def precondition(
+    grad: Tensor, factors: Sequence[Tensor], structures: Sequence[Structure] | None = None
+) -> Tensor:
     """P = G x_1 (K_1 K_1^T) ... x_N (K_N K_N^T), with the newest factors."""
     result = limited(grad).to(factors[0].dtype)
-    for axis, factor in enumerate(factors):
-        result = _mode_product(result, factor, axis, transpose=True)
-        result = _mode_product(result, factor, axis, transpose=False)
+    structures = structures or list(map(structure_of, factors))
+    for axis, (structure, factor) in enumerate(zip(structures, factors, strict=True)):
+        for transposed in (True, False):
+            result = _mode_product(result, structure, factor, axis, transposed=transposed)
     return result
 
 
@@ -173,8 +179,12 @@ def join(high: Tensor, residual: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def _mode_product(tensor: Tensor, factor: Tensor, axis: int, *, transpose: bool) -> Tensor:
+def _mode_product(
+    tensor: Tensor, structure: Structure, factor: Tensor, axis: int, *, transposed: bool
+) -> Tensor:
     """tensor x_axis F for F = factor or its transpose: F times every fibre along the axis."""
-    structure, fibres = structure_of(factor), tensor.movedim(axis, -1)
-    applied = structure.right(fibres, factor if transpose else structure.transposed(factor))
-    return applied.movedim(-1, axis)
+    fibres = tensor.movedim(axis, 0)
+    applied = structure.left(
+        factor, fibres.flatten(1) if fibres.dim() > 1 else fibres[:, None], transposed=transposed
+    )
+    return applied.reshape(fibres.shape).movedim(0, axis)

@@ -11,8 +11,8 @@ updates of a scale that the shape alone sets, so that neither a batch size nor a
 rows that are balanced, as NorMuon balances those of Muon's update.
 
 A gradient is seen as a matrix G (m, n), axis A its rows and axis B its columns; S and K of an axis
-of d entries are dense, (d, d), or diagonal, (d,); both start at `start_values` times the identity,
-M and v at zero. Everything is computed in the dtype of the state.
+of d entries are dense, (d, d), diagonal, (d,), or blocks, (n, b, b); both start at `start_values`
+times the identity, M and v at zero. Everything is computed in the dtype of the state.
 """
 
 from __future__ import annotations
@@ -76,32 +76,33 @@ def update_roots_(
     K      <- K - (b / 2) K E,              b = 1 / max(1, min(||E||_F, sqrt(||E^2||_F)))
 
     ||E||_2 is at most either norm, so the eigenvalues of I - b E / 2 lie in [1/2, 3/2] whatever the
-    gradient. A diagonal K is (s + lam)^(-1/2) itself. Where G is exactly zero nothing changes.
+    gradient; each block has its own b. A diagonal K is (s + lam)^(-1/2) itself. Where G is exactly
+    zero nothing changes.
     """
     if not grad.any():
         return
     a, b = map(structure_of, roots)
     through_columns = b.right(grad, roots[1])
-    through_rows = a.left(a.transposed(roots[0]), grad).mT
+    through_rows = a.left(roots[0], grad, transposed=True).mT
     for gram, root, seen in zip(grams, roots, (through_columns, through_rows), strict=True):
         structure = structure_of(root)
         gram.lerp_(structure.gram(seen) / seen.shape[1], 1 - beta2)
-        lam = damping * structure.diagonal(gram).mean()
+        lam = damping * structure.diagonal(gram).sum() / seen.shape[0]
         if not structure.is_dense:
             root.copy_((gram + lam).rsqrt())
             continue
         residual = root.mT @ (gram @ root + lam * root)
-        residual.diagonal().sub_(1)
+        structure.add_identity_(residual, -1, seen.shape[0])
         # A NaN of the second, whose squares overflow before those of the first, is ignored.
-        bound = torch.fmin(residual.norm(), (residual @ residual).norm().sqrt())
+        bound = torch.fmin(structure.norms(residual), structure.norms(residual @ residual).sqrt())
         root.sub_(root @ residual * (0.5 / bound.clamp_min(1)))
 
 
 def direction(ahead: Tensor, roots: Sequence[Tensor]) -> Tensor:
     """P = K_A K_A^T N K_B K_B^T, with the newest K."""
-    a, b = (structure_of(root) for root in roots)
-    squares = [s.product(root, s.transposed(root)) for s, root in zip((a, b), roots, strict=True)]
-    return b.right(a.left(squares[0], ahead), squares[1])
+    a, b = map(structure_of, roots)
+    through_rows = a.left(roots[0], a.left(roots[0], ahead, transposed=True))
+    return b.right(b.right(through_rows, roots[1]), roots[1], transposed=True)
 
 
 def balance_rows_(update: Tensor, row_square_avg: Tensor, step: float, row_beta: float) -> Tensor:

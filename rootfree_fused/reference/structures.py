@@ -1,47 +1,54 @@
-"""What a factor may be: dense, or diagonal; each with the four things that IF-Shampoo does with it.
+"""What a factor may be: dense, diagonal, or diagonal blocks; `compact_structures` has the rest.
 
-A structure is a class, so that another (blocks) is one more of them. Its methods take the tensor
-that represents a factor, (d, d) or (d,), or a stack of such with one axis more in front.
+A structure is a linear set of d x d matrices that has the identity and every product of two of its
+own, with a projection of symmetric matrices onto it. Each is a class with what the methods do with
+a factor K. Its methods take the tensor that represents K, as `shape` has it, or a stack of such
+with more axes in front.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Structure:
-    """A structure of factors K of size d, which represents the matrices that it can hold."""
+    """A structure of factors K, each of which represents the matrix that it stands for."""
 
     name: str
+    # Whether matrices represent K: those that GEMMs read, in the dtype of the GEMMs.
     is_dense = False
     axes: int  # of the tensor that represents one factor
 
     def shape(self, size: int) -> tuple[int, ...]:
-        """Of the tensor that represents a factor."""
+        """Of the tensor that represents a factor of this size."""
         raise NotImplementedError
 
     def diagonal(self, factor: Tensor) -> Tensor:
-        """A view of the diagonal of K."""
+        """A view of the diagonal of K, with zeros where the tensor is padded."""
         raise NotImplementedError
 
-    def identity_like(self, factor: Tensor) -> Tensor:
+    def add_identity_(self, factor: Tensor, value: float | Tensor, size: int) -> None:
+        """K <- K + value I; of padding nothing changes."""
+        self.diagonal(factor).add_(value)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The factor that represents a (d, d) matrix of the structure."""
         raise NotImplementedError
 
-    def transposed(self, factor: Tensor) -> Tensor:
-        """K^T."""
+    def left(self, factor: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
+        """K X, or K^T X, for X of shape (d, others)."""
         raise NotImplementedError
 
-    def left(self, factor: Tensor, x: Tensor) -> Tensor:
-        """K X: K applied to every column."""
-        raise NotImplementedError
-
-    def right(self, x: Tensor, factor: Tensor) -> Tensor:
-        """X K: K^T applied to every row."""
-        raise NotImplementedError
+    def right(self, x: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+        """X K, or X K^T, for X of shape (others, d)."""
+        return self.left(factor, x.mT, transposed=not transposed).mT
 
     def gram(self, unfolded: Tensor) -> Tensor:
-        """What of M M^T the structure holds, for M of shape (d, others)."""
+        """M M^T as the structure holds it, for M of shape (d, others)."""
         raise NotImplementedError
 
     def average_gram_(
@@ -51,12 +58,27 @@ class Structure:
         momenta.mul_(decay).add_(self.gram(unfolded).to(momenta.dtype), alpha=weight)
 
     def square(self, factor: Tensor) -> Tensor:
-        """K^T K."""
+        """K^T K as the structure holds it."""
         raise NotImplementedError
 
     def product(self, factor: Tensor, momentum: Tensor) -> Tensor:
         """K m, along which K is updated."""
         raise NotImplementedError
+
+    def square_sum(self, factor: Tensor) -> Tensor:
+        """||K||_F^2, one of each of a stack.
+
+        torch's norm adds float32 squares one by one, 1.5e-5 off at 1024 x 1024; its sum of all at
+        once is split among the threads, whose number would show. Sums of rows are neither.
+        """
+        sums = factor.square()
+        for _ in range(self.axes):
+            sums = sums.sum(-1)
+        return sums
+
+    def norms(self, momentum: Tensor) -> Tensor:
+        """||m||_F, by which the step of K is bounded, of a shape that multiplies with K."""
+        return self.square_sum(momentum).sqrt()[(..., *[None] * self.axes)]
 
 
 class Dense(Structure):
@@ -72,17 +94,14 @@ class Dense(Structure):
     def diagonal(self, factor: Tensor) -> Tensor:
         return factor.diagonal(dim1=-2, dim2=-1)
 
-    def identity_like(self, factor: Tensor) -> Tensor:
-        return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix
 
-    def transposed(self, factor: Tensor) -> Tensor:
-        return factor.mT
+    def left(self, factor: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
+        return (factor.mT if transposed else factor) @ x
 
-    def left(self, factor: Tensor, x: Tensor) -> Tensor:
-        return factor @ x
-
-    def right(self, x: Tensor, factor: Tensor) -> Tensor:
-        return x @ factor
+    def right(self, x: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+        return x @ (factor.mT if transposed else factor)
 
     def gram(self, unfolded: Tensor) -> Tensor:
         return unfolded @ unfolded.mT
@@ -114,17 +133,14 @@ class Diagonal(Structure):
     def diagonal(self, factor: Tensor) -> Tensor:
         return factor
 
-    def identity_like(self, factor: Tensor) -> Tensor:
-        return torch.ones_like(factor)
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.diagonal(dim1=-2, dim2=-1).clone()
 
-    def transposed(self, factor: Tensor) -> Tensor:
-        return factor
-
-    def left(self, factor: Tensor, x: Tensor) -> Tensor:
+    def left(self, factor: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
         return x * factor.unsqueeze(-1)
 
-    def right(self, x: Tensor, factor: Tensor) -> Tensor:
-        return x * (factor if factor.dim() == 1 else factor.unsqueeze(-2))
+    def right(self, x: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+        return x * factor.unsqueeze(-2)
 
     def gram(self, unfolded: Tensor) -> Tensor:
         return unfolded.square().sum(-1)
@@ -136,15 +152,81 @@ class Diagonal(Structure):
         return factor * momentum
 
 
+@dataclass(frozen=True)
+class Blocks(Structure):
+    """K has blocks of one size b on its diagonal, (ceil(d / b), b, b), and zeros elsewhere.
+
+    Of the last block the rows and columns beyond d are padding, zero in K and in all that it learns
+    from; as K m is zero where K is, it stays so.
+
+    joint_norm: whether all blocks of a factor are bounded by its norm, as released, or each by its
+        own, as so many factors of size b would be.
+    """
+
+    block: int
+    joint_norm: bool = False
+
+    name = "block"
+    is_dense = True
+    axes = 3
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        return -(-size // self.block), self.block, self.block
+
+    def diagonal(self, factor: Tensor) -> Tensor:
+        return factor.diagonal(dim1=-2, dim2=-1)
+
+    def add_identity_(self, factor: Tensor, value: float | Tensor, size: int) -> None:
+        *_, count, block = self.diagonal(factor).shape
+        lives = torch.arange(count * block, device=factor.device).view(count, block) < size
+        self.diagonal(factor).add_(lives.to(factor.dtype) * value)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        blocks = self._panels(self._panels(matrix).mT).mT
+        return blocks.diagonal(dim1=-4, dim2=-3).movedim(-1, -3).contiguous()
+
+    def left(self, factor: Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
+        blocks = (factor.mT if transposed else factor) @ self._panels(x)
+        return blocks.flatten(-3, -2)[..., : x.shape[-2], :]
+
+    def right(self, x: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+        blocks = self._panels(x.mT).mT @ (factor.mT if transposed else factor)
+        return blocks.transpose(-2, -3).flatten(-2)[..., : x.shape[-1]]
+
+    def gram(self, unfolded: Tensor) -> Tensor:
+        panels = self._panels(unfolded)
+        return panels @ panels.mT
+
+    def average_gram_(
+        self, momenta: Tensor, unfolded: Tensor, *, decay: float, weight: float
+    ) -> None:
+        panels = self._panels(unfolded).flatten(0, 1)
+        DENSE.average_gram_(momenta.flatten(0, 1), panels, decay=decay, weight=weight)
+
+    def square(self, factor: Tensor) -> Tensor:
+        return factor.mT @ factor
+
+    def product(self, factor: Tensor, momentum: Tensor) -> Tensor:
+        return factor @ momentum
+
+    def norms(self, momentum: Tensor) -> Tensor:
+        return super().norms(momentum) if self.joint_norm else DENSE.norms(momentum)
+
+    def _panels(self, x: Tensor) -> Tensor:
+        """The rows of X, (d, others), that each block multiplies: (blocks, b, others)."""
+        missing = -x.shape[-2] % self.block
+        padded: Tensor = pad(x, (0, 0, 0, missing)) if missing else x
+        return padded.unflatten(-2, (-1, self.block))  # type: ignore[no-any-return]
+
+
 DENSE, DIAGONAL = Dense(), Diagonal()
-STRUCTURES: dict[str, Structure] = {structure.name: structure for structure in (DENSE, DIAGONAL)}
 
 
 def structure_of(factor: Tensor) -> Structure:
-    """The structure of a factor, which the shape of its tensor tells."""
-    return next(s for s in STRUCTURES.values() if s.axes == factor.dim())
+    """The structure of a factor, as the shape of its tensor tells; blocks are bounded each."""
+    return (DIAGONAL, DENSE, Blocks(factor.shape[-1]))[factor.dim() - 1]
 
 
 def structure_of_stack(factors: Tensor) -> Structure:
     """The structure of factors that are stacked."""
-    return next(s for s in STRUCTURES.values() if s.axes == factors.dim() - 1)
+    return (DIAGONAL, DENSE, Blocks(factors.shape[-1]))[factors.dim() - 2]

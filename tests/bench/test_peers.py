@@ -71,10 +71,10 @@ def test_an_interval_decides_how_often_a_preconditioner_is_renewed(name):
     assert not torch.equal(*found)
 
 
-def test_a_diagonal_factor_stands_in_for_an_axis_that_is_too_long():
+def test_blocks_stand_in_for_an_axis_that_is_too_long():
     value, grad = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
-    dense, diagonal = (peers.specified(value, grad, 1, limit=limit) for limit in (5, 4))
-    assert not torch.allclose(dense, diagonal)
+    dense, blocks = (peers.specified(value, grad, 1, limit=limit) for limit in (5, 4))
+    assert not torch.allclose(dense, blocks)
     p = torch.nn.Parameter(value.clone())
     p.grad = grad
     settings = {"factor_lr": peers.FACTOR_LR, "factor_momentum": peers.FACTOR_MOMENTUM}
@@ -83,4 +83,4 @@ def test_a_diagonal_factor_stands_in_for_an_axis_that_is_too_long():
     optimizer = build([p], damping=peers.DAMPING, max_dense_dim=4, **settings)
     for _ in range(peers.CHECK_STEPS):
         optimizer.step()
-    assert (p.detach() - value - diagonal).abs().max() < 1e-12
+    assert (p.detach() - value - blocks).abs().max() < 1e-12

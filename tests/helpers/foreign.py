@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from rootfree_fused.optimizer.joint import unit_of
+
 
 class Matrix:
     """A Kronecker factor as singd's structured matrices give it out."""
@@ -26,8 +28,16 @@ class Released(torch.optim.Optimizer):
         vars(self).update(attributes)
 
 
-def as_dense(factor):
-    return factor if factor.dim() == 2 else factor.diag()
+def matrices_of(optimizer, param, key="factor"):
+    """The factors of a parameter, or what has this key, as the matrices that they represent."""
+    group, state = optimizer.param_groups[0], optimizer.state[param]
+    layout = unit_of(param, group).layout
+    found = []
+    for axis, (structure, size) in enumerate(zip(layout.structures, layout.sizes, strict=True)):
+        factor = state[f"{key}_{axis}"]
+        eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        found.append(structure.left(factor, eye))
+    return found
 
 
 def as_sirfshampoo(optimizer):
@@ -55,10 +65,7 @@ def as_sirfshampoo(optimizer):
         for i, n in enumerate(axes)
     ]
     factors, momenta = (
-        [
-            [Matrix(as_dense(state[f"{key}_{axis}"])) for axis in range(n)]
-            for state, n in zip(states, axes, strict=True)
-        ]
+        [[Matrix(matrix) for matrix in matrices_of(optimizer, p, key)] for p in group["params"]]
         for key in ("factor", "factor_momentum")
     )
     if not group["factor_momentum"]:  # versions after 0.0.1 then keep none

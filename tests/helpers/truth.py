@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from contextlib import nullcontext
 
 import torch
 from helpers.tensor_cores import float32_products
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, reference
+from rootfree_fused.optimizer.layouts import layout_of
 
 COMMON = ("lr", "damping", "weight_decay", "batch_size")
-
-
-def axes_of(shape, group):
-    """Sizes of a parameter's axes and which are dense, or None where it has no factors."""
-    sizes = [d for d in shape if d != 1] or [1]
-    if 0 in sizes or (len(sizes) == 1 and group["vector_method"] != "factor"):
-        return None
-    if group.get("merge_axes", True) and len(sizes) > 2:
-        sizes = [sizes[0], math.prod(sizes[1:])]
-    return sizes, [group["structures"] == "auto" and d <= group["max_dense_dim"] for d in sizes]
 
 
 def start(cls, param, group, dtype):
@@ -29,47 +19,53 @@ def start(cls, param, group, dtype):
     state = {"step": torch.zeros(())}
     if cls is RootFreeShampoo:
         return {**state, **_shampoo_start(param, group, dtype)}
-    axes = axes_of(param.shape, group) if cls is IFShampoo else None
+    layout = layout_of(param.shape, group) if cls is IFShampoo else None
     square = 0.0 if group["initial_square_avg"] == "auto" else group["initial_square_avg"]
     if cls is RootFreeAdamW:
         state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
         state["exp_avg_sq"] = torch.full_like(param, square, dtype=dtype)
-    elif axes is None:
+    elif layout is None:
         state["square_avg"] = torch.full_like(param, square, dtype=dtype)
     else:
-        scale = square and square ** (-1 / (2 * len(axes[0])))
-        for n, (size, dense) in enumerate(zip(*axes, strict=True)):
-            diagonal = torch.full((size,), scale, dtype=dtype)
-            state[f"factor_{n}"] = diagonal.diag() if dense else diagonal
+        scale = square and square ** (-1 / (2 * len(layout.sizes)))
+        for n, axis in enumerate(zip(layout.structures, layout.sizes, strict=True)):
+            state[f"factor_{n}"] = times_identity(scale, *axis, dtype)
             state[f"factor_momentum_{n}"] = torch.zeros_like(state[f"factor_{n}"])
     return state
 
 
 def _shampoo_start(param, group, dtype):
     zeros = torch.zeros_like(param, dtype=dtype)
-    if (axes := axes_of(param.shape, group)) is None:
+    if (layout := layout_of(param.shape, group)) is None:
         return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    state = {"momentum_buffer": zeros, "row_square_avg": torch.zeros(axes[0][0], dtype=dtype)}
+    state = {"momentum_buffer": zeros, "row_square_avg": torch.zeros(layout.sizes[0], dtype=dtype)}
+    axes = zip(layout.structures, layout.sizes, strict=True)
     starts = reference.start_values(group["damping"])
-    for n, (size, dense, values) in enumerate(zip(*axes, starts, strict=True)):
+    for n, (axis, values) in enumerate(zip(axes, starts, strict=True)):
         for key, value in zip((f"gram_{n}", f"factor_{n}"), values, strict=True):
-            diagonal = torch.full((size,), value, dtype=dtype)
-            state[key] = diagonal.diag() if dense else diagonal
+            state[key] = times_identity(value, *axis, dtype)
     return state
 
 
-def start_(grad, state, group):
+def times_identity(value, structure, size, dtype):
+    factor = torch.zeros(structure.shape(size), dtype=dtype)
+    structure.add_identity_(factor, value, size)
+    return factor
+
+
+def start_(grad, state, group, layout):
     """Give state that waits for a gradient the scale of this one."""
     second = [v for k, v in state.items() if k in ("square_avg", "exp_avg_sq", "factor_0")]
     square = reference.mean_square(grad, group["batch_size"])
     if group["initial_square_avg"] != "auto" or second[0].any() or not 0 < square < math.inf:
         return
-    factors = [v for k, v in state.items() if re.fullmatch(r"factor_\d+", k)]
-    scale = reference.initial_scale(square, group["damping"], len(factors) or 1)
-    for factor in factors:
-        (factor.diagonal() if factor.dim() > 1 else factor).fill_(scale)
-    if not factors:
+    if layout is None:
         second[0].fill_(square.item())
+        return
+    scale = reference.initial_scale(square, group["damping"], len(layout.sizes))
+    for n, axis in enumerate(zip(layout.structures, layout.sizes, strict=True)):
+        factor = state[f"factor_{n}"]
+        factor.copy_(times_identity(scale, *axis, factor.dtype))
 
 
 def step_(cls, param, grad, state, group):
@@ -78,7 +74,8 @@ def step_(cls, param, grad, state, group):
     if cls is RootFreeShampoo:
         _shampoo_step_(param, grad, state, group)
         return
-    start_(grad, state, group)
+    layout = layout_of(param.shape, group) if cls is IFShampoo else None
+    start_(grad, state, group, layout)
     sign = {"maximize": group["maximize"]}
     common = {key: group[key] for key in COMMON}
     if cls is RootFreeAdamW:
@@ -94,7 +91,7 @@ def step_(cls, param, grad, state, group):
         alpha = {"alpha": group["alpha"], **sign, **momentum, **decoupled}
         reference.rmsprop_(param, grad, state["square_avg"], buffer, **alpha, **common)
         return
-    sizes, _ = axes_of(param.shape, group)
+    sizes, structures = layout.sizes, {"structures": layout.structures}
     factors, momenta = (
         [state[f"{key}_{n}"] for n in range(len(sizes))] for key in ("factor", "factor_momentum")
     )
@@ -102,8 +99,9 @@ def step_(cls, param, grad, state, group):
     when = int(state["step"]) - 1, group["update_interval"], group["update_schedule"]
     if reference.is_update_step(*when):
         own = ("factor_lr", "factor_momentum", "damping", "batch_size")
-        reference.update_factors_(g, factors, momenta, **{key: group[key] for key in own})
-    update = reference.precondition(g, factors).reshape(param.shape)
+        settings = {key: group[key] for key in own}
+        reference.update_factors_(g, factors, momenta, **settings, **structures)
+    update = reference.precondition(g, factors, **structures).reshape(param.shape)
     step = {key: group[key] for key in ("lr", "weight_decay")}
     reference.apply_(param, update, buffer, **step, **momentum, **decoupled)
 
@@ -122,7 +120,7 @@ def _shampoo_step_(param, grad, state, group):
         averages = state["exp_avg"], state["exp_avg_sq"]
         update_(param, grad, *averages, state["step"], **own, **common)
         return
-    sizes, _ = axes_of(param.shape, group)
+    sizes = layout_of(param.shape, group).sizes
     momentum = state["momentum_buffer"].reshape(sizes).clone()
     lists = [[state[f"{key}_{n}"] for n in range(2)] for key in ("gram", "factor")]
     own = {key: group[key] for key in ("damping", "update_rms", "row_beta")}
@@ -149,8 +147,8 @@ def stepped(cls, param, state, group, dtype=None):
 
     after = {key: v.clone() if key == "step" else copied(v) for key, v in state.items()}
     after["param"] = copied(param)
-    axes = axes_of(param.shape, group) if cls in (IFShampoo, RootFreeShampoo) else None
-    is_matrix = axes is not None and len(axes[0]) == 2
+    layout = layout_of(param.shape, group) if cls in (IFShampoo, RootFreeShampoo) else None
+    is_matrix = layout is not None and len(layout.sizes) == 2
     with float32_products(param.device) if is_matrix else nullcontext():
         step_(cls, after["param"], copied(param.grad), after, group)
     return after

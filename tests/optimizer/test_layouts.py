@@ -7,20 +7,19 @@ import re
 import pytest
 import torch
 
-from rootfree_fused.optimizer.layouts import (
-    Layout,
-    Stacks,
-    caches_product,
-    factor_state,
-    layout_of,
-)
+from rootfree_fused.optimizer.buckets import Stacks
+from rootfree_fused.optimizer.factor_state import caches_product, factor_state
+from rootfree_fused.optimizer.layouts import Layout, automatic, layout_of
 from rootfree_fused.optimizer.stacks import allocate
 from rootfree_fused.reference import join
-from rootfree_fused.reference.structures import DENSE, DIAGONAL
+from rootfree_fused.reference.compact_structures import Hierarchical, Toeplitz
+from rootfree_fused.reference.structures import DENSE, DIAGONAL, Blocks
 
 GROUP = {
     "structures": "auto",
     "max_dense_dim": 100,
+    "block_size": 48,
+    "hierarchical_sizes": (2, 1),
     "merge_axes": True,
     "vector_method": "rmsprop",
 }
@@ -31,7 +30,29 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ("shape", "settings", "sizes", "structures"),
     [
         ((8, 4), {}, (8, 4), (DENSE, DENSE)),
-        ((8, 400), {}, (8, 400), (DENSE, DIAGONAL)),
+        ((8, 400), {}, (8, 400), (DENSE, Blocks(80))),
+        ((8, 1601), {}, (8, 1601), (DENSE, DIAGONAL)),
+        ((8, 101), {}, (8, 101), (DENSE, Blocks(64))),
+        ((8, 400), {"structures": "block"}, (8, 400), (DENSE, Blocks(48, joint_norm=True))),
+        ((8, 61), {"structures": "block30diagonal"}, (8, 61), (DENSE, Blocks(30, True))),
+        (
+            (8, 61),
+            {"structures": "hierarchical"},
+            (8, 61),
+            (Hierarchical(8, 2, 1), Hierarchical(61, 2, 1)),
+        ),
+        (
+            (8, 61),
+            {"structures": ("hierarchical3_4", "dense")},
+            (8, 61),
+            (Hierarchical(8, 3, 4), DENSE),
+        ),
+        (
+            (8, 61),
+            {"structures": ("triltoeplitz", "upper_toeplitz")},
+            (8, 61),
+            (Toeplitz(True), Toeplitz(False)),
+        ),
         ((8, 100), {}, (8, 100), (DENSE, DENSE)),
         ((6, 1, 5), {}, (6, 5), (DENSE, DENSE)),
         ((4, 3, 3, 2), {}, (4, 18), (DENSE, DENSE)),
@@ -43,7 +64,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ((5, 6, 8, 2, 2), {"batch_axes": 2}, (8, 4), (DENSE, DENSE)),
         ((5, 2, 3, 4), {"batch_axes": 1, "merge_axes": ((0, 1), (2,))}, (6, 4), (DENSE, DENSE)),
         ((8, 4), {"structures": "diagonal"}, (8, 4), (DIAGONAL, DIAGONAL)),
-        ((8, 400), {"structures": ("dense", "auto")}, (8, 400), (DENSE, DIAGONAL)),
+        ((8, 1700), {"structures": ("dense", "auto")}, (8, 1700), (DENSE, DIAGONAL)),
         ((8, 4), {"structures": ("diagonal", "dense")}, (8, 4), (DIAGONAL, DENSE)),
         ((7,), {"vector_method": "factor"}, (7,), (DENSE,)),
         ((1, 7), {"vector_method": "factor"}, (7,), (DENSE,)),
@@ -85,9 +106,41 @@ def test_axes_are_merged_in_order_each_once(sets):
         layout_of((9, 4, 3, 2), {**settings, "batch_axes": 1})
 
 
+@pytest.mark.parametrize(
+    ("size", "limit", "count", "block"),
+    [
+        (2049, 2048, 2, 1040),
+        (4096, 2048, 2, 2048),
+        (11008, 2048, 6, 1840),
+        (14336, 2048, 7, 2048),
+        (3000, 2048, 2, 1504),
+        (32000, 2048, 16, 2000),
+        (2049, 1024, 3, 688),
+        (11008, 1024, 11, 1008),
+    ],
+)
+def test_blocks_of_a_large_axis(size, limit, count, block):
+    assert automatic(size, limit) == Blocks(block)
+    assert Blocks(block).shape(size) == (count, block, block)
+
+
+def test_every_axis_up_to_sixteen_limits_has_full_blocks():
+    """Multiples of 16 that the limit holds, none of them empty; above, a diagonal."""
+    for limit in (16, 40, 100, 1024):
+        for size in range(limit + 1, 16 * limit + 1, 1 if limit < 100 else 97):
+            structure = automatic(size, limit)
+            count, block, _ = structure.shape(size)
+            assert block <= limit
+            assert block % 16 == 0
+            assert (count - 1) * block < size
+            assert limit < 1024 or count * block - size < 0.1 * size
+        assert automatic(16 * limit + 1, limit) is DIAGONAL
+    assert automatic(7, 5) == Blocks(5)  # a limit below 16 gives blocks of any size
+
+
 def test_an_axis_too_large_for_a_dense_factor_is_refused():
     with pytest.raises(
-        ValueError, match=r"axis of 400, above max_dense_dim=100.* GiB; pass 'auto'"
+        ValueError, match=r"axis of 400, above max_dense_dim=100.* GiB; pass 'block', 'auto'"
     ):
         layout_of((8, 400), {**GROUP, "structures": "dense"})
 
@@ -132,12 +185,15 @@ def test_factor_state_by_dtype():
 # Buckets of the stacks
 
 
+DENSE_4_3 = Layout((4, 3), (DENSE, DENSE))
+
+
 def stacked_states(count=5, dtype=torch.float32, interval=1):
-    spec = factor_state(Layout((4, 3), (DENSE, DENSE)), dtype, 1.0)
+    spec = factor_state(DENSE_4_3, dtype, 1.0)
     states = allocate([spec] * count, [dict.fromkeys(spec, CPU)] * count)
     for i, state in enumerate(states):
         state["factor_0"].fill_(i)
-    return states, Stacks(states, "factor_momentum_{}", interval)
+    return states, Stacks(states, [DENSE_4_3] * count, "factor_momentum_{}", interval)
 
 
 def buckets_of(stacks, states, updates):
@@ -170,7 +226,7 @@ def test_states_of_which_one_tensor_is_elsewhere_are_no_stack(key):
     states, stacks = stacked_states()
     states[2][key] = states[2][key].clone()
     assert not stacks.hold(states)
-    anew = Stacks(states, "factor_momentum_{}", 1)
+    anew = Stacks(states, [DENSE_4_3] * 5, "factor_momentum_{}", 1)
     found = buckets_of(anew, states, [True] * 5)
     assert found == [([0, 1], [0, 1]), ([2], [2]), ([3, 4], [3, 4])]
     last = anew.plan(states, [True] * 5).buckets[-1]
@@ -184,8 +240,10 @@ def test_states_of_which_one_tensor_is_elsewhere_are_no_stack(key):
 def test_room_for_products_is_where_they_are_kept():
     """Axis 0 of (4, 3) is worth it at every step; of (60, 3) at long intervals alone."""
     for size, interval, kept in ((4, 1, True), (60, 1, False), (60, 20, True)):
-        spec = factor_state(Layout((size, 3), (DENSE, DENSE)), torch.float32, 1.0)
+        layout = Layout((size, 3), (DENSE, DENSE))
+        spec = factor_state(layout, torch.float32, 1.0)
         states = allocate([spec], [dict.fromkeys(spec, CPU)])
-        (bucket,) = Stacks(states, "factor_momentum_{}", interval).plan(states, [True]).buckets
+        stacks = Stacks(states, [layout], "factor_momentum_{}", interval)
+        (bucket,) = stacks.plan(states, [True]).buckets
         assert (bucket.products[0].numel() > 0) is kept
         assert bucket.products[0].shape in (bucket.factors[0].shape, (0,))

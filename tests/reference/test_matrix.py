@@ -8,20 +8,17 @@ import pytest
 import torch
 from helpers.golden import MATRIX, load
 from helpers.golden import factor as golden_factor
+from helpers.truth import times_identity
 
 from rootfree_fused import reference
+from rootfree_fused.optimizer.layouts import layout_of
 
 SETTINGS = ("factor_lr", "factor_momentum", "damping", "batch_size")
 FLOAT64 = torch.float64
 
 
-def golden_structures(meta, sizes):
-    structure = meta["structure"]
-    return [structure] * len(sizes) if isinstance(structure, str) else structure
-
-
-def test_every_dense_diagonal_and_mixed_case_is_here():
-    assert len(MATRIX) == 11
+def test_every_case_is_here():
+    assert len(MATRIX) == 15
 
 
 @pytest.mark.parametrize("case", MATRIX)
@@ -31,11 +28,10 @@ def test_golden(case):
     interval = 3 if logarithmic else meta["update_interval"]
     for i, shape in enumerate(meta["shapes"]):
         sizes = [d for d in shape if d != 1] or [1]
-        structures = golden_structures(meta, sizes)
-        factors = [
-            torch.eye(d, dtype=FLOAT64) if s == "dense" else torch.ones(d, dtype=FLOAT64)
-            for d, s in zip(sizes, structures, strict=True)
-        ]
+        group = {"structures": meta["structure"], "max_dense_dim": 100, "merge_axes": False}
+        structures = layout_of(shape, {**group, "vector_method": "factor"}).structures
+        axes = list(zip(structures, sizes, strict=True))
+        factors = [times_identity(1.0, *axis, FLOAT64) for axis in axes]
         momenta = [torch.zeros_like(factor) for factor in factors]
         param = data[f"param0.{i}"]
         buffer = torch.zeros_like(param)
@@ -43,8 +39,8 @@ def test_golden(case):
             grad = data[f"grad.{t}.{i}"].reshape(sizes)
             if reference.is_update_step(t, interval, "log4" if logarithmic else "constant"):
                 settings = {key: meta[key] for key in SETTINGS}
-                reference.update_factors_(grad, factors, momenta, **settings)
-            update = reference.precondition(grad, factors).reshape(shape)
+                reference.update_factors_(grad, factors, momenta, structures=structures, **settings)
+            update = reference.precondition(grad, factors, structures).reshape(shape)
             reference.apply_(
                 param,
                 update,
@@ -56,10 +52,11 @@ def test_golden(case):
             )
             expected = data[f"param.{t}.{i}"]
             assert (param - expected).abs().max() <= 1e-12 * expected.abs().max()
-        for axis, factor in enumerate(factors):
+        for axis, (structure, factor) in enumerate(zip(structures, factors, strict=True)):
             expected = golden_factor(data, i, axis, len(sizes))
-            dense = factor if factor.dim() == 2 else factor.diag()
-            assert (dense - expected).abs().max() <= 1e-12 * expected.abs().max()
+            if expected is not None:
+                dense = structure.left(factor, torch.eye(sizes[axis], dtype=FLOAT64))
+                assert (dense - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 def test_one_update_by_hand():
