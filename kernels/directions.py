@@ -62,14 +62,14 @@ def _direction_pointers(job_ptr, scratch_ptr):
     return (
         ragged_pointer_at(job_ptr + DIRECTION.row_scales, scratch_ptr, tl.float32),
         ragged_pointer_at(job_ptr + DIRECTION.column_scales, scratch_ptr, tl.float32),
-        pointer_at(job_ptr + DIRECTION.row_sums, scratch_ptr, tl.float32),
+        ragged_pointer_at(job_ptr + DIRECTION.row_sums, scratch_ptr, tl.float32),
     )
 
 
 @triton.jit
 def _store_tile_sum(job_ptr, scratch_ptr, sums, index):
     if tl.load(job_ptr + DIRECTION.tile_sums) != 0:
-        sums_ptr = pointer_at(job_ptr + DIRECTION.tile_sums, scratch_ptr, tl.float32)
+        sums_ptr = ragged_pointer_at(job_ptr + DIRECTION.tile_sums, scratch_ptr, tl.float32)
         tl.store(sums_ptr + index, tl.sum(sums, 0))
 
 
@@ -83,6 +83,7 @@ def finish_direction(
     scale = _direction_scale(job_ptr, scratch_ptr)
     out_ptr = pointer_at(job_ptr + DIRECTION.output, scratch_ptr, FACTOR)
     rows_ptr, columns_ptr, row_sums_ptr = _direction_pointers(job_ptr, scratch_ptr)
+    columns = size_at(job_ptr + DIRECTION.output_columns)
     parts = quarters(product)
     sums = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(4):
@@ -90,9 +91,9 @@ def finish_direction(
         value = parts[i] * scale
         if RAGGED:  # both axes of a stack are dense
             value = times_diagonals(rows_ptr, columns_ptr, value, size, part, True)
-        value = store_rounded(out_ptr, value, size, part)
+        value = store_rounded(out_ptr, columns, value, size, part)
         sums += tl.sum(value * value, 1)
-    store_row_sums(row_sums_ptr, sums, size[0], tile)
+    store_row_sums(row_sums_ptr, size_at(job_ptr + DIRECTION.sums_rows), sums, size[0], tile)
     _store_tile_sum(job_ptr, scratch_ptr, sums, index)
 
 
@@ -108,7 +109,7 @@ def _scale_directions(job_ptr, scratch_ptr, tile, index, BLOCK: tl.constexpr):
     for i in range(BLOCK // ROWS_AT_A_TIME):
         part = (tile[0] * (BLOCK // ROWS_AT_A_TIME) + i, tile[1])
         rows = spilled(out_ptr, size, part, ROWS_AT_A_TIME, BLOCK) * scale
-        sums += store_scaled(pointers, out_ptr, rows, size, part, True)
+        sums += store_scaled(pointers, out_ptr, size[1], rows, size, part, True)
     _store_tile_sum(job_ptr, scratch_ptr, sums, index)
 
 
@@ -126,8 +127,10 @@ def _directions_kernel(
     k = size_at(job_ptr + DIRECTION.k)
     if k > 0:
         m, n = (size_at(job_ptr + DIRECTION.m), size_at(job_ptr + DIRECTION.n))
-        a = (pointer_at(job_ptr + DIRECTION.a, scratch_ptr, FACTOR), k)
-        b = (pointer_at(job_ptr + DIRECTION.b, scratch_ptr, FACTOR), n)
+        a_ptr = pointer_at(job_ptr + DIRECTION.a, scratch_ptr, FACTOR)
+        b_ptr = pointer_at(job_ptr + DIRECTION.b, scratch_ptr, FACTOR)
+        a = (a_ptr, size_at(job_ptr + DIRECTION.a_columns))
+        b = (b_ptr, size_at(job_ptr + DIRECTION.b_columns))
         acc = tl.zeros([BLOCK, BLOCK], tl.float32)
         acc = product_tile(a, b, acc, (m, n, k), tile, False, False, BLOCK_K, PRECISION)
         finish_direction(job_ptr, scratch_ptr, acc, tile, index, None, FACTOR, BLOCK, True)
@@ -176,12 +179,11 @@ def _rows_kernel(
 
 @triton.jit
 def _descend_part(
-    p_ptr, stride, direction_ptr, size, factors_ptr, shared, decay, part,
+    p_ptr, stride, direction_ptr, even, size, factors_ptr, shared, decay, part,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m, n = size
-    even = padded(n)
-    ptrs, mask = tile_of(direction_ptr, even, (m, even), part, ROWS, COLUMNS)
+    ptrs, mask = tile_of(direction_ptr, even, (m, padded(n)), part, ROWS, COLUMNS)
     u = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     factors = scales(factors_ptr, m, part[0], ROWS) * shared
     ptrs, mask = tile_of(p_ptr, stride, (m, stride), part, ROWS, COLUMNS)
@@ -197,11 +199,12 @@ def _descend_rows(
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK_M // PART_ROWS
     direction_ptr = pointer_at(job_ptr + DESCENT.direction, scratch_ptr, DIRECTION_DTYPE)
+    even = padded(size_at(job_ptr + DESCENT.columns))
     factors_ptr = pointer_at(job_ptr + DESCENT.factors, scratch_ptr, tl.float32)
     for i in range(PARTS):
         part = (tile[0] * PARTS + i, tile[1])
         _descend_part(
-            p_ptr, stride, direction_ptr, size, factors_ptr, shared, decay, part,
+            p_ptr, stride, direction_ptr, even, size, factors_ptr, shared, decay, part,
             PART_ROWS, BLOCK_N,
         )  # fmt: skip
 

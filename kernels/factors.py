@@ -64,7 +64,9 @@ def _momentum_update(m, gram, c1, identity, scalars_ptr):
 
 
 @triton.jit
-def _update_momentum_part(ptr, d, stride, copy_ptr, gram, c1, scalars_ptr, part, is_diagonal):
+def _update_momentum_part(
+    ptr, d, lives, stride, copy_ptr, gram, c1, scalars_ptr, part, is_diagonal
+):
     """Returns the part's sums of squares by rows."""
     ROWS: tl.constexpr = gram.shape[0]
     COLUMNS: tl.constexpr = gram.shape[1]
@@ -72,7 +74,7 @@ def _update_momentum_part(ptr, d, stride, copy_ptr, gram, c1, scalars_ptr, part,
     m = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     offs_m = part[0] * ROWS + tl.arange(0, ROWS)
     offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)
-    identity = (offs_m[:, None] == offs_n[None, :]) & (offs_m[:, None] < d)
+    identity = (offs_m[:, None] == offs_n[None, :]) & (offs_m[:, None] < lives)
     m = _momentum_update(m, gram, c1, identity.to(tl.float32), scalars_ptr)
     rounded = m.to(ptr.dtype.element_ty)
     store_symmetric(ptr, d, stride, rounded, part, is_diagonal)
@@ -89,6 +91,7 @@ def _update_momentum_tile(
     """Returns what the tile and its mirror image add to ||m||^2."""
     ROWS: tl.constexpr = LAYOUT.spilled_rows
     is_diagonal = tile[0] == tile[1]
+    lives = size_at(job_ptr + MOMENTA.lives)
     if tl.load(job_ptr + MOMENTA.spill) == 0:  # rows are aligned
         momentum_ptr = pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
         parts = quarters(gram)
@@ -96,8 +99,9 @@ def _update_momentum_tile(
         for i in tl.static_range(4):
             part = (tile[0], 4 * tile[1] + i)
             squares += _update_momentum_part(
-                momentum_ptr, d, padded(d), None, parts[i], c1, scalars_ptr, part, is_diagonal
-            )
+                momentum_ptr, d, lives, padded(d), None, parts[i], c1, scalars_ptr, part,
+                is_diagonal,
+            )  # fmt: skip
         norm = tl.sum(squares, 0)
     else:
         ragged_ptr = ragged_pointer_at(job_ptr + MOMENTA.momentum, scratch_ptr, FACTOR)
@@ -109,7 +113,7 @@ def _update_momentum_tile(
             part = (tile[0] * (BLOCK // ROWS) + i, tile[1])
             gram_part = spilled(spill_ptr, (d, d), part, ROWS, BLOCK)
             rows += _update_momentum_part(
-                ragged_ptr, d, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
+                ragged_ptr, d, lives, d, copy_ptr, gram_part, c1, scalars_ptr, part, is_diagonal
             )
         norm = tl.sum(rows, 0)
     return norm * tl.where(is_diagonal, 1.0, 2.0)
@@ -153,7 +157,7 @@ def _factor_momenta_kernel(
     trace = sum_of(trace_ptr, trace_count, tl.load(job_ptr + MOMENTA.trace_squares) != 0, BLOCK) / e
     c1 = tl.load(scalars_ptr + IFSHAMPOO.batch_size) / e
     ratio = tl.load(scalars_ptr + IFSHAMPOO.damping) * trace / c1
-    norm_ptr = pointer_at(job_ptr + MOMENTA.norms, scratch_ptr, tl.float32) + index
+    norm_ptr = ragged_pointer_at(job_ptr + MOMENTA.norms, scratch_ptr, tl.float32) + index
     # A gradient that is exactly zero leaves m alone, and its factor takes a step of 0.
     nonzeros_ptr = pointer_at(job_ptr + MOMENTA.nonzeros, scratch_ptr, tl.float32)
     if sum_of(nonzeros_ptr, size_at(job_ptr + MOMENTA.nonzeros_count), False, BLOCK) == 0:
@@ -252,7 +256,7 @@ def update_ragged_factor_tile(
 @triton.jit
 def _factor_step(job_ptr, scratch_ptr, scalars_ptr, BLOCK: tl.constexpr):
     """factor_lr / max(1, ||m||_F), or 0 where the gradient was exactly zero."""
-    norms_ptr = pointer_at(job_ptr + FACTORS.norms, scratch_ptr, tl.float32)
+    norms_ptr = ragged_pointer_at(job_ptr + FACTORS.norms, scratch_ptr, tl.float32)
     norm = tl.sqrt(sum_of(norms_ptr, size_at(job_ptr + FACTORS.norms_count), False, BLOCK))
     factor_lr = tl.load(scalars_ptr + IFSHAMPOO.factor_lr)
     step = factor_lr / tl.maximum(norm, 1.0, propagate_nan=tl.PropagateNan.ALL)

@@ -140,8 +140,9 @@ def _scale_kernel(
         target_ptr = pointer_at(job_ptr + SCALE.target, scratch_ptr, FACTOR)
         nowhere_ptr = pointer_at(job_ptr + SCALE.stats, scratch_ptr, tl.float32)
         copy_tile(
-            source_ptr, False, target_ptr, size, nowhere_ptr, False, None, tile, BLOCK_M, BLOCK_N
-        )
+            source_ptr, False, target_ptr, size, size, nowhere_ptr, False, None, tile,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     else:
         unscale = inverse_of(grad_scale_ptr)
         member = tl.load(job_ptr + SCALE.source)
@@ -160,11 +161,12 @@ def _scale_kernel(
 
 
 @triton.jit
-def _store_part(ptr, value, size, part):
+def _store_part(ptr, value, target, part):
     """Into padded rows; nowhere where the pointer is null."""
     if ptr.to(tl.int64) != 0:
-        stride = padded(size[1])
-        ptrs, mask = tile_of(ptr, stride, (size[0], stride), part, value.shape[0], value.shape[1])
+        stride = padded(target[1])
+        even = (target[0], stride)
+        ptrs, mask = tile_of(ptr, stride, even, part, value.shape[0], value.shape[1])
         tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -186,7 +188,7 @@ def _momentum_operands(job_ptr, scratch_ptr, member_ptr, FACTOR: tl.constexpr):
 
 @triton.jit
 def _momentum_parts(
-    job_ptr, scratch_ptr, operands, stride, size, scale, unscale, scalars_ptr, tile, index,
+    job_ptr, scratch_ptr, operands, stride, size, target, scale, unscale, scalars_ptr, tile, index,
     ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """M and N."""
@@ -201,13 +203,13 @@ def _momentum_parts(
         buf = tl.load(buf_ptrs, mask=mask, other=0.0)
         g = _gradient_part(address, dtype, stride, size, unscale, part, ROWS, COLUMNS)
         g = g * scale[0] * scale[1]
-        _store_part(gradient_ptr, g, size, part)
+        _store_part(gradient_ptr, g, target, part)
         g *= sign
         buf = decayed(buf, g, beta1, one_minus_beta1)
         tl.store(buf_ptrs, buf, mask=mask)
         n = beta1 * buf + one_minus_beta1 * g
-        _store_part(ahead_ptr, n, size, part)
-        _store_part(wide_ptr, n, size, part)
+        _store_part(ahead_ptr, n, target, part)
+        _store_part(wide_ptr, n, target, part)
         largest = tl.maximum(largest, tl.abs(n))
     largest_ptr = pointer_at(job_ptr + MOMENTUM.largest, scratch_ptr, tl.float32)
     tl.store(largest_ptr + index, tl.max(tl.max(largest, 1), 0))
@@ -218,7 +220,7 @@ def _momentum_parts(
 
 @triton.jit
 def _scaled_parts(
-    job_ptr, scratch_ptr, operands, stride, size, scale, unscale, tile,
+    job_ptr, scratch_ptr, operands, stride, size, target, scale, unscale, tile,
     ROWS: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Y or Z, G times a diagonal K."""
@@ -233,25 +235,25 @@ def _scaled_parts(
         part = (tile[0] * PARTS + i, tile[1])
         g = _gradient_part(address, dtype, stride, size, unscale, part, ROWS, COLUMNS)
         g = g * scale[0] * scale[1]
-        sums += store_scaled(pointers, out_ptr, g, size, part, False)
+        sums += store_scaled(pointers, out_ptr, target[1], g, target, part, False)
     sums_ptr = pointer_at(job_ptr + MOMENTUM.column_sums, scratch_ptr, tl.float32)
     store_column_sums(sums_ptr, sums, size[1], tile)
 
 
 @triton.jit
 def _momentum_tile(
-    job_ptr, scratch_ptr, operands, stride, size, scale, unscale, scalars_ptr, tile, index,
+    job_ptr, scratch_ptr, operands, stride, size, target, scale, unscale, scalars_ptr, tile, index,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BLOCK_M // PART_ROWS
     if tl.load(job_ptr + MOMENTUM.largest) != 0:
         _momentum_parts(
-            job_ptr, scratch_ptr, operands, stride, size, scale, unscale, scalars_ptr, tile, index,
-            PART_ROWS, PARTS, BLOCK_N,
+            job_ptr, scratch_ptr, operands, stride, size, target, scale, unscale, scalars_ptr,
+            tile, index, PART_ROWS, PARTS, BLOCK_N,
         )  # fmt: skip
     else:
         _scaled_parts(
-            job_ptr, scratch_ptr, operands, stride, size, scale, unscale, tile,
+            job_ptr, scratch_ptr, operands, stride, size, target, scale, unscale, tile,
             PART_ROWS, PARTS, BLOCK_N,
         )  # fmt: skip
 
@@ -273,6 +275,7 @@ def _momentum_kernel(
         return
     job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + MOMENTUM.m), size_at(job_ptr + MOMENTUM.n))
+    target = (size_at(job_ptr + MOMENTUM.target_rows), size_at(job_ptr + MOMENTUM.target_columns))
     unscale = inverse_of(grad_scale_ptr)
     member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + MOMENTUM.member)
     operands = _momentum_operands(job_ptr, scratch_ptr, member_ptr, FACTOR)
@@ -281,13 +284,13 @@ def _momentum_kernel(
     scale = scale_of(stats_ptr, size_at(job_ptr + MOMENTUM.stats_count), elements)
     if size[1] % LAYOUT.row_multiple == 0:
         _momentum_tile(
-            job_ptr, scratch_ptr, operands, padded(size[1]), size, scale, unscale, scalars_ptr,
-            tile, index, BLOCK_M, BLOCK_N,
+            job_ptr, scratch_ptr, operands, padded(size[1]), size, target, scale, unscale,
+            scalars_ptr, tile, index, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         _momentum_tile(
-            job_ptr, scratch_ptr, operands, size[1], size, scale, unscale, scalars_ptr,
-            tile, index, BLOCK_M, BLOCK_N,
+            job_ptr, scratch_ptr, operands, size[1], size, target, scale, unscale,
+            scalars_ptr, tile, index, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -306,7 +309,8 @@ def _transform_kernel(
         return
     job_ptr, tile, _ = find_tile(tiles_ptr, jobs_ptr)
     m, n = (size_at(job_ptr + TRANSFORM.m), size_at(job_ptr + TRANSFORM.n))
-    g = (pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, FACTOR), n)
+    columns = size_at(job_ptr + TRANSFORM.columns)
+    g = (pointer_at(job_ptr + TRANSFORM.gradient, scratch_ptr, FACTOR), columns)
     k_ptr = pointer_at(job_ptr + TRANSFORM.factor, scratch_ptr, FACTOR)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     if tl.load(job_ptr + TRANSFORM.side) == SIDE.columns:
@@ -314,7 +318,7 @@ def _transform_kernel(
     else:
         acc = product_tile((k_ptr, m), g, acc, (m, n, m), tile, True, False, BLOCK_K, PRECISION)
     out_ptr = pointer_at(job_ptr + TRANSFORM.output, scratch_ptr, FACTOR)
-    row_sums_ptr = pointer_at(job_ptr + TRANSFORM.row_sums, scratch_ptr, tl.float32)
-    sums = store_summed(out_ptr, row_sums_ptr, acc, (m, n), tile)
-    sums_ptr = pointer_at(job_ptr + TRANSFORM.column_sums, scratch_ptr, tl.float32)
+    row_sums_ptr = ragged_pointer_at(job_ptr + TRANSFORM.row_sums, scratch_ptr, tl.float32)
+    sums = store_summed(out_ptr, columns, row_sums_ptr, acc, (m, n), tile)
+    sums_ptr = ragged_pointer_at(job_ptr + TRANSFORM.column_sums, scratch_ptr, tl.float32)
     store_column_sums(sums_ptr, sums, n, tile)

@@ -100,7 +100,7 @@ def _update_gram_tile(
         tl.debug_barrier()
         offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
         diagonal = diagonal_of(job_ptr + GRAM.gram, scratch_ptr, d, offs)
-        trace_ptr = pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
+        trace_ptr = ragged_pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
         tl.store(trace_ptr + tile[0], tl.sum(diagonal, 0))
 
 
@@ -140,7 +140,7 @@ def _grams_kernel(
     side = tl.load(job_ptr + GRAM.side)
     if side == SIDE.diagonal:
         trace = _update_diagonal_gram(job_ptr, scratch_ptr, d, e, scalars_ptr, tile[0], BLOCK)
-        trace_ptr = pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
+        trace_ptr = ragged_pointer_at(job_ptr + GRAM.trace, scratch_ptr, tl.float32)
         tl.store(trace_ptr + tile[0], trace)
     else:
         seen_ptr = pointer_at(job_ptr + GRAM.seen, scratch_ptr, FACTOR)

@@ -53,6 +53,7 @@ from torch import Tensor
 
 from .calls import kind_of
 from .factors import _factor_momenta_kernel, _factors_kernel, finish_factor
+from .matrix_axes import serves
 from .matrix_jobs import build_plan
 from .matrix_launches import (
     B,
@@ -118,20 +119,28 @@ def buckets_of(
     products: Sequence[Tensor],
     *,
     axes: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    joint_norms: Sequence[bool] | None = None,
 ) -> list[MatrixBucket | None]:
     """The operator's tensors by bucket; None for one that the kernels do not serve.
 
-    Those are buckets with other than two axes, in float64, or without products. Each of the four
+    sizes: of the axes of each bucket.
+
+    Those are buckets with other than two axes, in float64, without products, or with blocks of a
+    size that is no multiple of 8. Each of the four
     lists of factor state has a stack an axis of each bucket, `axes` counts the axes, and params and
     grads follow the buckets.
     """
     found = []
     first = member = 0
-    for count in axes:
+    for count, own_sizes in zip(axes, sizes, strict=True):
         last = first + count
         indices = range(member, member + len(factors[first]))
         state = [t[first:last] for t in (factors, residuals, factor_momenta, products)]
-        found.append(_bucket(params, grads, indices, *state) if count == 2 else None)
+        joint = joint_norms[first:last] if joint_norms else (False, False)
+        found.append(
+            _bucket(params, grads, indices, *state, own_sizes, joint) if count == 2 else None
+        )
         first, member = last, indices.stop
     return found
 
@@ -146,6 +155,8 @@ def prepare(
     momentum_buffers: Sequence[Tensor],
     *,
     axes: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    joint_norms: Sequence[bool] | None = None,
     update_factors: bool,
 ) -> list[PreparedMatrices] | None:
     """What `launch` takes, where every bucket is served and no tensor has to be copied.
@@ -153,7 +164,8 @@ def prepare(
     The operator's tensors, whose products are not stale; gradients may move, see `move_grads`.
     """
     state = factors, residuals, factor_momenta, products
-    buckets = buckets_of(params, grads, *state, axes=axes)
+    own = {"axes": axes, "sizes": sizes, "joint_norms": joint_norms}
+    buckets = buckets_of(params, grads, *state, **own)
     served = list(filter(None, buckets))
     lists = _lists(params, grads, momentum_buffers)
     if len(served) < len(buckets) or not are_accessible(lists):
@@ -243,15 +255,17 @@ def _bucket(
     residuals: Sequence[Tensor],
     momenta: Sequence[Tensor],
     products: Sequence[Tensor],
+    sizes: Sequence[int],
+    joint_norms: Sequence[bool],
 ) -> MatrixBucket | None:
     """The bucket of these members, or None where the kernels do not take it."""
     param_dtypes, grad_dtypes = ([tensors[i].dtype for i in indices] for tensors in (params, grads))
     if any(dtype not in DTYPES for dtype in (*param_dtypes, *grad_dtypes)):
         return None
-    dense = factors[0].dim() == 3, factors[1].dim() == 3
-    sizes = factors[0].shape[1], factors[1].shape[1]
+    dense = factors[0].dim() > 2, factors[1].dim() > 2
     if (
-        sizes[1] > MAX_COLUMNS
+        not serves(factors)
+        or sizes[1] > MAX_COLUMNS
         or len({f.dtype for f, d in zip(factors, dense, strict=True) if d}) > 1
     ):
         return None
@@ -270,7 +284,14 @@ def _bucket(
         ):
             return None
     return MatrixBucket(
-        sizes, dense, tuple(indices), tuple(param_dtypes), tuple(grad_dtypes), *state
+        (sizes[0], sizes[1]),
+        dense,
+        (factors[0].shape[-1], factors[1].shape[-1]),
+        (joint_norms[0], joint_norms[1]),
+        tuple(indices),
+        tuple(param_dtypes),
+        tuple(grad_dtypes),
+        *state,
     )
 
 
@@ -317,6 +338,7 @@ def suits_stacks(bucket: BucketOfMatrices, state: Sequence[Tensor], tiling: Tili
         tiling == LARGE_HOPPER
         and _large_tiles(bucket) >= ENOUGH_LARGE_TILES
         and all(bucket.dense)
+        and bucket.blocks == bucket.sizes
         and all(size % LAYOUT.row_multiple == 0 for size in bucket.sizes)
         and all(map(starts_aligned, state))
     )

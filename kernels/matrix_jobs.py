@@ -13,23 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .matrix_plan import (
-    MatrixBucket,
-    MatrixPlan,
-    Operands,
-    PlanDraft,
-    Stack,
-    Tiling,
-    addresses_of,
-    grid_of,
-    starts_aligned,
-    triangle_of,
-)
+from .matrix_axes import Panel, moved
+from .matrix_gathers import GATHER_COLUMNS, GATHER_ROWS, Axis, GatherDraft
+from .matrix_plan import MatrixBucket, MatrixPlan, Operands, Tiling, grid_of, triangle_of
 from .slots import (
     GATHERED,
     LAYOUT,
     SIDE,
-    STRUCTURE,
     Column,
     Factors,
     Gather,
@@ -39,9 +29,6 @@ from .slots import (
     Square,
     padded,
 )
-
-# Tiles of the gather launch: rows are contiguous, so a warp reads 256 or 512 bytes of one.
-GATHER_ROWS, GATHER_COLUMNS = 64, 128
 
 
 def build_plan(
@@ -67,66 +54,17 @@ def build_plan(
     return builder.finish(device)
 
 
-class _Axis:
-    """An axis of a bucket; its operands are columns of addresses, zero where there is nothing."""
-
-    spill: Column = 0  # room for the tiles of its launches, where rows are not aligned
-    squares: Column = 0  # partial ||factor||_F^2
-    squares_count = 0
-    norms: Column = 0  # partial ||m||_F^2
-    norms_count = 0
-    nonzeros: Column = 0  # partial counts of the gradient's elements other than 0
-    nonzeros_count = 0
-
-    def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:
-        self.size, self.dense, self.aligned = size, dense, aligned
-        self.factor, self.residual, self.momentum, self.product = state
-        self.old = self.new = self.factor  # for GEMMs to read, before and after the update
-        self.momentum_operand, self.product_operand = self.momentum, self.product
-
-    @property
-    def scale(self) -> Tensor:
-        return torch.zeros_like(self.factor) if self.dense else self.factor
-
-    @property
-    def copied(self) -> bool:
-        return self.dense and not self.aligned
-
-    @property
-    def structure(self) -> int:
-        if not self.dense:
-            return STRUCTURE.diagonal
-        return STRUCTURE.aligned if self.aligned else STRUCTURE.ragged
-
-
-class _Builder(PlanDraft):
-    number: int  # of the bucket that is being added
-    stacked: bool
-
-    def __init__(self, dtype: torch.dtype, block: int, update: bool, products: bool) -> None:
-        super().__init__()
-        self.dtype, self.block = dtype, block
-        self.update, self.products = update, products
-
-    def stack(self, scratch: Tensor, rows: int, columns: int) -> Stack:
-        """Operands in the scratch."""
-        return Stack(self.number, -1 - int(scratch[0]), (len(scratch), rows, columns))
-
-    def state(self, name: str, n: int, axis: _Axis) -> Stack:
-        """Operands of axis n in the state."""
-        return Stack(self.number, (name, n), (len(axis.factor), axis.size, axis.size))
-
+class _Builder(GatherDraft):
     def add(self, bucket: MatrixBucket, number: int, stacked: bool) -> None:
         self.number, self.stacked = number, stacked
-        axes = [self.axis(bucket, 0), self.axis(bucket, 1)]
-        rows, columns = bucket.sizes
+        left, right = axes = [self.axis(bucket, 0), self.axis(bucket, 1)]
         count, neither = len(bucket.indices), not any(bucket.dense)
         itemsize = self.dtype.itemsize
-        elements = rows * padded(columns)
+        elements = left.extent * padded(right.extent)
         gradient = self.scratch(count, elements, 4 if neither else itemsize)
         nonzeros, nonzeros_count = torch.zeros(count, device="cpu", dtype=torch.int64), 0
         if self.update:
-            nonzeros_count = len(grid_of(rows, columns, GATHER_ROWS, GATHER_COLUMNS))
+            nonzeros_count = len(grid_of(left.extent, right.extent, GATHER_ROWS, GATHER_COLUMNS))
             nonzeros = self.scratch(count, nonzeros_count, 4)
         for axis in axes:
             axis.nonzeros, axis.nonzeros_count = nonzeros, nonzeros_count
@@ -136,8 +74,10 @@ class _Builder(PlanDraft):
             row = Gather(
                 source=indices,
                 target=gradient[chosen],
-                rows=rows,
-                columns=columns,
+                rows=left.size,
+                columns=right.size,
+                target_rows=left.extent,
+                target_columns=right.extent,
                 sums=nonzeros[chosen],
                 gathered=GATHERED.wide_gradient if neither else GATHERED.gradient,
                 aligned=0,
@@ -152,171 +92,145 @@ class _Builder(PlanDraft):
                 self.add_products(n, axis)
         self.add_step(bucket, axes, gradient, left_product)
 
-    def join_gathers(self) -> None:
-        """Copies of state, which need no dtype, go with a launch on gradients."""
-        copies = self.entries.pop(("gather", None, ()), [])
-        first = next(key for key in self.entries if key[0] == "gather")
-        self.entries[first] += copies
-
-    def axis(self, bucket: MatrixBucket, n: int) -> _Axis:
-        """The operands of an axis, and the copies that they need."""
-        size, dense, count = bucket.sizes[n], bucket.dense[n], len(bucket.indices)
-        stacks = bucket.factors[n], bucket.residuals[n], bucket.momenta[n], bucket.products[n]
-        aligned = size % LAYOUT.row_multiple == 0 and all(map(starts_aligned, stacks))
-        axis = _Axis(size, dense, aligned, [addresses_of(stack, count) for stack in stacks])
-
-        def copy(itemsize: int = self.dtype.itemsize) -> Tensor:
-            return self.scratch(count, size * padded(size), itemsize)
-
-        if axis.copied:
-            axis.product_operand = copy()
-            if self.products:
-                axis.new, axis.spill = copy(), copy(itemsize=4)
-            if self.update:
-                axis.momentum_operand = copy()
-            elif self.products:
-                self.gather_state(axis.factor, axis.new, axis)
-            else:
-                self.gather_state(axis.product, axis.product_operand, axis)
-        if self.update:
-            tiles = -(-size // self.block)
-            axis.norms_count = tiles * (tiles + 1) // 2 if dense else tiles
-            axis.norms = self.scratch(count, axis.norms_count, 4)
-        if self.update and dense:
-            axis.old = copy()
-            axis.squares_count = len(grid_of(size, size, GATHER_ROWS, GATHER_COLUMNS))
-            axis.squares = self.scratch(count, axis.squares_count, 4)
-            self.gather_state(axis.factor, axis.old, axis, axis.squares)
-        return axis
-
-    def gather_state(
-        self, source: Tensor, target: Tensor, axis: _Axis, squares: Column = 0
-    ) -> None:
-        row = Gather(
-            source=source,
-            target=target,
-            rows=axis.size,
-            columns=axis.size,
-            sums=squares,
-            gathered=GATHERED.state,
-            aligned=int(axis.aligned),
-        )
-        self.gather(row, None)
-
-    def gather(self, row: Gather, dtype: torch.dtype | None) -> None:
-        grid = grid_of(row.rows, row.columns, GATHER_ROWS, GATHER_COLUMNS)
-        self.job("gather", 0, grid, row, dtype=dtype)
-
-    def add_update(self, axes: list[_Axis], gradient: Tensor, left_product: Tensor) -> None:
+    def add_update(self, axes: list[Axis], gradient: Tensor, left_product: Tensor) -> None:
         left, right = axes
-        rows, columns = left.size, right.size
-        count, block = len(gradient), self.block
-        grid = grid_of(rows, columns, block, block)
-        across = [-(-axis.size // block) for axis in axes]
+        count, itemsize = len(gradient), self.dtype.itemsize
         # A diagonal factor's sums of squares of M: along rows from each tile column, or the other.
         sums = [
-            0 if axis.dense else self.scratch(count, across[1 - n] * axis.size, 4)
-            for n, axis in enumerate(axes)
+            0 if axis.dense else self.scratch(count, other.tiles(self.block) * axis.size, 4)
+            for axis, other in ((left, right), (right, left))
         ]
         transformed = 0
         if left.dense or right.dense:
-            transformed = self.scratch(count, rows * padded(columns), self.dtype.itemsize)
+            transformed = self.scratch(count, left.extent * padded(right.extent), itemsize)
         if self.stacked:
-            g, t, m = (self.stack(s, rows, columns) for s in (gradient, left_product, transformed))
+            shape = left.size, right.size
+            g, t, m = (self.stack(s, *shape) for s in (gradient, left_product, transformed))
             self.vendor("left", self.state("factors", 0, left), g, t, transposed=True)
             self.vendor("right", t, self.state("factors", 1, right), m)
         else:
-            self.add_transformed(axes, grid, gradient, left_product, transformed, sums)
+            self.add_transformed(axes, gradient, left_product, transformed, sums)
         for n, (axis, other) in enumerate(zip(axes, reversed(axes), strict=True)):
-            if axis.dense:
-                self.add_momentum(axis, other, transformed, columns, (SIDE.rows, SIDE.columns)[n])
-            else:
-                self.add_momentum(axis, other, sums[n], across[1 - n], SIDE.diagonal)
-            self.add_factor(n, axis)
+            seen = transformed if axis.dense else sums[n]
+            for panel in axis.panels:
+                self.add_momentum(n, axis, other, panel, seen, right.extent)
+                self.add_factor(n, axis, panel)
 
     def add_transformed(
         self,
-        axes: list[_Axis],
-        grid: Tensor,
-        gradient: Tensor,
-        left_product: Tensor,
+        axes: list[Axis],
+        gradient: Column,
+        left_product: Column,
         transformed: Column,
         sums: list[Column],
     ) -> None:
         """T = C^T G and M = T K; a diagonal factor scales the product of the other."""
         left, right = axes
-        rows, columns = left.size, right.size
         if left.dense:
-            row = Product(
-                a=left.old,
-                a_columns=rows,
-                b=gradient,
-                b_columns=columns,
-                output=left_product if right.dense else transformed,
-                m=rows,
-                n=columns,
-                k=rows,
-                row_scales=0,
-                column_scales=0 if right.dense else right.scale,
-                row_sums=0,
-                column_sums=0 if right.dense else sums[1],
-            )
-            self.job("left", rows, grid, row)
+            output = left_product if right.dense else transformed
+            for panel in left.panels:
+                tiles = panel.index * -(-left.block // self.block)
+                scales = {} if right.dense else {
+                    "column_scales": right.scale,
+                    "column_sums": moved(sums[1], 4 * tiles * right.size),
+                }  # fmt: skip
+                self.add_left("left", axes, panel, left.old, gradient, output, **scales)
         if right.dense or not left.dense:
-            depth = columns if right.dense else 0
-            row = Product(
-                a=left_product if left.dense else gradient,
-                a_columns=columns,
-                b=right.old if right.dense else 0,
-                b_columns=columns,
-                output=transformed,
-                m=rows,
-                n=columns,
-                k=depth,
-                row_scales=left.scale,
-                column_scales=right.scale,
-                row_sums=sums[0],
-                column_sums=sums[1],
-            )
-            self.job("right", depth, grid, row)
+            for panel in right.panels:
+                tiles = panel.index * -(-right.block // self.block)
+                first = panel.first * self.dtype.itemsize
+                row = Product(
+                    a=moved(left_product if left.dense else gradient, first),
+                    a_columns=right.extent,
+                    b=right.square(right.old, panel, self.dtype.itemsize) if right.dense else 0,
+                    b_columns=right.block,
+                    output=moved(transformed, first),
+                    output_columns=right.extent,
+                    m=left.extent,
+                    n=right.block,
+                    k=right.block if right.dense else 0,
+                    row_scales=left.scale,
+                    column_scales=right.scale,
+                    row_sums=moved(sums[0], 4 * tiles * left.size),
+                    column_sums=sums[1],
+                )
+                grid = grid_of(left.extent, right.block, self.block, self.block)
+                self.job("right", row.k, grid, row)
+
+    def add_left(
+        self,
+        name: str,
+        axes: list[Axis],
+        panel: Panel,
+        factor: Column,
+        gradient: Column,
+        output: Column,
+        column_scales: Column = 0,
+        column_sums: Column = 0,
+    ) -> None:
+        """A product of a block with the rows of G that are its own."""
+        left, right = axes
+        itemsize = self.dtype.itemsize
+        first = panel.first * padded(right.extent) * itemsize
+        row = Product(
+            a=left.square(factor, panel, itemsize),
+            a_columns=left.block,
+            b=moved(gradient, first),
+            b_columns=right.extent,
+            output=moved(output, first),
+            output_columns=right.extent,
+            m=left.block,
+            n=right.extent,
+            k=left.block,
+            row_scales=0,
+            column_scales=column_scales,
+            row_sums=0,
+            column_sums=column_sums,
+        )
+        grid = grid_of(left.block, right.extent, self.block, self.block)
+        self.job(name, left.block, grid, row)
 
     def add_momentum(
-        self, axis: _Axis, other: _Axis, transformed: Column, columns: int, side: int
+        self, n: int, axis: Axis, other: Axis, panel: Panel, seen: Column, columns: int
     ) -> None:
-        d, block = axis.size, self.block
+        """m of a block, from the rows or columns of M that are its own, or of a diagonal factor."""
+        d, itemsize = axis.block, self.dtype.itemsize
+        first = panel.first * (1 if n else padded(columns)) * itemsize
+        grid = self.factor_grid(axis)
         row = Momenta(
-            factor=axis.old,
-            transformed=transformed,
+            factor=axis.square(axis.old, panel, itemsize),
+            transformed=moved(seen, first),
             size=d,
+            lives=panel.live,
             others=other.size,
-            columns=columns,
-            side=side,
-            momentum=axis.momentum,
-            copy=axis.momentum_operand if axis.copied else 0,
+            columns=columns if axis.dense else other.tiles(self.block),
+            side=(SIDE.rows, SIDE.columns)[n] if axis.dense else SIDE.diagonal,
+            momentum=axis.square(axis.momentum, panel, itemsize),
+            copy=axis.square(axis.momentum_operand, panel, itemsize) if axis.copied else 0,
             trace=other.squares if other.dense else other.factor,
             trace_count=other.squares_count if other.dense else other.size,
             trace_squares=int(not other.dense),
-            norms=axis.norms,
-            spill=axis.spill,
+            norms=moved(axis.norms, 4 * len(grid) * panel.index),
+            spill=axis.square(axis.spill, panel, 4),
             nonzeros=axis.nonzeros,
             nonzeros_count=axis.nonzeros_count,
         )
-        grid = triangle_of(d, block) if axis.dense else grid_of(d, 1, block, block)
         self.job("momenta", d + other.size if axis.dense else 0, grid, row)
 
-    def add_factor(self, n: int, axis: _Axis) -> None:
-        d, block = axis.size, self.block
+    def add_factor(self, n: int, axis: Axis, panel: Panel) -> None:
+        d, block, itemsize = axis.block, self.block, self.dtype.itemsize
+        norms_index = 0 if axis.norms_count > len(self.factor_grid(axis)) else panel.index
         row = Factors(
-            old=axis.old,
-            operand=axis.momentum_operand,
+            old=axis.square(axis.old, panel, itemsize),
+            operand=axis.square(axis.momentum_operand, panel, itemsize),
             size=d,
-            factor=axis.factor,
-            residual=axis.residual,
-            copy=axis.new if axis.copied else 0,
-            norms=axis.norms,
+            factor=axis.square(axis.factor, panel, itemsize),
+            residual=axis.square(axis.residual, panel, 2),
+            copy=axis.square(axis.new, panel, itemsize) if axis.copied else 0,
+            norms=moved(axis.norms, 4 * axis.norms_count * norms_index),
             norms_count=axis.norms_count,
             structure=axis.structure,
-            spill=axis.spill,
+            spill=axis.square(axis.spill, panel, 4),
             nonzeros=axis.nonzeros,
             nonzeros_count=axis.nonzeros_count,
         )
@@ -326,71 +240,99 @@ class _Builder(PlanDraft):
         grid = grid_of(d, d if axis.dense else 1, block, block)
         self.job("factors", d if axis.dense else 0, grid, row, operands=operands)
 
-    def add_products(self, n: int, axis: _Axis) -> None:
-        if not axis.dense:
-            return
-        row = Square(
-            factor=axis.new,
-            product=axis.product,
-            size=axis.size,
-            copy=axis.product_operand if axis.copied else 0,
-            spill=axis.spill,
-            state=0,
-        )
+    def add_products(self, n: int, axis: Axis) -> None:
+        d, itemsize = axis.block, self.dtype.itemsize
         operands = ((self.state("factors", n, axis), False),) if self.stacked else ()
-        self.job("products", axis.size, triangle_of(axis.size, self.block), row, operands=operands)
+        for panel in axis.panels if axis.dense else ():
+            row = Square(
+                factor=axis.square(axis.new, panel, itemsize),
+                product=axis.square(axis.product, panel, itemsize),
+                size=d,
+                copy=axis.square(axis.product_operand, panel, itemsize) if axis.copied else 0,
+                spill=axis.square(axis.spill, panel, 4),
+                state=0,
+            )
+            self.job("products", d, triangle_of(d, self.block), row, operands=operands)
 
     def add_step(
-        self, bucket: MatrixBucket, axes: list[_Axis], gradient: Tensor, left_product: Tensor
+        self, bucket: MatrixBucket, axes: list[Axis], gradient: Tensor, left_product: Tensor
     ) -> None:
         """V = (C C^T) G, P = V (K K^T) and the descent."""
         left, right = axes
-        rows, columns = bucket.sizes
-        grid = grid_of(rows, columns, self.block, self.block)
+        both = left.dense and right.dense
         if self.stacked:
-            g, v = (self.stack(s, rows, columns) for s in (gradient, left_product))
+            g, v = (self.stack(s, left.size, right.size) for s in (gradient, left_product))
             self.vendor("precondition", self.state("products", 0, left), g, v)
-        elif left.dense and right.dense:
-            row = Product(
-                a=left.product_operand,
-                a_columns=rows,
-                b=gradient,
-                b_columns=columns,
-                output=left_product,
-                m=rows,
-                n=columns,
-                k=rows,
-                row_scales=0,
-                column_scales=0,
-                row_sums=0,
-                column_sums=0,
+        for panel in left.panels if both and not self.stacked else ():
+            operand = left.product_operand
+            self.add_left("precondition", axes, panel, operand, gradient, left_product)
+        if left.dense and not right.dense:
+            for panel in left.panels:
+                self.add_rows_of_params(bucket, axes, panel, gradient)
+            return
+        for panel in right.panels:
+            self.add_columns_of_params(
+                bucket, axes, panel, left_product if left.dense else gradient, gradient
             )
-            self.job("precondition", rows, grid, row)
-        if right.dense:
-            a, depth, b = left_product, columns, right.product_operand
-        elif left.dense:
-            a, depth, b = left.product_operand, rows, gradient
-        else:
-            a, depth, b = gradient, 0, gradient
-        spill: Column = 0
-        if depth == 0:
-            spill = gradient
-        elif columns % LAYOUT.row_multiple:
-            spill = self.scratch(len(gradient), rows * padded(columns), 4)
+
+    def add_rows_of_params(
+        self, bucket: MatrixBucket, axes: list[Axis], panel: Panel, gradient: Tensor
+    ) -> None:
+        """P = (C C^T) G times a diagonal factor, of the rows of a block of C."""
+        left, right = axes
+        itemsize = self.dtype.itemsize
         row = Params(
-            a=a,
-            a_columns=depth or columns,
-            b=b,
-            b_columns=columns,
+            a=left.square(left.product_operand, panel, itemsize),
+            a_columns=left.block,
+            b=moved(gradient, panel.first * padded(right.size) * itemsize),
+            b_columns=right.size,
             member=torch.tensor(bucket.indices, device="cpu"),
-            m=rows,
-            n=columns,
-            k=depth,
+            first=panel.first * right.size,
+            columns=right.size,
+            m=panel.live,
+            n=right.size,
+            k=left.block,
+            row_scales=left.scale,
+            column_scales=right.scale,
+            spill=self.params_spill(len(gradient), panel.live, right.size, right.size),
+        )
+        self.add_params(bucket, row)
+
+    def add_columns_of_params(
+        self, bucket: MatrixBucket, axes: list[Axis], panel: Panel, a: Tensor, gradient: Tensor
+    ) -> None:
+        """P = V (K K^T), of the columns of a block of K; or G times two diagonal factors."""
+        left, right = axes
+        itemsize = self.dtype.itemsize
+        spill: Column = gradient  # which is float32 where no factor is dense
+        if right.dense:
+            spill = self.params_spill(len(gradient), left.size, panel.live, right.size)
+        row = Params(
+            a=moved(a, panel.first * itemsize),
+            a_columns=right.extent,
+            b=right.square(right.product_operand, panel, itemsize) if right.dense else gradient,
+            b_columns=right.block,
+            member=torch.tensor(bucket.indices, device="cpu"),
+            first=panel.first,
+            columns=right.size,
+            m=left.size,
+            n=panel.live,
+            k=right.block if right.dense else 0,
             row_scales=left.scale,
             column_scales=right.scale,
             spill=spill,
         )
+        self.add_params(bucket, row)
+
+    def params_spill(self, count: int, rows: int, columns: int, row_length: int) -> Column:
+        """Room for P of a job, where rows of parameters are not aligned."""
+        if row_length % LAYOUT.row_multiple == 0:
+            return 0
+        return self.scratch(count, rows * padded(columns), 4)
+
+    def add_params(self, bucket: MatrixBucket, row: Params) -> None:
+        grid = grid_of(row.m, row.n, self.block, self.block)
         for dtype in dict.fromkeys(bucket.param_dtypes):
             chosen = torch.tensor([other == dtype for other in bucket.param_dtypes], device="cpu")
             part = row._make([c[chosen] if isinstance(c, Tensor) else c for c in row])
-            self.job("params", depth, grid, part, dtype=dtype)
+            self.job("params", row.k, grid, part, dtype=dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .calls import KnownKernels
-from .matrix_jobs import GATHER_COLUMNS, GATHER_ROWS
+from .matrix_gathers import GATHER_COLUMNS, GATHER_ROWS
 from .matrix_plan import (
     BucketOfMatrices,
     MatrixPlan,

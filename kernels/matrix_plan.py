@@ -37,6 +37,11 @@ class BucketOfMatrices(Protocol):
     @property
     def dense(self) -> tuple[bool, bool]: ...
     @property
+    def blocks(self) -> tuple[int, int]:
+        """The sides of the blocks of each axis' factor; its size where it has none."""
+        ...
+
+    @property
     def indices(self) -> tuple[int, ...]:
         """In the caller's lists."""
         ...
@@ -68,20 +73,27 @@ def grouped(buckets: Sequence[_Bucket]) -> dict[tuple[torch.device, torch.dtype]
 def flops_of(bucket: BucketOfMatrices, block: int) -> int:
     """FLOPs of an update of IF-Shampoo in tiles of block x block, whatever they have of use."""
     total = 0
-    across = [-(-size // block) for size in bucket.sizes]
-    for n, (d, dense) in enumerate(zip(bucket.sizes, bucket.dense, strict=True)):
+    counts = [-(-d // b) for d, b in zip(bucket.sizes, bucket.blocks, strict=True)]
+    across = [-(-b // block) for b in bucket.blocks]
+    for n, (b, dense) in enumerate(zip(bucket.blocks, bucket.dense, strict=True)):
         if dense:
             triangle = across[n] * (across[n] + 1) // 2
-            total += 2 * across[0] * across[1] * d  # two products with G
-            total += triangle * (2 * d + bucket.sizes[1 - n]) + across[n] ** 2 * d
+            tiles = counts[0] * across[0] * counts[1] * across[1]
+            total += 2 * tiles * b  # two products with G
+            total += counts[n] * (triangle * (2 * b + bucket.sizes[1 - n]) + across[n] ** 2 * b)
     return 2 * block**2 * total * len(bucket.indices)
 
 
 class MatrixBucket(NamedTuple):
-    """Matrices of equal shapes, whose factor state is stacked; a list has a tensor an axis."""
+    """Matrices of equal shapes, whose factor state is stacked; a list has a tensor an axis.
+
+    joint_norms: whether all blocks of an axis are bounded by the norm of the whole factor.
+    """
 
     sizes: tuple[int, int]
     dense: tuple[bool, bool]
+    blocks: tuple[int, int]
+    joint_norms: tuple[bool, bool]
     indices: tuple[int, ...]  # in the caller's lists
     param_dtypes: tuple[torch.dtype, ...]
     grad_dtypes: tuple[torch.dtype, ...]
@@ -93,7 +105,7 @@ class MatrixBucket(NamedTuple):
     @property
     def members(self) -> tuple[Any, ...]:
         """All but where the state is."""
-        return self.sizes, self.dense, self.indices, self.param_dtypes, self.grad_dtypes
+        return self[:7]
 
     @property
     def state(self) -> list[Tensor]:

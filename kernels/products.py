@@ -47,9 +47,12 @@ def _limited(g):
 
 @triton.jit
 def _copy_rows(
-    source_ptr, stride, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
+    source_ptr, stride, target_ptr, size, target, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
 ):
-    """Copy a tile of rows `stride` apart into padded ones, and store a sum over its elements."""
+    """Copy a tile of rows `stride` apart into padded ones, and store a sum over its elements.
+
+    size and target: the rows and columns of the source and of the target, which has zeros beyond.
+    """
     ptrs, mask = tile_of(source_ptr, stride, (size[0], stride), tile, BLOCK_M, BLOCK_N)
     value = tl.load(ptrs, mask=mask, other=0.0)
     if IS_GRAD:
@@ -57,8 +60,8 @@ def _copy_rows(
         if unscale is not None:
             value *= unscale
         value = _limited(value)
-    target = padded(size[1])
-    ptrs, mask = tile_of(target_ptr, target, (size[0], target), tile, BLOCK_M, BLOCK_N)
+    even = padded(target[1])
+    ptrs, mask = tile_of(target_ptr, even, (target[0], even), tile, BLOCK_M, BLOCK_N)
     tl.store(ptrs, value.to(target_ptr.dtype.element_ty), mask=mask)
     if sums_ptr.to(tl.int64) != 0:
         wide = value.to(tl.float32)
@@ -68,26 +71,20 @@ def _copy_rows(
 
 @triton.jit
 def copy_tile(
-    source_ptr, aligned, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
-):
+    source_ptr, aligned, target_ptr, size, target, sums_ptr, IS_GRAD, unscale, tile,
+    BLOCK_M, BLOCK_N,
+):  # fmt: skip
     if aligned:
         stride = padded(size[1])
         _copy_rows(
-            source_ptr, stride, target_ptr, size, sums_ptr, IS_GRAD, unscale, tile, BLOCK_M, BLOCK_N
-        )
+            source_ptr, stride, target_ptr, size, target, sums_ptr, IS_GRAD, unscale, tile,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     else:
         _copy_rows(
-            source_ptr,
-            size[1],
-            target_ptr,
-            size,
-            sums_ptr,
-            IS_GRAD,
-            unscale,
-            tile,
-            BLOCK_M,
-            BLOCK_N,
-        )
+            source_ptr, size[1], target_ptr, size, target, sums_ptr, IS_GRAD, unscale, tile,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
@@ -104,8 +101,9 @@ def _gather_kernel(
 ):
     job_ptr, tile, index = find_tile(tiles_ptr, jobs_ptr)
     size = (size_at(job_ptr + GATHER.rows), size_at(job_ptr + GATHER.columns))
+    target = (size_at(job_ptr + GATHER.target_rows), size_at(job_ptr + GATHER.target_columns))
     gathered = tl.load(job_ptr + GATHER.gathered)
-    sums_ptr = pointer_at(job_ptr + GATHER.sums, scratch_ptr, tl.float32)
+    sums_ptr = ragged_pointer_at(job_ptr + GATHER.sums, scratch_ptr, tl.float32)
     if sums_ptr.to(tl.int64) != 0:
         sums_ptr += index
     if gathered == GATHERED.state:
@@ -113,13 +111,15 @@ def _gather_kernel(
         if tl.load(job_ptr + GATHER.aligned) != 0:
             source_ptr = pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
             copy_tile(
-                source_ptr, True, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
-            )
+                source_ptr, True, target_ptr, size, target, sums_ptr, False, None, tile,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:
             ragged_ptr = ragged_pointer_at(job_ptr + GATHER.source, scratch_ptr, FACTOR)
             copy_tile(
-                ragged_ptr, False, target_ptr, size, sums_ptr, False, None, tile, BLOCK_M, BLOCK_N
-            )
+                ragged_ptr, False, target_ptr, size, target, sums_ptr, False, None, tile,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     else:
         unscale = inverse_of(grad_scale_ptr)
         member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + GATHER.source)
@@ -128,24 +128,26 @@ def _gather_kernel(
         if gathered == GATHERED.gradient:
             target_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, FACTOR)
             copy_tile(
-                grad_ptr, aligned, target_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
-            )
+                grad_ptr, aligned, target_ptr, size, target, sums_ptr, True, unscale, tile,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:  # a wide gradient
             wide_ptr = pointer_at(job_ptr + GATHER.target, scratch_ptr, tl.float32)
             copy_tile(
-                grad_ptr, aligned, wide_ptr, size, sums_ptr, True, unscale, tile, BLOCK_M, BLOCK_N
-            )
+                grad_ptr, aligned, wide_ptr, size, target, sums_ptr, True, unscale, tile,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
 
 @triton.jit
-def store_scaled(pointers, out_ptr, value, size, part, SQUARED: tl.constexpr):
+def store_scaled(pointers, out_ptr, columns, value, size, part, SQUARED: tl.constexpr):
     """`store_summed` of a part of a tile times the diagonal factors.
 
     pointers: of the factors of the rows and of the columns, and of sums of squares by rows. Each
     may be null, as out_ptr may. SQUARED: whether it is times the squares of the factors.
     """
     value = times_diagonals(pointers[0], pointers[1], value, size, part, SQUARED)
-    return store_summed(out_ptr, pointers[2], value, size, part)
+    return store_summed(out_ptr, columns, pointers[2], value, size, part)
 
 
 @triton.jit
@@ -159,33 +161,34 @@ def times_diagonals(rows_ptr, columns_ptr, value, size, part, SQUARED: tl.conste
 
 
 @triton.jit
-def store_summed(out_ptr, row_sums_ptr, value, size, part):
+def store_summed(out_ptr, columns, row_sums_ptr, value, size, part):
     """Store a part of a tile; returns its sums of squares by columns, as it is rounded.
 
-    Those by rows are stored a tile column after another. Either pointer may be null.
+    columns: of the rows that it is stored into. Sums by rows are stored a tile column after
+    another. Either pointer may be null.
     """
     if out_ptr.to(tl.int64) != 0:
-        value = store_rounded(out_ptr, value, size, part)
-    store_row_sums(row_sums_ptr, tl.sum(value * value, 1), size[0], part)
+        value = store_rounded(out_ptr, columns, value, size, part)
+    store_row_sums(row_sums_ptr, size[0], tl.sum(value * value, 1), size[0], part)
     return tl.sum(value * value, 0)
 
 
 @triton.jit
-def store_rounded(out_ptr, value, size, part):
-    """Store a part of a matrix of padded rows; returns it as it is rounded."""
-    m, n = size
-    ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), part, value.shape[0], value.shape[1])
+def store_rounded(out_ptr, columns, value, size, part):
+    """Store a part of a matrix into padded rows of so many columns; returns it as it is rounded."""
+    even = (size[0], padded(size[1]))
+    ptrs, mask = tile_of(out_ptr, padded(columns), even, part, value.shape[0], value.shape[1])
     rounded = value.to(out_ptr.dtype.element_ty)
     tl.store(ptrs, rounded, mask=mask)
     return rounded.to(tl.float32)
 
 
 @triton.jit
-def store_row_sums(ptr, sums, m, part):
-    """A tile column after another; nowhere where ptr is null."""
+def store_row_sums(ptr, stride, sums, m, part):
+    """A tile column after another, `stride` apart; nowhere where ptr is null."""
     if ptr.to(tl.int64) != 0:
         offs_m = part[0] * sums.shape[0] + tl.arange(0, sums.shape[0])
-        tl.store(ptr + part[1].to(tl.int64) * m + offs_m, sums, mask=offs_m < m)
+        tl.store(ptr + part[1].to(tl.int64) * stride + offs_m, sums, mask=offs_m < m)
 
 
 @triton.jit
@@ -221,26 +224,27 @@ def _product_kernel(
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     acc = product_tile(a, b, acc, size, tile, TRANS_A, False, BLOCK_K, PRECISION)
     out_ptr = pointer_at(job_ptr + PRODUCT.output, scratch_ptr, FACTOR)
+    columns = size_at(job_ptr + PRODUCT.output_columns)
     scaled = tl.load(job_ptr + PRODUCT.row_scales) | tl.load(job_ptr + PRODUCT.column_scales)
     if scaled == 0:  # both factors are dense
-        ptrs, mask = tile_of(out_ptr, padded(n), (m, padded(n)), tile, BLOCK, BLOCK)
+        ptrs, mask = tile_of(out_ptr, padded(columns), (m, padded(n)), tile, BLOCK, BLOCK)
         tl.store(ptrs, acc.to(FACTOR), mask=mask)
     else:
         pointers = (
             ragged_pointer_at(job_ptr + PRODUCT.row_scales, scratch_ptr, tl.float32),
             ragged_pointer_at(job_ptr + PRODUCT.column_scales, scratch_ptr, tl.float32),
-            pointer_at(job_ptr + PRODUCT.row_sums, scratch_ptr, tl.float32),
+            ragged_pointer_at(job_ptr + PRODUCT.row_sums, scratch_ptr, tl.float32),
         )
         if k > 0:
-            sums = store_scaled(pointers, out_ptr, acc, (m, n), tile, False)
+            sums = store_scaled(pointers, out_ptr, columns, acc, (m, n), tile, False)
         else:  # both are diagonal
             source_ptr = pointer_at(job_ptr + PRODUCT.a, scratch_ptr, tl.float32)
             sums = tl.zeros([BLOCK], tl.float32)
             for i in range(BLOCK // LAYOUT.spilled_rows):
                 part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
                 rows = spilled(source_ptr, (m, n), part, LAYOUT.spilled_rows, BLOCK)
-                sums += store_scaled(pointers, out_ptr, rows, (m, n), part, False)
-        sums_ptr = pointer_at(job_ptr + PRODUCT.column_sums, scratch_ptr, tl.float32)
+                sums += store_scaled(pointers, out_ptr, columns, rows, (m, n), part, False)
+        sums_ptr = ragged_pointer_at(job_ptr + PRODUCT.column_sums, scratch_ptr, tl.float32)
         store_column_sums(sums_ptr, sums, n, tile)
 
 

@@ -51,6 +51,7 @@ from .directions import (
 from .gradients import _momentum_kernel, _scale_kernel, _transform_kernel
 from .grams import _grams_kernel
 from .matrix import MAX_COLUMNS, parted, suits_stacks, tiling_of
+from .matrix_axes import serves
 from .matrix_launches import (
     Launches,
     PreparedMatrices,
@@ -88,18 +89,21 @@ def buckets_of(
     factors: Sequence[Tensor],
     residuals: Sequence[Tensor],
     products: Sequence[Tensor],
+    *,
+    sizes: Sequence[Sequence[int]],
 ) -> list[ShampooBucket | None]:
     """The operator's tensors by bucket; None for one that the kernels do not serve.
 
-    Those are buckets in float64. Each of the four lists of factor state has two stacks a bucket,
-    one an axis, and params and grads follow the buckets.
+    Those are buckets in float64, or with blocks of a size that is no multiple of 8. Each of the
+    four lists of factor state has two stacks a bucket, one an axis, and params and grads follow the
+    buckets. sizes: of the axes of each bucket.
     """
     found = []
     first = 0
-    for axis in range(0, len(factors), 2):
+    for axis, own_sizes in zip(range(0, len(factors), 2), sizes, strict=True):
         indices = range(first, first + len(factors[axis]))
         state = [t[axis : axis + 2] for t in (grams, factors, residuals, products)]
-        found.append(_bucket(params, grads, indices, *state))
+        found.append(_bucket(params, grads, indices, *state, own_sizes))
         first = indices.stop
     return found
 
@@ -114,13 +118,14 @@ def prepare(
     residuals: Sequence[Tensor],
     products: Sequence[Tensor],
     *,
+    sizes: Sequence[Sequence[int]],
     update_factors: bool,
 ) -> list[PreparedMatrices] | None:
     """What `launch` takes, where every bucket is served and no tensor has to be copied.
 
     The operator's tensors, whose products are not stale; gradients may move, see `move_grads`.
     """
-    buckets = buckets_of(params, grads, grams, factors, residuals, products)
+    buckets = buckets_of(params, grads, grams, factors, residuals, products, sizes=sizes)
     lists = _lists(params, grads, momentum_buffers, row_square_avgs)
     served = list(filter(None, buckets))
     if len(served) < len(buckets) or not are_accessible(lists):
@@ -219,15 +224,16 @@ def _bucket(
     factors: Sequence[Tensor],
     residuals: Sequence[Tensor],
     products: Sequence[Tensor],
+    sizes: Sequence[int],
 ) -> ShampooBucket | None:
     """The bucket of these members, or None where the kernels do not take it."""
     param_dtypes, grad_dtypes = ([tensors[i].dtype for i in indices] for tensors in (params, grads))
-    dense = factors[0].dim() == 3, factors[1].dim() == 3
-    sizes = factors[0].shape[1], factors[1].shape[1]
+    dense = factors[0].dim() > 2, factors[1].dim() > 2
     factor_dtypes = {f.dtype for f, d in zip(factors, dense, strict=True) if d}
     if (
         any(dtype not in DTYPES for dtype in (*param_dtypes, *grad_dtypes))
         or sizes[1] > MAX_COLUMNS
+        or not serves(factors)
         or not factor_dtypes <= {torch.float32, torch.bfloat16}
         or len(factor_dtypes) > 1
         or any(gram.dtype != torch.float32 for gram in grams)
@@ -236,7 +242,13 @@ def _bucket(
         return None
     state = grams, factors, residuals, products
     return ShampooBucket(
-        sizes, dense, tuple(indices), tuple(param_dtypes), tuple(grad_dtypes), *state
+        (sizes[0], sizes[1]),
+        dense,
+        (factors[0].shape[-1], factors[1].shape[-1]),
+        tuple(indices),
+        tuple(param_dtypes),
+        tuple(grad_dtypes),
+        *state,
     )
 
 

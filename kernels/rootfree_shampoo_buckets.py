@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .matrix_axes import PanelledAxis
 from .matrix_plan import PlanDraft, Stack
 from .rootfree_shampoo_slots import DTYPE
 from .slots import Column, padded
@@ -24,6 +25,7 @@ class ShampooBucket(NamedTuple):
 
     sizes: tuple[int, int]
     dense: tuple[bool, bool]
+    blocks: tuple[int, int]
     indices: tuple[int, ...]  # in the caller's lists
     param_dtypes: tuple[torch.dtype, ...]
     grad_dtypes: tuple[torch.dtype, ...]
@@ -40,7 +42,7 @@ class ShampooBucket(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """All that a plan for it depends on."""
-        return (*self[:5], *map(Tensor.data_ptr, self.state))
+        return (*self[:6], *map(Tensor.data_ptr, self.state))
 
 
 def names_of(dtypes: Sequence[torch.dtype]) -> Tensor:
@@ -48,15 +50,16 @@ def names_of(dtypes: Sequence[torch.dtype]) -> Tensor:
     return torch.tensor([_NAMES[dtype] for dtype in dtypes], device="cpu")
 
 
-class Axis:
+class Axis(PanelledAxis):
     """An axis of a bucket; its operands are columns of addresses, zero where there is nothing."""
 
     seen: Column = 0  # Y or Z, or partial sums of squares of it
     spill: Column = 0  # room for the tiles of its launches, where rows are not aligned
     sums_count = 0  # of those partial sums of squares
 
-    def __init__(self, size: int, dense: bool, aligned: bool, state: Sequence[Tensor]) -> None:
-        self.size, self.dense, self.aligned = size, dense, aligned
+    def __init__(self, size: int, stack: Tensor, aligned: bool, state: Sequence[Tensor]) -> None:
+        super().__init__(size, stack)
+        self.aligned = aligned
         self.gram, self.factor, self.residual, self.product = state
         self.old = self.new = self.factor  # for GEMMs to read, before and after the update
         self.kept = bool(self.product.any())
@@ -79,10 +82,11 @@ class BucketDraft(PlanDraft):
 
     def begin(self, bucket: ShampooBucket, number: int, stacked: bool) -> None:
         self.number, self.stacked = number, stacked
-        rows, columns = bucket.sizes
         self.count, self.wide = len(bucket.indices), not any(bucket.dense)
         self.member = torch.tensor(bucket.indices, device="cpu")
-        self.elements, self.itemsize = rows * padded(columns), self.dtype.itemsize
+        rows, columns = map(PanelledAxis, bucket.sizes, bucket.factors)
+        self.row_length = columns.extent
+        self.elements, self.itemsize = rows.extent * padded(columns.extent), self.dtype.itemsize
 
     def stack(self, scratch: Column, rows: int, columns: int) -> Stack:
         """Operands in the scratch."""
@@ -94,9 +98,10 @@ class BucketDraft(PlanDraft):
         return Stack(self.number, (name, n), (self.count, axis.size, axis.size))
 
     def square(self, axis: Axis, itemsize: int | None = None) -> Tensor:
-        """Room for a (d, d) matrix of padded rows."""
-        return self.scratch(self.count, axis.size * padded(axis.size), itemsize or self.itemsize)
+        """Room for a (d, d) matrix of padded rows, or for all blocks of one."""
+        elements = len(axis.panels) * axis.block * padded(axis.block)
+        return self.scratch(self.count, elements, itemsize or self.itemsize)
 
     def matrix(self) -> Tensor:
-        """Room for an (m, n) matrix of padded rows."""
+        """Room for an (m, n) matrix of padded rows, and all padding of blocks."""
         return self.scratch(self.count, self.elements, 4 if self.wide else self.itemsize)

@@ -65,6 +65,8 @@ class Momentum(NamedTuple):
     member: Column  # index
     m: Column  # elements
     n: Column  # elements
+    target_rows: Column  # elements of what is stored, with zeros beyond m
+    target_columns: Column  # elements, as target_rows
     dtype: Column  # name, of the gradient
     stats: Column  # address, as of `gradients.scale_of`
     stats_count: Column  # count
@@ -84,6 +86,7 @@ class Transform(NamedTuple):
     gradient: Column  # address, of padded rows
     factor: Column  # address, of padded rows: K
     output: Column  # address, of padded rows: Y or Z, where they are kept
+    columns: Column  # elements, of rows of the gradient and of the output
     m: Column  # elements
     n: Column  # elements
     side: Column  # name, of the axis of K: columns of Y, rows of Z
@@ -92,12 +95,12 @@ class Transform(NamedTuple):
 
 
 class Gram(NamedTuple):
-    """S, by `grams._grams_kernel`."""
+    """S, or a block of it, by `grams._grams_kernel`."""
 
     seen: Column  # address, of Y or Z; for a diagonal S of partial sums of their squares
     size: Column  # elements, d
     others: Column  # elements, e: the other axis
-    columns: Column  # elements, of Y or Z; for a diagonal S the count of partial sums
+    columns: Column  # elements, of rows of Y or Z; for a diagonal S the count of partial sums
     side: Column  # name
     gram: Column  # address
     copy: Column  # address, of padded rows
@@ -114,7 +117,8 @@ class Damped(NamedTuple):
     factor: Column  # address, of padded rows
     output: Column  # address, of padded rows: T; the copy of S that lam is added to
     size: Column  # elements, d
-    trace: Column  # address, as of grams
+    axis: Column  # elements, of all blocks
+    trace: Column  # address, as of grams, of all blocks
     trace_count: Column  # count
     nonzero: Column  # address
 
@@ -126,6 +130,7 @@ class Symmetric(NamedTuple):
     b: Column  # address, of padded rows: T; E
     output: Column  # address, of padded rows: E; 0
     size: Column  # elements, d
+    lives: Column  # elements of them that are no padding
     norms: Column  # address, of partial sums of squares, a float32 a tile
     nonzero: Column  # address
 
@@ -154,14 +159,18 @@ class Direction(NamedTuple):
     """
 
     a: Column  # address, of padded rows
+    a_columns: Column  # elements
     b: Column  # address, of padded rows
+    b_columns: Column  # elements
     output: Column  # address, of padded rows
+    output_columns: Column  # elements
     m: Column  # elements
     n: Column  # elements
     k: Column  # elements
     row_scales: Column  # address of the diagonal K of the rows
     column_scales: Column  # address
     row_sums: Column  # address, of P's squares by row, a float32 a tile column
+    sums_rows: Column  # elements, of a tile column of those
     tile_sums: Column  # address, of P's squares, a float32 a tile
     largest: Column  # address, as of the momentum's; 0 for X_A N
     largest_count: Column  # count
@@ -185,6 +194,7 @@ class Descent(NamedTuple):
     """The step of a parameter, by `directions._descend_kernel`."""
 
     direction: Column  # address, of padded rows: P
+    columns: Column  # elements, of its rows
     m: Column  # elements
     n: Column  # elements
     wide: Column  # 1 where P is float32 whatever the GEMM dtype is, or 0

@@ -66,9 +66,9 @@ def _damped_kernel(
     if is_idle(job_ptr + DAMPED.nonzero, scratch_ptr):
         return
     d = size_at(job_ptr + DAMPED.size)
-    trace_ptr = pointer_at(job_ptr + DAMPED.trace, scratch_ptr, tl.float32)
+    trace_ptr = ragged_pointer_at(job_ptr + DAMPED.trace, scratch_ptr, tl.float32)
     trace = sum_of(trace_ptr, size_at(job_ptr + DAMPED.trace_count), False, BLOCK)
-    damping = tl.load(scalars_ptr + SHAMPOO.damping) * trace / d
+    damping = tl.load(scalars_ptr + SHAMPOO.damping) * trace / size_at(job_ptr + DAMPED.axis)
     kind = tl.load(job_ptr + DAMPED.damping)
     offs = tile[0] * BLOCK + tl.arange(0, BLOCK)
     if kind == DAMPING.root:
@@ -100,13 +100,13 @@ def _damped_kernel(
 
 
 @triton.jit
-def _store_residual_part(ptr, d, product, part, is_diagonal):
+def _store_residual_part(ptr, d, lives, product, part, is_diagonal):
     """E from K^T T; returns its sums of squares by rows, those of the mirror image with them."""
     ROWS: tl.constexpr = product.shape[0]
     COLUMNS: tl.constexpr = product.shape[1]
     offs_m = part[0] * ROWS + tl.arange(0, ROWS)[:, None]
     offs_n = part[1] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    e = product - tl.where((offs_m == offs_n) & (offs_m < d), 1.0, 0.0)
+    e = product - tl.where((offs_m == offs_n) & (offs_m < lives), 1.0, 0.0)
     e = e.to(ptr.dtype.element_ty)
     store_symmetric(ptr, d, padded(d), e, part, is_diagonal)
     e = e.to(tl.float32)
@@ -155,12 +155,13 @@ def _residuals_kernel(
         return
     acc = _symmetric_product(job_ptr, scratch_ptr, tile, True, FACTOR, BLOCK, BLOCK_K, PRECISION)
     d = size_at(job_ptr + SYMMETRIC.size)
+    lives = size_at(job_ptr + SYMMETRIC.lives)
     out_ptr = pointer_at(job_ptr + SYMMETRIC.output, scratch_ptr, FACTOR)
     parts = quarters(acc)
     sums = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(4):
         part = (tile[0], 4 * tile[1] + i)
-        sums += _store_residual_part(out_ptr, d, parts[i], part, tile[0] == tile[1])
+        sums += _store_residual_part(out_ptr, d, lives, parts[i], part, tile[0] == tile[1])
     if tile[0] == tile[1]:
         mirror_lower(out_ptr, d, padded(d), tile, BLOCK)
     norms_ptr = pointer_at(job_ptr + SYMMETRIC.norms, scratch_ptr, tl.float32)

@@ -43,8 +43,8 @@ def columns(row: Any) -> Names:
 
 
 class _Layout(NamedTuple):
-    job_columns: int = 16  # of a table of jobs, whatever their kind
-    matrix: int = 15  # of them, in every job: the index of its matrix in the stacks of its bucket
+    job_columns: int = 20  # of a table of jobs, whatever their kind
+    matrix: int = 19  # of them, in every job: the index of its matrix in the stacks of its bucket
     row_multiple: int = 8  # elements, of padded rows in the scratch: 16 bytes in 16-bit dtypes
     alignment: int = 16  # bytes
     spilled_rows: int = 8  # that are worked on at a time where rows are not aligned
@@ -192,6 +192,8 @@ class Gather(NamedTuple):
     target: Column  # address, of padded rows
     rows: Column  # elements
     columns: Column  # elements
+    target_rows: Column  # elements, with zeros for what the source has not
+    target_columns: Column  # elements, as target_rows
     sums: Column  # address, of a float32 a tile: squares; of a gradient how many are not 0
     gathered: Column  # name
     aligned: Column  # whether rows of the source are padded, 1 or 0; of a gradient it is not read
@@ -209,6 +211,7 @@ class Product(NamedTuple):
     b: Column  # address
     b_columns: Column  # elements
     output: Column  # address, of padded rows
+    output_columns: Column  # elements
     m: Column  # elements
     n: Column  # elements
     k: Column  # elements
@@ -223,9 +226,10 @@ class Momenta(NamedTuple):
 
     factor: Column  # address, of padded rows
     transformed: Column  # address, of M; for a diagonal factor of partial sums of its squares
-    size: Column  # elements, d
+    size: Column  # elements, d: of the factor, or of a block
+    lives: Column  # elements of them that are no padding
     others: Column  # elements, e: the other axis
-    columns: Column  # elements, of M; for a diagonal factor the count of partial sums
+    columns: Column  # elements, of rows of M; for a diagonal factor the count of partial sums
     side: Column  # name
     momentum: Column  # address
     copy: Column  # address, of padded rows; not where m itself is aligned
@@ -277,6 +281,8 @@ class Params(NamedTuple):
     b: Column  # address
     b_columns: Column  # elements
     member: Column  # index
+    first: Column  # elements of the parameter before those of the job
+    columns: Column  # elements, of rows of the parameter
     m: Column  # elements
     n: Column  # elements
     k: Column  # elements

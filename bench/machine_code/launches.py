@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from rootfree_fused.kernels import diag, matrix, matrix_launches, rootfree_shampoo
 from rootfree_fused.kernels.matrix_plan import Tiling
+from rootfree_fused.ops.axes import bucket_sizes
 
 from .offline import Call, Program, Recorder, compile_call
 
@@ -200,7 +201,9 @@ def _ifshampoo(
     if momentum:
         settings["momentum"] = 0.9
     lr = torch.tensor(0.1)
-    found = matrix.buckets_of(params, grads, *state, axes=settings.pop("axes"))
+    axes = settings.pop("axes")
+    sizes = bucket_sizes(params, state[0], axes)
+    found = matrix.buckets_of(params, grads, *state, axes=axes, sizes=sizes)
     matrix.ifshampoo_(found, params, grads, buffers if momentum else [], lr, **settings)
 
 
@@ -265,7 +268,8 @@ def shampoo_calls(
         )
         averages = [torch.zeros(shape[0]) for shape in shapes]
         stacks = [factor.float() for factor in factors], factors, residuals, products
-        found = rootfree_shampoo.buckets_of(params, grads, *stacks)
+        sizes = bucket_sizes(params, factors, [2] * len(buckets))
+        found = rootfree_shampoo.buckets_of(params, grads, *stacks, sizes=sizes)
         served = [bucket for bucket in found if bucket is not None]
         lists = params, grads, buffers, averages, torch.ones(len(params)), torch.tensor(0.1)
         rootfree_shampoo.rootfree_shampoo_(served, *lists, **SHAMPOO)

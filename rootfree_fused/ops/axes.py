@@ -38,6 +38,19 @@ def known_sizes(param: Tensor, stacks: Sequence[Tensor]) -> list[int]:
     return sizes
 
 
+def bucket_sizes(
+    params: Sequence[Tensor], factors: Sequence[Tensor], axes: Sequence[int]
+) -> list[list[int]]:
+    """Of the axes of each bucket of a call; `axes` has how many those are."""
+    found: list[list[int]] = []
+    first = member = 0
+    for count in axes:
+        stacks = factors[first : first + count]
+        found.append(known_sizes(params[member], stacks))
+        first, member = first + count, member + len(stacks[0])
+    return found
+
+
 def structures_of(
     factors: Sequence[Tensor], joint_norms: Sequence[bool] | None, first: int, last: int
 ) -> list[Structure]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import by_reference, cpu_matrix, cpu_rootfree_shampoo, extensions, install
+from .axes import bucket_sizes
 from .by_reference import IFShampooTensors, RootFreeShampooTensors
 from .methods import DiagonalMethod
 
@@ -216,18 +217,24 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
 def _ifshampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
     """IF-Shampoo in Triton; buckets that it does not serve by the specification."""
 
-    def run(*tensors: Any, axes: list[int], **scalars: Any) -> None:
+    def run(
+        *tensors: Any, axes: list[int], joint_norms: list[bool] | None = None, **scalars: Any
+    ) -> None:
         kernels = extensions.triton(_FILES["ifshampoo_"])
         if isinstance(kernels, ImportError):
-            slow(*tensors, axes=axes, **scalars)
+            slow(*tensors, axes=axes, joint_norms=joint_norms, **scalars)
             return
         params, grads, *state, buffers, lr = tensors
-        buckets = kernels.buckets_of(params, grads, *state, axes=axes)
+        sizes = bucket_sizes(params, state[0], axes)
+        layouts = {"axes": axes, "sizes": sizes, "joint_norms": joint_norms}
+        buckets = kernels.buckets_of(params, grads, *state, **layouts)
         kernels.ifshampoo_(list(filter(None, buckets)), params, grads, buffers, lr, **scalars)
         for i, served in enumerate(buckets):
             if served is None:
                 own = by_reference.take_bucket(i, IFShampooTensors(*tensors), axes)
-                slow(*own, axes=[axes[i]], **scalars)
+                first = sum(axes[:i])
+                own_norms = joint_norms and joint_norms[first : first + axes[i]]
+                slow(*own, axes=[axes[i]], joint_norms=own_norms, **scalars)
 
     return run
 
@@ -241,7 +248,8 @@ def _rootfree_shampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
             slow(*tensors, **scalars)
             return
         params, grads, buffers, rows, *state, steps, lr = tensors
-        buckets = kernels.buckets_of(params, grads, *state)
+        sizes = bucket_sizes(params, state[1], [2] * (len(state[1]) // 2))
+        buckets = kernels.buckets_of(params, grads, *state, sizes=sizes)
         served = list(filter(None, buckets))
         lists = params, grads, buffers, rows, steps, lr
         kernels.rootfree_shampoo_(served, *lists, **scalars)

@@ -241,7 +241,10 @@ class _Matrices:
         launched = addresses is not None and self._specified is None
         kernels = matrix_kernels(method.name, self.params) if launched else None
         plan = kernels and kernels.prepare(
-            *method.tensors(self, own), **self._axes, update_factors=update_factors
+            *method.tensors(self, own),
+            **self._axes,
+            sizes=[bucket.layout.sizes for bucket in buckets],
+            update_factors=update_factors,
         )
         self._plan = _PlanAtGradients(kernels, plan, members.owners, own, addresses)
         self._launch = kernels and kernels.launch

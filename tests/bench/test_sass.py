@@ -213,7 +213,9 @@ def test_the_tilings_are_those_that_the_launcher_chooses(architecture, monkeypat
     square, both = (1024, 1024), (True, True)
 
     def bucket(count, sizes=square, dense=both):
-        return matrix_kernels.MatrixBucket(sizes, dense, (0,) * count, (), (), *nothing)
+        return matrix_kernels.MatrixBucket(
+            sizes, dense, sizes, (False, False), (0,) * count, (), (), *nothing
+        )
 
     few, many = bucket(2), bucket(3)
     cases = [(launches.BF16, [many]), (launches.BF16, [few]), (launches.F32, [many])]

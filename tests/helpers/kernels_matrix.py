@@ -7,14 +7,17 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.blocks import as_factor, as_matrix, structure_for, without_padding
 from helpers.comparison import assert_no_worse_than
 from helpers.kernels_diag import assert_guards_untouched, in_guarded_memory
 from helpers.offline import on_its_device
 from helpers.tensor_cores import ThreeTF32Products
 
 from rootfree_fused.kernels import matrix
+from rootfree_fused.ops.axes import bucket_sizes
 from rootfree_fused.reference import join, split
 from rootfree_fused.reference import matrix as reference
+from rootfree_fused.reference.structures import structure_of
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DENSE, LEFT, RIGHT, NEITHER = (True, True), (True, False), (False, True), (False, False)
@@ -37,8 +40,9 @@ CASES = {
     "plain coupled": {**SCALARS, "momentum": 0.0, "decoupled": False},
     "bounded": {**SCALARS, "bound": 0.2},
 }
-# Parameter shape, which axes are dense, how many. Rows of 8 n are aligned, others are ragged; 66 is
-# more than a tile.
+# Parameter shape, the structures of its axes (helpers.blocks), how many. Rows of 8 n are aligned,
+# others are ragged; 66 is more than a tile. Blocks of 72 are more than one, and the last of each
+# axis is padded.
 BUCKETS = [
     ((7, 63), DENSE, 1),
     ((66, 8), DENSE, 1),
@@ -49,6 +53,11 @@ BUCKETS = [
     ((11, 7), RIGHT, 1),
     ((8, 70), NEITHER, 1),
     ((66, 24), NEITHER, 1),
+    ((40, 24), (16, 8), 2),
+    ((100, 9), (72, True), 1),
+    ((9, 83), (True, 72), 1),
+    ((40, 11), (16, False), 1),
+    ((7, 40), (False, 16), 1),
 ]
 FEW = [((7, 9), DENSE, 1), ((24, 16), DENSE, 2), ((9, 16), LEFT, 1), ((8, 7), NEITHER, 1)]
 
@@ -87,6 +96,7 @@ def eager_step(grad, factors, momenta, products, *, update, scalars):
     Factors are float32 values; returns P. `products` are updated where they are due.
     """
     wide = [f.dim() == 1 for f in factors]
+    sizes = grad.shape
     low = next((p.dtype for p in products if p is not None), F32)
     operands = [
         f if d else (split(f)[0] if low == BF16 else f) for f, d in zip(factors, wide, strict=True)
@@ -97,6 +107,7 @@ def eager_step(grad, factors, momenta, products, *, update, scalars):
         return a.float() @ b.float()
 
     def along(tensor, operand, axis, keep):
+        operand = as_matrix(operand, sizes[axis])
         if operand.dim() == 1:
             return tensor.float() * (operand[:, None] if axis == 0 else operand)
         product = mul(operand.T, tensor) if axis == 0 else mul(tensor, operand)
@@ -108,7 +119,7 @@ def eager_step(grad, factors, momenta, products, *, update, scalars):
         transformed = along(g, operands[0], 0, keep=not wide[1])
         transformed = along(transformed, operands[1], 1, keep=False)
         stored = transformed.to(low)
-        traces = [operand.float().square().sum() / len(operand) for operand in operands]
+        traces = [k.float().square().sum() / d for k, d in zip(operands, sizes, strict=True)]
         for axis, (operand, m) in enumerate(zip(operands, momenta, strict=True)):
             others = grad.numel() // grad.shape[axis]
             c1 = scalars["batch_size"] / others
@@ -117,15 +128,16 @@ def eager_step(grad, factors, momenta, products, *, update, scalars):
                 h = c1 * transformed.square().sum(1 - axis) + c2 * operand.square() - 1
             else:
                 unfolded = stored if axis == 0 else stored.T
-                h = c1 * mul(unfolded, unfolded.T) + c2 * mul(operand.T, operand)
-                h = h - torch.eye(len(operand), device=h.device)
+                own = as_matrix(operand, sizes[axis])
+                h = c1 * mul(unfolded, unfolded.T) + c2 * mul(own.T, own)
+                h = as_factor(h - torch.eye(len(own), device=h.device), operand)
             m.copy_(torch.lerp(m.float(), h / 2, 1 - scalars["factor_momentum"]))
         for axis, (factor, operand, m) in enumerate(zip(factors, operands, momenta, strict=True)):
-            step = scalars["factor_lr"] / m.float().norm().clamp_min(1)
+            step = scalars["factor_lr"] / structure_of(m).norms(m.float()).clamp_min(1)
             factor.sub_(step * (factor * m if wide[axis] else mul(operand, m)))
             if not wide[axis]:
                 new = split(factor)[0] if low == BF16 else factor
-                products[axis].copy_(mul(new, new.T))
+                products[axis].copy_(mul(new, new.mT))
     squares = [f.square() if d else p for f, p, d in zip(factors, products, wide, strict=True)]
     result = along(g, squares[0], 0, keep=not wide[1])
     return along(result, squares[1], 1, keep=False)
@@ -154,8 +166,8 @@ class Model:
         self.buffers = [self.in_guarded_memory(b, layout) for b in buffers]
         self.factors, self.residuals, self.momenta, self.products = [], [], [], []
         for shape, dense, count in buckets:
-            for size, is_dense in zip(squeezed(shape), dense, strict=True):
-                self.add_axis(count, size, is_dense)
+            for size, flag in zip(squeezed(shape), dense, strict=True):
+                self.add_axis(count, size, structure_for(flag))
         self.eager = self.copies(params, buffers, F32)
         self.truth = self.copies(params, buffers, torch.float64)
         self.eager["products"] = [
@@ -169,14 +181,14 @@ class Model:
         self.placed.append((view, memory))
         return view
 
-    def add_axis(self, count, size, dense):
+    def add_axis(self, count, size, structure):
+        dense, shape = structure.is_dense, (count, *structure.shape(size))
+        factor = 0.3 * torch.randn(shape) / (shape[-1] ** 0.5 if dense else 1)
+        structure.add_identity_(factor, 1.2, size)
+        momentum = torch.randn(shape) / shape[-1]
         if dense:
-            factor = 1.2 * torch.eye(size) + 0.3 * torch.randn(count, size, size) / size**0.5
-            momentum = torch.randn(count, size, size) / size
-            momentum = (momentum + momentum.mT).to(self.dtype)
-        else:
-            factor = 1.2 + 0.3 * torch.randn(count, size)
-            momentum = torch.randn(count, size) / size
+            factor = without_padding(factor, size)
+            momentum = without_padding(momentum + momentum.mT, size).to(self.dtype)
         residual = product = torch.empty(0, device=self.device)
         if dense and self.dtype == BF16:
             factor, residual = split(factor)
@@ -215,7 +227,9 @@ class Model:
 
     def launch(self, grads, lr, *, update, refresh=False, **scaling):
         state = self.factors, self.residuals, self.momenta, self.products
-        buckets = matrix.buckets_of(self.params, grads, *state, axes=[2] * len(self.buckets))
+        axes = [2] * len(self.buckets)
+        sizes = bucket_sizes(self.params, self.factors, axes)
+        buckets = matrix.buckets_of(self.params, grads, *state, axes=axes, sizes=sizes)
         assert None not in buckets
         scalars = {**self.scalars, "update_factors": update, "refresh_products": refresh}
         matrix.ifshampoo_(buckets, self.params, grads, self.buffers, lr, **scalars, **scaling)
@@ -295,4 +309,4 @@ def refresh_products(factors, products):
     for factor, product in zip(factors, products, strict=True):
         if product is not None:
             new = split(factor)[0].float() if product.dtype == BF16 else factor
-            product.copy_(new @ new.T)
+            product.copy_(new @ new.mT)

@@ -6,12 +6,15 @@ import math
 from contextlib import nullcontext
 
 import torch
+from helpers.blocks import as_matrix, structure_for
 from helpers.comparison import assert_no_worse_than
 from helpers.kernels_diag import assert_guards_untouched, in_guarded_memory
 from helpers.tensor_cores import ThreeTF32Products
+from helpers.truth import times_identity
 
 from rootfree_fused import reference
 from rootfree_fused.kernels import rootfree_shampoo as kernels
+from rootfree_fused.ops.axes import bucket_sizes
 from rootfree_fused.reference.rootfree_shampoo import balance_rows_, scaled
 from rootfree_fused.reference.structures import structure_of
 
@@ -34,7 +37,7 @@ def matrix_of(shape):
 
 
 class Model:
-    """`buckets` are (shape, which axes are dense, members)."""
+    """`buckets` are (shape, the structures of the axes as helpers.blocks has them, members)."""
 
     def __init__(
         self, device, dtype, buckets, param=F32, grad=None, layout="contiguous", **changes
@@ -58,12 +61,12 @@ class Model:
             self.buffers.append(self.place(buffer.view(shape).float(), self.layout))
             if self.scalars["row_beta"] is not None:
                 self.rows.append(self.place(rows.float()))
-        for axis, is_dense in enumerate(dense):
+        for axis, flag in enumerate(dense):
             gram, factor = (
                 torch.stack([state[kind][axis] for state in warmed]).float() for kind in (2, 3)
             )
             residual = product = torch.empty(0, device=self.device)
-            if is_dense:
+            if flag:
                 gram = (gram + gram.mT) / 2
                 if self.dtype == BF16:
                     factor, low = reference.split(factor)
@@ -101,7 +104,8 @@ class Model:
 
     def launch(self, grads, *, update=True, refresh=False, lr=LR, steps=None, **scaling):
         state = self.grams, self.factors, self.residuals, self.products
-        buckets = kernels.buckets_of(self.params, grads, *state)
+        sizes = bucket_sizes(self.params, self.factors, [2] * (len(self.factors) // 2))
+        buckets = kernels.buckets_of(self.params, grads, *state, sizes=sizes)
         assert None not in buckets
         kernels.rootfree_shampoo_(
             buckets,
@@ -164,13 +168,14 @@ class Model:
         """K^T X on axis 0, X K on axis 1."""
         if factor.dim() == 1:
             return x * (factor.unsqueeze(1) if axis == 0 else factor)
+        factor = as_matrix(factor, x.shape[axis])
         return self.product(factor.mT, x) if axis == 0 else self.product(x, factor)
 
     def eager_step_(
         self, param, grad, buffer, grams, factors, rows, step, *, lr, update_factors, **own
     ):
         """`reference.rootfree_shampoo_` with the kernels' roundings."""
-        any_dense = any(factor.dim() == 2 for factor in factors)
+        any_dense = any(factor.dim() > 1 for factor in factors)
         g = scaled(self.rounded(grad) if any_dense else grad.float(), 1.0)
         g = -g if own["maximize"] else g
         buffer.lerp_(g, 1 - own["beta1"])
@@ -193,14 +198,15 @@ class Model:
     def update_root_(self, gram, factor, unfolded, own):
         structure = structure_of(factor)
         gram.lerp_(structure.gram(unfolded) / unfolded.shape[1], 1 - own["beta2"])
-        lam = own["damping"] * structure.diagonal(gram).mean()
+        lam = own["damping"] * structure.diagonal(gram).sum() / len(unfolded)
         if factor.dim() == 1:
             factor.copy_((gram + lam).rsqrt())
             return
         damped = self.product(gram, factor) + lam * self.rounded(factor)
         error = self.product(factor.mT, damped)
-        error.diagonal().sub_(1)
-        bound = torch.fmin(error.norm(), self.product(error, error).norm().sqrt())
+        structure.add_identity_(error, -1, len(unfolded))
+        second = structure.norms(self.product(error, error)).sqrt()
+        bound = torch.fmin(structure.norms(error), second)
         factor.sub_(self.product(factor, error) * (0.5 / bound.clamp_min(1)))
 
     def check(self, factor=3.0):
@@ -222,7 +228,7 @@ class Model:
                 )
                 assert_no_worse_than(*joined, factor=factor)
         for gram in self.grams:
-            if gram.dim() == 3:
+            if gram.dim() > 2:
                 assert torch.equal(gram, gram.mT)
 
 
@@ -231,10 +237,9 @@ def warm_state(sizes, dense):
     param, rows = torch.zeros(sizes, dtype=F64), torch.zeros(sizes[0], dtype=F64)
     buffer, grams, factors = torch.zeros(sizes, dtype=F64), [], []
     starts = reference.start_values(SCALARS["damping"])
-    for size, is_dense, values in zip(sizes, dense, starts, strict=True):
+    for size, flag, values in zip(sizes, dense, starts, strict=True):
         for tensors, value in zip((grams, factors), values, strict=True):
-            diagonal = torch.full((size,), value, dtype=F64)
-            tensors.append(diagonal.diag() if is_dense else diagonal)
+            tensors.append(times_identity(value, structure_for(flag), size, F64))
     spread = torch.linspace(0.1, 2, sizes[1], dtype=F64)  # not all directions alike
     for step in (1, 2, 3):
         grad = torch.randn(sizes, dtype=F64) * spread

@@ -65,7 +65,7 @@ SETTINGS = {
         {
             "lr": 0.05,
             "update_interval": 3,
-            "max_dense_dim": 5,
+            "structures": ("diagonal", "dense"),
             "vector_method": "rootfree",
             "factor_dtype": torch.float32,
         },

@@ -78,7 +78,7 @@ def launcher(case):
         axes = settings.pop("axes")
 
         def step(grads):
-            buckets = matrix.buckets_of(params, grads, *state, axes=axes)
+            buckets = matrix.buckets_of(params, grads, *state, axes=axes, sizes=[(8, 16)])
             matrix.ifshampoo_(buckets, params, grads, buffers, lr, **settings)
 
         return step
@@ -90,7 +90,7 @@ def launcher(case):
         lists = state, [torch.zeros(8) for _ in params], torch.ones(2), lr
 
         def step(grads):
-            buckets = rootfree_shampoo.buckets_of(params, grads, *stacks)
+            buckets = rootfree_shampoo.buckets_of(params, grads, *stacks, sizes=[(8, 16)])
             rootfree_shampoo.rootfree_shampoo_(buckets, params, grads, *lists, **SHAMPOO)
 
         return step

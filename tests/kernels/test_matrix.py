@@ -30,6 +30,7 @@ from helpers.offline import needs_cuda
 
 from bench.machine_code.offline import Recorder
 from rootfree_fused.kernels import matrix, matrix_plan
+from rootfree_fused.ops.axes import bucket_sizes
 
 __all__ = ["_interpreter", "_poisoned_scratch"]  # fixtures
 
@@ -271,7 +272,9 @@ def test_buckets_that_are_left_to_the_caller(device):
     momenta = [torch.zeros_like(vector), *model.momenta, *map(torch.zeros_like, factors[3:])]
     products = [empty, *model.products, *[empty] * 3, *map(torch.zeros_like, wide), empty, empty]
     state = factors, [empty] * 10, momenta, products
-    buckets = matrix.buckets_of(*lists[:2], *state, axes=[1, 2, 3, 2, 2])
+    axes = [1, 2, 3, 2, 2]
+    sizes = bucket_sizes(lists[0], factors, axes)
+    buckets = matrix.buckets_of(*lists[:2], *state, axes=axes, sizes=sizes)
     assert [bucket is None for bucket in buckets] == [True, False, True, True, True]
     settings = {**SCALARS, "update_factors": True, "refresh_products": True}
     matrix.ifshampoo_(buckets[1:2], *lists, torch.tensor(0.1), **settings)
@@ -285,7 +288,7 @@ def test_buckets_that_are_left_to_the_caller(device):
 
 
 def test_nothing_to_do(device):
-    assert matrix.buckets_of([], [], [], [], [], [], axes=[]) == []
+    assert matrix.buckets_of([], [], [], [], [], [], axes=[], sizes=[]) == []
     settings = {**SCALARS, "update_factors": True, "refresh_products": True}
     matrix.ifshampoo_([], [], [], [], torch.tensor(0.1), **settings)
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def bucket(count, sizes, dense=DENSE):
-    return matrix.MatrixBucket(sizes, dense, (0,) * count, (), (), *[[]] * 4)
+    return matrix.MatrixBucket(sizes, dense, sizes, (False, False), (0,) * count, (), (), *[[]] * 4)
 
 
 LARGE, SMALL = bucket(3, (1024, 1024)), bucket(1100, (64, 64))

@@ -23,8 +23,9 @@ from rootfree_fused.kernels import matrix, rootfree_shampoo
 
 __all__ = ["_interpreter", "_poisoned_scratch"]  # fixtures
 
-# Parameter shape, which axes are dense, how many. Rows of 8 n are aligned, others are ragged; 66 is
-# more than a tile.
+# Parameter shape, the structures of its axes (helpers.blocks), how many. Rows of 8 n are aligned,
+# others are ragged; 66 is more than a tile. Blocks of 72 are more than one, and the last of each
+# axis is padded.
 BUCKETS = [
     ((3, 5), DENSE, 1),
     ((17, 33), DENSE, 2),
@@ -35,6 +36,11 @@ BUCKETS = [
     ((66, 8), RIGHT, 1),
     ((11, 7), RIGHT, 1),
     ((8, 70), NEITHER, 1),
+    ((40, 24), (16, 8), 2),
+    ((100, 9), (72, True), 1),
+    ((9, 83), (True, 72), 1),
+    ((40, 11), (16, False), 1),
+    ((7, 40), (False, 16), 1),
 ]
 FEW = [((7, 9), DENSE, 1), ((24, 16), DENSE, 2), ((9, 16), LEFT, 1), ((8, 7), NEITHER, 1)]
 CASES = {

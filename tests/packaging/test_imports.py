@@ -114,7 +114,7 @@ def test_the_specification_imports_only_torch():
     for name, path in module_files("rootfree_fused").items():
         if name.startswith("rootfree_fused.reference"):
             for target in imports(name, path):
-                library = {"__future__", "collections", "math", "torch"}
+                library = {"__future__", "collections", "dataclasses", "math", "torch"}
                 assert target.split(".")[0] in library or target.startswith(
                     "rootfree_fused.reference"
                 )
