@@ -25,7 +25,7 @@ from .measuring.common import (
 from .measuring.rows import Rows
 from .optimizers import PEERS, PROVIDERS
 from .optimizers.diagonal import ALLOWED_ERROR, capturable, captured
-from .optimizers.peers import EIGH, Peer, ifshampoo, rootfree_shampoo, specified
+from .optimizers.peers import EIGH, ifshampoo, in_blocks, limited, rootfree_shampoo
 from .workloads.operator import GEMMS, kernel_times
 
 Case = Callable[[Rows, torch.device, float], None]
@@ -109,7 +109,7 @@ def products(rows: Rows, device: torch.device, seconds: float) -> None:
     for case, (count, n) in PRODUCTS.items():
         values = [torch.zeros(n, n, device=device, dtype=BF16)] * count
         grads = random_tensors([(n, n)] * count, scale=0.1, dtype=BF16, device=device, seed=0)
-        step = checked_step(rows, case, OURS, dense_up_to(n), values, grads)
+        step = checked_step(rows, case, OURS, limited(OURS, n), values, grads)
         if step is None:
             continue
         times = kernel_times(step)
@@ -124,14 +124,19 @@ def products(rows: Rows, device: torch.device, seconds: float) -> None:
                 rows.add(case, name, "speed", ratio, "x torch.bmm", gemms=GEMMS[name] * count)
 
 
-def dense_up_to(n: int) -> Peer:
-    """IFShampoo in bfloat16 with dense factors for axes of up to n."""
-
-    def build(params: list[Parameter], interval: int) -> Optimizer:
-        return ifshampoo([{"params": params, "max_dense_dim": n}], interval, dtype=BF16)
-
-    displacement = functools.partial(specified, limit=n)
-    return dataclasses.replace(PEERS[OURS], build=build, displacement=displacement)
+def blocks(rows: Rows, device: torch.device, seconds: float) -> None:
+    """An MLP weight of Llama-8B, 4096 x 14336, in blocks of 2048 beside Distributed Shampoo's."""
+    shape, limit = ((64, 224), 32) if small(device) else ((4096, 14336), 2048)
+    values = random_tensors([shape], scale=0.02, dtype=torch.float32, device=device, seed=0)
+    grads = random_tensors([shape], scale=0.1, dtype=torch.float32, device=device, seed=1)
+    case, runs = "4096 x 14336 in blocks of 2048", {}
+    for name, peer in in_blocks(limit).items():
+        if not name.endswith("dense"):  # whose factors would take 1.2 GB
+            step = checked_step(rows, case, name, peer, values, grads, 0 if EIGH in name else None)
+            runs |= {name: step} if step else {}
+    times = interleave(runs, device_timer(device), seconds=seconds / 2, min_rounds=3)
+    for name, timing in times.items():
+        rows.add_time(case, name, "time", timing)
 
 
 def whole_steps(rows: Rows, device: torch.device, seconds: float) -> None:
@@ -212,6 +217,7 @@ CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
     "whole steps": whole_steps,
+    "blocks": blocks,
     "products": products,
     "ncu": watched_steps,
     "many tensors": many_tensors,

@@ -9,6 +9,7 @@ says which of them is absent.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from .measuring.common import (
 )
 from .measuring.rows import Rows, wrong_of_ours
 from .optimizers import PEERS
-from .optimizers.peers import Peer, judge
+from .optimizers.peers import Peer, in_blocks, judge
 from .report import tables
 
 # The optimizers whose products are counted.
@@ -48,6 +49,10 @@ CASES: dict[str, list[Shape]] = {
     "513 x 257": [(513, 257)],
     "200 of 64 x 64": [(64, 64)] * 200,
 }
+
+
+# An eighth of an MLP weight of Llama-8B, in blocks of an eighth.
+IN_BLOCKS = {"512 x 1792 in blocks of 256": ([(512, 1792)], in_blocks(256))}
 
 
 SHORT = ("300 x 130", "513 x 257")
@@ -94,16 +99,16 @@ def measure(
     rows: Rows,
     device: torch.device,
     seconds: float,
-    names: list[str],
+    peers: Mapping[str, Peer],
 ) -> None:
     """Check and time these optimizers on one case."""
     values = random_tensors(shapes, scale=0.05, dtype=torch.float32, device=device, seed=0)
     grads = random_tensors(shapes, scale=0.1, dtype=torch.float32, device=device, seed=1)
-    steps = {n: checked_step(rows, case, n, PEERS[n], values, grads) for n in names}
+    steps = {n: checked_step(rows, case, n, peer, values, grads) for n, peer in peers.items()}
     runs = {name: step for name, step in steps.items() if step}
     for name, timing in interleave(runs, device_timer(device), seconds=seconds).items():
         rows.add_time(case, name, "time", timing)
-        if name.startswith(COUNTED):
+        if name.startswith(COUNTED) and case in CASES:
             rate = step_flops(shapes) / timing.median / 1e9
             rows.add(case, name, "rate", rate, "GFLOP/s", flops=step_flops(shapes))
 
@@ -133,7 +138,9 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     rows = Rows(args.out / "matrix.jsonl", "matrix", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
-    chosen = list(CASES)[3:4] if args.quick else SHORT if args.short else CASES
+    peers = {name: PEERS[name] for name in args.optimizers}
+    cases = {case: (shapes, peers) for case, shapes in CASES.items()} | IN_BLOCKS
+    chosen = list(CASES)[3:4] if args.quick else SHORT if args.short else cases
     for case in rows.remaining(chosen):
-        measure(case, CASES[case], rows, device, seconds, args.optimizers)
+        measure(case, cases[case][0], rows, device, seconds, cases[case][1])
     return int(bool(wrong_of_ours(rows.finish(tables.matrix))))

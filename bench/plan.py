@@ -17,6 +17,22 @@ TUNING_SEEDS = (100, 101, 102)
 FINALISTS = 5  # settings that the other seeds train, the best of the first
 BASIN = 9
 NO_BASIN = ("long text", "wide text")
+# What factors may be, on the problem whose axes are 64 to 384.
+STRUCTURES: dict[str, list[Settings]] = {
+    "RootFreeShampoo": [
+        {"max_dense_dim": 96},
+        {"max_dense_dim": 48},
+        {"structures": "diagonal"},
+    ],
+    "IFShampoo": [
+        {"max_dense_dim": 96},
+        {"max_dense_dim": 48},
+        {"structures": "block", "block_size": 48},
+        {"structures": "hierarchical"},
+        {"structures": "lower_toeplitz"},
+        {"structures": "diagonal"},
+    ],
+}
 SEARCHED = {"long text": "text"}  # where the settings of another problem are taken
 
 Losses = dict[str, dict[int, float]]  # by settings as JSON and seed; inf where a run diverged
@@ -123,8 +139,22 @@ def _tuned(choice: Choice, rows: list[Row]) -> Iterator[Job]:
                 yield Job("tuned", task, name, json.dumps(settings), seed)
 
 
+def _structures(choice: Choice, rows: list[Row]) -> Iterator[Job]:
+    for seed in SEEDS[: choice.seeds]:
+        for task, name in choice.cases:
+            for structure in STRUCTURES.get(name, []) if task == "text" else []:
+                settings = {**METHODS[task][name].defaults, **structure}
+                yield Job("structures", task, name, json.dumps(settings), seed)
+
+
 # In the order of their runs: the best of a search is trained as soon as it is known.
-PLANS = {"defaults": _defaults, "tuned": _tuned, "search": _search, "basin": _basin}
+PLANS = {
+    "defaults": _defaults,
+    "tuned": _tuned,
+    "search": _search,
+    "basin": _basin,
+    "structures": _structures,
+}
 
 
 # Best of a search -----------------------------------------------------------------------------

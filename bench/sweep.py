@@ -4,6 +4,7 @@
     tuned      the best of a search that is whole, or is stored already, on the same data
     search     the 25 settings of every search, and the best five of them with two seeds more
     basin      the defaults at nine learning rates over two decades, on the tuning data
+    structures   the defaults with factors of other structures, on text, on the comparison's data
 
 Runs are made in this order, or in that of --kinds. Each is a row as soon as it ends; the same
 command, or one with other choices, goes on with the runs that have none.

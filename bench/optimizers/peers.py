@@ -8,11 +8,13 @@ the cosine of their displacement with the negative gradient.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -302,6 +304,47 @@ DIAGONAL_PEERS = {
     )
 }
 PEERS = MATRIX_PEERS | DIAGONAL_PEERS
+
+
+def limited(name: str, limit: int) -> Peer:
+    """One of ours in bfloat16, with dense factors for axes of up to `limit`, and else blocks."""
+    averages = name.startswith("RootFreeShampoo")
+    build, truth = (rootfree_shampoo, averaged) if averages else (ifshampoo, specified)
+
+    def of_limit(params: list[Parameter], interval: int) -> Optimizer:
+        group: Any = {"params": params, "max_dense_dim": limit}
+        return build([group], interval, dtype=torch.bfloat16)
+
+    displacement = functools.partial(truth, limit=limit)
+    return dataclasses.replace(PEERS[name], build=of_limit, displacement=displacement)
+
+
+def in_blocks(limit: int) -> dict[str, Peer]:
+    """Ours with blocks of at most `limit` and with dense factors, and a split into matrices.
+
+    The split is Distributed Shampoo's: sub-matrices of at most `limit` a side, each with factors of
+    its own, here by batched eigendecompositions.
+    """
+
+    def split(params: list[Parameter], interval: int) -> Optimizer:
+        return _eigh_shampoo([q for p in params for q in _sub_matrices(p, limit)], interval)
+
+    ours = {}
+    for name in ("IFShampoo, bfloat16", "RootFreeShampoo, bfloat16"):
+        ours |= {f"{name}, blocks": limited(name, limit), f"{name}, dense": limited(name, NEVER)}
+    return ours | {f"{EIGH}, split": _held_to_itself(split, "torch", ROOTS)}
+
+
+def _sub_matrices(param: Parameter, limit: int) -> list[Parameter]:
+    """Views, with gradients."""
+    assert param.grad is not None
+    found = []
+    grads = (band.split(limit, 1) for band in param.grad.split(limit))
+    for band, own in zip(param.data.split(limit), grads, strict=True):
+        for values, grad in zip(band.split(limit, 1), own, strict=True):
+            found.append(Parameter(values))
+            found[-1].grad = grad
+    return found
 
 
 # Check ----------------------------------------------------------------------------------------

@@ -40,12 +40,44 @@ def losses(rows: list[Row]) -> str:
         own = [row for row in rows if row["detail"]["kind"] == kind]
         if own:
             parts += [f"**{title}**", _table(own)]
+    if structured := [row for row in rows if row["detail"]["kind"] == "structures"]:
+        parts += [
+            "**At the defaults, by the structure of factors**",
+            _by_structure(rows, structured),
+        ]
     notes = (
         "The loss after the last step, mean and standard deviation over the seeds, lowest in bold: "
         "on text and digits of the test data, in nat, of the autoencoder on all images, squared "
         "error. Nothing is timed."
     )
     return page(*parts, notes)
+
+
+def _by_structure(rows: list[Row], structured: list[Row]) -> str:
+    """Of each optimizer a line for dense factors, as "auto" has them, and one for each other."""
+    lines = []
+    for name in unique(structured, "provider"):
+        for case in unique(structured, "case"):
+            dense = [r for r in select(rows, case=case, provider=name) if _kind(r) == "defaults"]
+            found = {"dense": dense} if dense else {}
+            for row in select(structured, case=case, provider=name):
+                found.setdefault(_structure(row), []).append(row)
+            most = max(map(len, found.values()))
+            lines += [[name, of, _cell(own, most)] for of, own in found.items()]
+    return markdown(["optimizer", "factors", "test loss"], lines)
+
+
+def _structure(row: Row) -> str:
+    settings = row["detail"]["settings"]
+    if "structures" not in settings:
+        return f"blocks up to {settings['max_dense_dim']}"
+    size = f" of {settings['block_size']}, as released" if "block_size" in settings else ""
+    return f"{settings['structures'].replace('_', ' ')}{size}"
+
+
+def _kind(row: Row) -> str:
+    kind: str = row["detail"]["kind"]
+    return kind
 
 
 def in_order(rows: list[Row]) -> list[Row]:

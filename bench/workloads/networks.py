@@ -78,6 +78,11 @@ def vit_b16(width: int = 768, depth: int = 12) -> Iterator[Layer]:
     yield from (Layer((width,)), Layer((width,)), *_affine(1000, width, 1))
 
 
+def vit_l16() -> Iterator[Layer]:
+    """The parameters (304,326,632 elements) of torchvision's ViT-L/16 on 224 x 224 pixels."""
+    yield from vit_b16(1024, 24)
+
+
 def gpt2(
     width: int = 768, depth: int = 12, context: int = 1024, words: int = 50257
 ) -> Iterator[Layer]:
@@ -101,6 +106,28 @@ def llama_1b(
         for rows, columns in ((4 * width, width), (4 * width, width), (width, 4 * width)):
             yield Layer((rows, columns), context)
     yield Layer((width,))
+
+
+def llama_8b(
+    width: int = 4096, depth: int = 32, inner: int = 14336, words: int = 128256, context: int = 2048
+) -> Iterator[Layer]:
+    """The parameters (8,030,261,248 elements) of Llama 3.1 8B."""
+    yield Layer((words, width), context)
+    for _ in range(depth):
+        yield Layer((width,))
+        for rows in (width, width // 4, width // 4, width):
+            yield Layer((rows, width), context)
+        yield Layer((width,))
+        for rows, columns in ((inner, width), (inner, width), (width, inner)):
+            yield Layer((rows, columns), context)
+    yield Layer((width,))
+    yield Layer((words, width), context)
+
+
+def qwen3_30b_a3b_experts(depth: int = 48, experts: int = 128) -> Iterator[Shape]:
+    """The experts of Qwen3-30B-A3B as stacks: gate, up and down of each layer."""
+    for _ in range(depth):
+        yield from ((experts, 768, 2048), (experts, 768, 2048), (experts, 2048, 768))
 
 
 def qwen3_30b_a3b(

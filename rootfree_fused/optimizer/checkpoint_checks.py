@@ -213,7 +213,8 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
     if value.shape != declared.shape:
         raise ValueError(
             f"{where} has shape {tuple(value.shape)} but this model needs "
-            f"{tuple(declared.shape)}; load it into the model that it was saved with"
+            f"{tuple(declared.shape)}{_of_structure(initial)}; load it into the model that it was "
+            f"saved with{_cure_of_structure(initial, value)}"
         )
     if is_step and value.dtype is not torch.bool and not value.is_complex():
         return _count(where, value.item(), declared.dtype)
@@ -227,6 +228,23 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
         squares = initial.structure.diagonal(value) if initial.structure else value
         _check_numbers(where, squares, not_negative=True)
     return value
+
+
+def _of_structure(initial: Initial) -> str:
+    """Which factor a declared tensor is of, if it is of one."""
+    if initial.structure is None:
+        return ""
+    return f", a {initial.structure.name} factor of an axis of {initial.size}"
+
+
+def _cure_of_structure(initial: Initial, value: Tensor) -> str:
+    """What else loads a factor that this axis has had, if it is diagonal."""
+    if initial.structure is None or value.shape[initial.batch_axes :] != (initial.size,):
+        return ""
+    return (
+        ", or into one with a diagonal factor of this axis, as structures=('diagonal', 'dense') "
+        "has it of the first"
+    )
 
 
 def _no_data(value: Tensor) -> str:

@@ -64,6 +64,7 @@ def test_large_tiles(device, monkeypatch):
     """The tiling of large models, on matrices of one tile and of several."""
     monkeypatch.setattr(rootfree_shampoo, "tiling_of", lambda *_: matrix.LARGE)
     buckets = [((136, 8), DENSE, 1), ((7, 130), RIGHT, 1), ((8, 200), LEFT, 1)]
+    buckets.append(((150, 264), (80, 136), 1))
     model = Model(device, BF16, buckets)
     for update in (True, False):
         model.step(update=update)
@@ -191,7 +192,7 @@ def test_runs_agree_to_the_bit(dtype, device):
 @pytest.mark.parametrize(("update", "expected"), [(True, 13), (False, 6)])
 def test_the_number_of_launches_is_that_of_one_matrix(update, expected, device, monkeypatch):
     """Thirteen of an update, and six between, of any number of matrices."""
-    model = Model(device, BF16, [*FEW, ((11, 7), RIGHT, 1)])
+    model = Model(device, BF16, [*FEW, ((11, 7), RIGHT, 1), ((40, 24), (16, 8), 1)])
     model.launch(model.fresh_grads())
     count = 0
 
