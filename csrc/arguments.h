@@ -88,6 +88,20 @@ class Arguments {
     return tensors;
   }
 
+  std::vector<int64_t> next_integers() {
+    const auto list = next<StableListHandle>();
+    size_t size;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    std::vector<int64_t> integers(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      integers[i] = torch::stable::detail::to<int64_t>(item);
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    return integers;
+  }
+
   // In the order of the schema.
   void read(double& value) { value = next<double>(); }
   void read(bool& value) { value = next<bool>(); }

@@ -1,4 +1,5 @@
-// One axis of a matrix with a dense bfloat16 factor K, and how K is packed for products.
+// One axis of a matrix with a bfloat16 factor K, dense or in blocks on its diagonal, and how K is
+// packed for products.
 #pragma once
 
 #if defined(__x86_64__)
@@ -28,16 +29,32 @@ struct Arena {
   Gram take_gram(int64_t rows, int64_t columns) {
     return {take_left(rows, columns), take_right(columns, rows)};
   }
-  PackedSquare take_square(int64_t size) { return {take_left(size, size)}; }
+  PackedSquare take_square(int64_t side, int64_t size) { return {take_left(size, side)}; }
 };
 
 constexpr int64_t strip_size = block_depth;  // rows that are packed at once
 
+// How many tasks of a kind a square matrix of this size is.
+using TasksOf = int64_t (*)(int64_t size);
+inline int64_t strips_of(int64_t size) { return ceil_div(size, strip_size); }
+inline int64_t tiles_of(int64_t size) { return ceil_div(size, tile_size); }
+inline int64_t square_tiles_of(int64_t size) { return tiles_of(size) * tiles_of(size); }
+inline int64_t pairs_of_tiles_of(int64_t size) { return tiles_of(size) * (tiles_of(size) + 1) / 2; }
+inline int64_t no_tasks(int64_t) { return 0; }
+
+struct Range {
+  int64_t first, end;
+};
+
 // What the methods share of an axis. With a cached product P = ... K K^T, else P = ... K^T then K.
+//
+// K has blocks of `side` rows and columns on its diagonal: one if it is dense, else a multiple of
+// `strip_size`. The last is shorter where they are more than the axis is long: it lies at the start
+// of its memory, and zeros, which are never written, lie behind. A block is an axis too.
 struct FactorAxis {
-  int64_t size, tiles;
+  int64_t size, side;
   bool on_rows, cached, has_gradient;  // the gradient is not exactly zero
-  BFloat16 *factor, *product;
+  BFloat16 *factor, *product;          // one block after the other
   int16_t* residual;
 
   // K^T and K: before K's update the operands of K^T K, after it those of `pack_updated_factor`.
@@ -54,22 +71,42 @@ struct FactorAxis {
     return {packed_factor.as_left(), packed_transpose.as_right()};
   }
 
-  int64_t strips() const { return ceil_div(size, strip_size); }
-  int64_t square_tiles() const { return tiles * tiles; }
-  int64_t pairs_of_tiles() const { return tiles * (tiles + 1) / 2; }
+  // Of all blocks.
+  int64_t tasks(TasksOf of) const { return size / side * of(side) + of(size % side); }
+  int64_t tiles() const { return tasks(tiles_of); }
+  // Where blocks and tiles are.
+  Range block_at(int64_t place) const {
+    const int64_t first = place / side * side;
+    return {first, std::min(first + side, size)};
+  }
+  Range tile(int64_t task) const {
+    const int64_t each = tiles_of(side), block = task / each * side;
+    return {block + task % each * tile_size, block_at(block).end};
+  }
 
   void take_scratch(Arena& arena) {
-    packed_transpose = arena.take_square(size);
-    packed_factor = arena.take_square(size);
-    left_factor = arena.take_left(size, size);
-    change_then_product = arena.take_square(size);
+    packed_transpose = arena.take_square(side, size);
+    packed_factor = arena.take_square(side, size);
+    left_factor = arena.take_left(size, side);
+    change_then_product = arena.take_square(side, size);
+  }
+  void narrow_to(int64_t block) {
+    const auto [first, end] = block_at(block * side);
+    size = end - first;
+    factor += first * side;
+    residual += first * side;
+    if (cached) product += first * side;
+    packed_transpose = packed_transpose.block(first, size);
+    packed_factor = packed_factor.block(first, size);
+    left_factor = left_factor.rows(first).columns(0, size);
+    change_then_product = change_then_product.block(first, size);
   }
 };
 
-// The rows of a strip of a matrix of the axis' size.
+// The rows of a strip of a block of a matrix of the axis' size.
 inline Submatrix<BFloat16> strip_of(const FactorAxis& axis, const BFloat16* matrix, int64_t strip) {
   const int64_t d = axis.size, row = strip * strip_size;
-  return {row, 0, std::min(strip_size, d - row), d, matrix + row * d, d};
+  return {row, 0, std::min(strip_size, d - row), d, matrix + row * axis.side, axis.side};
 }
 
 // A strip of K before its update: for products with K from either side.

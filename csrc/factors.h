@@ -54,12 +54,12 @@ inline void pack_unchanged(const FactorAxis& axis, int64_t strip, bool products_
 
 // K <- K - step K m, on a tile.
 ROOTFREE_BF16 inline void update_factor(const FactorAxis& axis, int64_t task, float step) {
-  Tile tile = square_tile(axis, task);
-  prefetch(tile, axis.factor, axis.size);
-  prefetch(tile, axis.residual, axis.size);
+  Tile tile = square_tile(axis.size, task);
+  prefetch(tile, axis.factor, axis.side);
+  prefetch(tile, axis.residual, axis.side);
   multiply(tile, axis.left_factor, axis.change_then_product.as_right());
   for (int64_t i = 0; i < tile.rows; ++i) {
-    const int64_t offset = (tile.row + i) * axis.size + tile.column;
+    const int64_t offset = (tile.row + i) * axis.side + tile.column;
     BFloat16* high = axis.factor + offset;
     int16_t* residual = axis.residual + offset;
     float* values = tile.values[i];
@@ -75,11 +75,9 @@ ROOTFREE_BF16 inline void update_factor(const FactorAxis& axis, int64_t task, fl
 // Both factors of those matrices whose gradient is not exactly zero; `step_of` an axis.
 template <class Matrix, class StepOf>
 void update_factors(Matrix* matrices, int64_t count, const StepOf& step_of) {
-  for_each_axis(
-      matrices, count, matrices->rows.square_tiles(), matrices->columns.square_tiles(),
-      [](const FactorAxis& axis, const FactorAxis&, int64_t task) {
-        return cost(square_tile(axis, task), axis.size);
-      },
+  for_each_block(
+      matrices, count, square_tiles_of, square_tiles_of,
+      [](int64_t size, int64_t, int64_t task) { return cost(square_tile(size, task), size); },
       [&](const auto& axis, const auto&, const Gram&, int64_t task) {
         if (axis.has_gradient) update_factor(axis, task, step_of(axis));
       });
@@ -88,19 +86,19 @@ void update_factors(Matrix* matrices, int64_t count, const StepOf& step_of) {
 template <class Matrix>
 void update_products(Matrix* matrices, int64_t count) {
   const auto tasks = [](const FactorAxis& axis) {
-    return axis.cached ? axis.pairs_of_tiles() : 0;
+    return axis.cached ? pairs_of_tiles_of : no_tasks;
   };
-  for_each_axis(
+  for_each_block(
       matrices, count, tasks(matrices->rows), tasks(matrices->columns),
-      [](const FactorAxis& axis, const FactorAxis&, int64_t task) {
-        return symmetric_cost(triangle_tile(axis, task), axis.size);
+      [](int64_t size, int64_t, int64_t task) {
+        return symmetric_cost(triangle_tile(size, task), size);
       },
       [](const FactorAxis& axis, const FactorAxis&, const Gram&, int64_t task) {
-        Tile tile = triangle_tile(axis, task);
+        Tile tile = triangle_tile(axis.size, task);
         multiply(tile, axis.factor_times_transpose());
         if (tile.row == tile.column) mirror(tile);
         visit_both(tile, [&](const Tile& part) {
-          write(part, axis.product, axis.size);
+          write(part, axis.product, axis.side);
           pack_product(axis, part.submatrix());
         });
       });

@@ -1,4 +1,4 @@
-// IF-Shampoo on the matrices of one bucket, both axes dense in bfloat16; see
+// IF-Shampoo on the matrices of one bucket, both axes of bfloat16 factors; see
 // rootfree_fused/reference/matrix.py. Every product is one of packed operands by tiles, and what
 // follows it happens while its tile is in the cache. A tile is one task and its sums have one
 // order, so the number of threads does not change a bit.
@@ -62,7 +62,7 @@ ROOTFREE_BF16 bool pack_grad(const Right& to, const T* grad, int64_t row, int64_
 // Also learns of which matrices the gradient is exactly zero.
 void pack_grads(MomentumMatrix* matrices, int64_t count) {
   const auto alike = [](auto&&...) { return int64_t(1); };
-  for_each(matrices, count, matrices->rows.strips(), alike, [](MomentumMatrix& m, int64_t strip) {
+  for_each(matrices, count, strips_of(matrices->rows.size), alike, [](MomentumMatrix& m, int64_t strip) {
     const int64_t row = strip * strip_size, rows = std::min(strip_size, m.rows.size - row);
     const auto pack_strip = [&](const auto* grad) {
       return pack_grad(m.packed_update, grad, row, rows, m.columns.size);
@@ -72,15 +72,14 @@ void pack_grads(MomentumMatrix* matrices, int64_t count) {
   for (MomentumMatrix* m = matrices; m < matrices + count; ++m) {
     const bool* strips = m->strip_has_gradient;
     m->rows.has_gradient = m->columns.has_gradient =
-        std::any_of(strips, strips + m->rows.strips(), std::identity());
+        std::any_of(strips, strips + strips_of(m->rows.size), std::identity());
   }
 }
 
 void run(MomentumMatrix* matrices, int64_t count, const MatrixOptions& options) {
   pack_grads(matrices, count);
-  for_each_axis(
-      matrices, count, matrices->rows.strips(), matrices->columns.strips(),
-      [](const FactorAxis& axis, const FactorAxis&, int64_t) { return axis.size; },
+  for_each_block(
+      matrices, count, strips_of, strips_of, [](int64_t size, int64_t, int64_t) { return size; },
       [&](const MomentumAxis& axis, const FactorAxis&, const Gram&, int64_t strip) {
         if (options.update_factors && axis.has_gradient) {
           pack_factor(axis, strip);
@@ -115,7 +114,7 @@ bool bf16_kernel_runs() {
 }
 
 void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 19);
+  Arguments arguments(stack, argument_count, 20);
 #if defined(__x86_64__)
   Lists lists;
   for (TensorHandles* list : {&lists.params, &lists.grads, &lists.factors, &lists.residuals,
@@ -126,13 +125,14 @@ void ifshampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
   FactorOptions& factors = options.factors;
   DescentOptions& descent = options.descent;
   descent.lr = read_number(arguments.next_tensor(), "lr");
+  const std::vector<int64_t> sizes = arguments.next_integers();
   arguments.read_all(options.update_factors, options.refresh_products, factors.factor_lr,
                      factors.factor_momentum, factors.damping, factors.batch_size, descent.momentum,
                      descent.weight_decay, descent.decoupled, descent.maximize);
   const auto bound = arguments.next<std::optional<double>>();
   if (bound) descent.bound = *bound;
   STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");
-  auto matrices = matrices_of<MomentumMatrix>(lists);
+  auto matrices = matrices_of<MomentumMatrix>(lists, sizes);
   add_stacks(matrices, lists.momenta, &MomentumAxis::momentum, aoti_torch_dtype_bfloat16(),
              "factor momenta");
   run_all(matrices, [&](MomentumMatrix* first, int64_t count) { run(first, count, options); });
@@ -148,8 +148,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
   m.def(
       "_ifshampoo_bf16_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
       "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
-      "Tensor(f!)[] momentum_buffers, Tensor lr, *, bool update_factors, bool refresh_products, "
-      "float factor_lr, float factor_momentum, float damping, float batch_size, float momentum, "
+      "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] sizes, bool update_factors, "
+      "bool refresh_products, float factor_lr, float factor_momentum, float damping, float batch_size, float momentum, "
       "float weight_decay, bool decoupled, bool maximize, float? bound=None) -> ()");
   m.def("_bf16_kernel_runs() -> bool");
 }

@@ -25,8 +25,14 @@ struct MomentumAxis : FactorAxis {
 
   void take_scratch(Arena& arena) {
     FactorAxis::take_scratch(arena);
-    factor_squares = arena.take<double>(strips());
-    momentum_squares = arena.take<double>(pairs_of_tiles());
+    factor_squares = arena.take<double>(tasks(strips_of));
+    momentum_squares = arena.take<double>(tasks(pairs_of_tiles_of));
+  }
+  void narrow_to(int64_t block) {
+    FactorAxis::narrow_to(block);
+    momentum += block * side * side;
+    factor_squares += block * strips_of(side);
+    momentum_squares += block * pairs_of_tiles_of(side);
   }
 };
 
@@ -35,18 +41,18 @@ struct MomentumMatrix : FactorMatrix<MomentumAxis> {
 
   void take_scratch(Arena& arena) {
     FactorMatrix::take_scratch(arena);
-    strip_has_gradient = arena.take<bool>(rows.strips());
+    strip_has_gradient = arena.take<bool>(strips_of(rows.size));
   }
 };
 
 // A limit of the specification: the norm of m stays finite in float32.
 constexpr float largest_momentum = 0x1p48f;
 
-// Of a strip of K before its update.
+// Of a strip of a block of K before its update.
 ROOTFREE_BF16 inline double sum_of_factor_squares(const FactorAxis& axis, int64_t strip) {
   const Submatrix<BFloat16> factor = strip_of(axis, axis.factor, strip);
-  const int64_t numel = factor.rows * factor.columns;
-  const int16_t* residual = axis.residual + factor.row * factor.columns;
+  const int16_t* residual = axis.residual + factor.row * axis.side;
+  const int64_t numel = factor.rows * axis.side;  // zeros behind a shorter block
   alignas(64) float columns[tile_size] = {};
   for (int64_t first = 0; first < numel; first += tile_size) {
     const int64_t count = std::min(tile_size, numel - first);
@@ -68,7 +74,7 @@ ROOTFREE_BF16 inline void average_momentum(const MomentumAxis& axis, int64_t pai
   const float weight = 1 - factor_momentum, half_weight = (1 - factor_momentum) / 2,
               gram_weight = half_weight * gram_scale;
   for (int64_t i = 0; i < gram.rows; ++i) {
-    const BFloat16* old = axis.momentum + (gram.row + i) * axis.size + gram.column;
+    const BFloat16* old = axis.momentum + (gram.row + i) * axis.side + gram.column;
     float* values = gram.values[i];
     for (int64_t j = 0; j < gram.columns; ++j) {
       const float m = old[j];
@@ -79,7 +85,7 @@ ROOTFREE_BF16 inline void average_momentum(const MomentumAxis& axis, int64_t pai
   }
   axis.momentum_squares[pair] = symmetric_sum_of_squares(gram);
   visit_both(gram, [&](const Tile& part) {
-    write(part, axis.momentum, axis.size);
+    write(part, axis.momentum, axis.side);
     pack(axis.change_then_product.as_right(), part.submatrix());
   });
 }
@@ -87,10 +93,10 @@ ROOTFREE_BF16 inline void average_momentum(const MomentumAxis& axis, int64_t pai
 // On a tile of the lower triangle; `transformed` is M, or M^T for the axis of its columns.
 inline void update_momentum(const MomentumAxis& axis, const MomentumAxis& other,
                             const Gram& transformed, int64_t pair, const FactorOptions& options) {
-  const double mean_square = sum(other.factor_squares, other.strips()) / other.size;
+  const double mean_square = sum(other.factor_squares, other.tasks(strips_of)) / other.size;
   const double gram_scale = options.batch_size / other.size;
-  Tile gram = triangle_tile(axis, pair);
-  prefetch(gram, axis.momentum, axis.size);
+  Tile gram = triangle_tile(axis.size, pair);
+  prefetch(gram, axis.momentum, axis.side);
   multiply(gram, axis.transpose_times_factor());
   scale(gram, options.damping * mean_square / gram_scale);
   multiply(gram, transformed, true);
@@ -105,7 +111,7 @@ inline void update_momenta(MomentumMatrix* matrices, int64_t count, const Factor
       [](MomentumMatrix& m, int64_t task) {
         if (!m.rows.has_gradient) return;
         Tile tile = m.tile(task);
-        multiply(tile, m.rows.packed_transpose.as_left(), m.packed_update);
+        m.multiply_rows(tile, m.rows.packed_transpose.as_left(), m.packed_update);
         pack(m.rows_applied, tile.submatrix());
       });
   for_each(
@@ -113,14 +119,14 @@ inline void update_momenta(MomentumMatrix* matrices, int64_t count, const Factor
       [](MomentumMatrix& m, int64_t task) {
         if (!m.rows.has_gradient) return;
         Tile tile = m.tile(task);
-        multiply(tile, m.rows_applied, m.columns.packed_factor.as_right());
+        m.multiply_columns(tile, m.rows_applied, m.columns.packed_factor.as_right());
         pack(m.transformed, tile.submatrix());
         pack_transposed(m.transformed_transpose, tile.submatrix());
       });
-  for_each_axis(
-      matrices, count, shape.rows.pairs_of_tiles(), shape.columns.pairs_of_tiles(),
-      [](const FactorAxis& axis, const FactorAxis& other, int64_t task) {
-        return symmetric_cost(triangle_tile(axis, task), axis.size + other.size);
+  for_each_block(
+      matrices, count, pairs_of_tiles_of, pairs_of_tiles_of,
+      [](int64_t size, int64_t other_size, int64_t task) {
+        return symmetric_cost(triangle_tile(size, task), size + other_size);
       },
       [&](const MomentumAxis& axis, const MomentumAxis& other, const Gram& transformed,
           int64_t task) {
@@ -130,7 +136,7 @@ inline void update_momenta(MomentumMatrix* matrices, int64_t count, const Factor
 
 // factor_lr / max(1, ||m||)
 inline float factor_step(const MomentumAxis& axis, double factor_lr) {
-  const double norm = std::sqrt(sum(axis.momentum_squares, axis.pairs_of_tiles()));
+  const double norm = std::sqrt(sum(axis.momentum_squares, pairs_of_tiles_of(axis.size)));
   return factor_lr / (norm < 1 ? 1 : norm);  // NaN where the norm is
 }
 

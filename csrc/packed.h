@@ -34,35 +34,54 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t block_depth = 2 * lanes, pairs_per_block = lanes * lanes;
 
 struct Packed {
-  uint32_t* data;
-  int64_t depth;
+  uint32_t* data = nullptr;
+  int64_t depth = 0, panel_size = 0;
+
+  Packed() = default;
+  Packed(uint32_t* memory, int64_t whole_depth)
+      : data(memory), depth(whole_depth), panel_size(size(depth, lanes)) {}
 
   static int64_t size(int64_t depth, int64_t across) {
     return ceil_div(depth, block_depth) * ceil_div(across, lanes) * pairs_per_block;
   }
-  int64_t panel_size() const { return ceil_div(depth, block_depth) * pairs_per_block; }
   // The block at multiples of 32 and 16.
   uint32_t* at(int64_t along, int64_t across) const {
-    return data + across / lanes * panel_size() + along / block_depth * pairs_per_block;
+    return data + across / lanes * panel_size + along / block_depth * pairs_per_block;
+  }
+  // What begins at such multiples, and along the depth is `count` long.
+  Packed piece(int64_t along, int64_t across, int64_t count) const {
+    Packed result = *this;
+    result.data = at(along, across);
+    result.depth = count;
+    return result;
   }
 };
 struct Left : Packed {
   uint32_t* at(int64_t row, int64_t column) const { return Packed::at(column, row); }
+  Left columns(int64_t first, int64_t count) const { return {piece(first, 0, count)}; }
+  Left rows(int64_t first) const { return {piece(0, first, depth)}; }
 };
-struct Right : Packed {};
+struct Right : Packed {
+  Right rows(int64_t first, int64_t count) const { return {piece(first, 0, count)}; }
+  Right columns(int64_t first) const { return {piece(0, first, depth)}; }
+};
 
 // What X X^T is made of.
 struct Gram {
   Left x;
   Right x_transposed;
+  // Of X from a row on.
+  Gram rows(int64_t first) const { return {x.rows(first), x_transposed.columns(first)}; }
 };
 
-// Memory of a square matrix that some stages of a step hold as a left operand and others as a right
-// one: what reads it must name the side by which it was packed last.
+// Memory of a square matrix, or of a stack of them as blocks on a diagonal, that some stages of a
+// step hold as a left operand and others as a right one: what reads it must name the side by which
+// it was packed last.
 struct PackedSquare {
   Packed memory;
   Left as_left() const { return {memory}; }
   Right as_right() const { return {memory}; }
+  PackedSquare block(int64_t first, int64_t size) const { return {memory.piece(0, first, size)}; }
 };
 
 // Numbers of a matrix from (row, column) on, in rows `stride` apart.
@@ -79,11 +98,11 @@ struct Tile {
   int64_t row, column, rows, columns;
   alignas(64) float values[tile_size][tile_size];
 
-  Tile(int64_t first_row, int64_t first_column, int64_t total_rows, int64_t total_columns)
+  Tile(int64_t first_row, int64_t first_column, int64_t end_of_rows, int64_t end_of_columns)
       : row(first_row),
         column(first_column),
-        rows(std::min(tile_size, total_rows - row)),
-        columns(std::min(tile_size, total_columns - column)) {}
+        rows(std::min(tile_size, end_of_rows - row)),
+        columns(std::min(tile_size, end_of_columns - column)) {}
   Submatrix<float> submatrix() const { return {row, column, rows, columns, values[0], tile_size}; }
 };
 

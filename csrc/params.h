@@ -14,32 +14,32 @@ void precondition(Matrix* matrices, int64_t count, const Take& take) {
   if (!matrices->rows.cached) {
     for_each(matrices, count, tiles, cost_on_rows<Matrix>, [](Matrix& m, int64_t task) {
       Tile tile = m.tile(task);
-      multiply(tile, m.rows.packed_transpose.as_left(), m.packed_update);
+      m.multiply_rows(tile, m.rows.packed_transpose.as_left(), m.packed_update);
       pack(m.between_on_rows, tile.submatrix());
     });
   }
   for_each(matrices, count, tiles, cost_on_rows<Matrix>, [](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     if (m.rows.cached) {
-      multiply(tile, m.rows.change_then_product.as_left(), m.packed_update);
+      m.multiply_rows(tile, m.rows.change_then_product.as_left(), m.packed_update);
     } else {
-      multiply(tile, m.rows.packed_factor.as_left(), m.between_on_rows);
+      m.multiply_rows(tile, m.rows.packed_factor.as_left(), m.between_on_rows);
     }
     pack(m.rows_applied, tile.submatrix());
   });
   if (!matrices->columns.cached) {
     for_each(matrices, count, tiles, cost_on_columns<Matrix>, [](Matrix& m, int64_t task) {
       Tile tile = m.tile(task);
-      multiply(tile, m.rows_applied, m.columns.packed_factor.as_right());
+      m.multiply_columns(tile, m.rows_applied, m.columns.packed_factor.as_right());
       pack(m.between_on_columns, tile.submatrix());
     });
   }
   for_each(matrices, count, tiles, cost_on_columns<Matrix>, [&](Matrix& m, int64_t task) {
     Tile tile = m.tile(task);
     if (m.columns.cached) {
-      multiply(tile, m.rows_applied, m.columns.change_then_product.as_right());
+      m.multiply_columns(tile, m.rows_applied, m.columns.change_then_product.as_right());
     } else {
-      multiply(tile, m.between_on_columns, m.columns.packed_transpose.as_right());
+      m.multiply_columns(tile, m.between_on_columns, m.columns.packed_transpose.as_right());
     }
     take(m, tile, task);
   });

@@ -60,7 +60,7 @@ ROOTFREE_BF16 inline void multiply_vectors(Tile& tile, const Left& a, const Righ
         const uint32_t* left = a.at(tile.row + i / 2 * lanes, first) + i % 2 * 8 * lanes;
         float* out = &tile.values[i * 8][j * lanes];
         const auto body = j + 1 < panels ? multiply_block<2> : multiply_block<1>;
-        body(left, right, b.panel_size(), pairs, out, add);
+        body(left, right, b.panel_size, pairs, out, add);
       }
     }
   }
@@ -140,8 +140,8 @@ ROOTFREE_AMX inline void multiply_amx(Tile& tile, const Left& a, const Right& b,
         const bool wide = j + 1 < columns;
         const auto body = i + 1 < rows ? (wide ? multiply_blocks<2, 2> : multiply_blocks<2, 1>)
                                        : (wide ? multiply_blocks<1, 2> : multiply_blocks<1, 1>);
-        body(a.at(tile.row + i * lanes, first), a.panel_size(),
-             b.at(first, tile.column + j * lanes), b.panel_size(), count,
+        body(a.at(tile.row + i * lanes, first), a.panel_size,
+             b.at(first, tile.column + j * lanes), b.panel_size, count,
              &tile.values[i * lanes][j * lanes], add);
       }
     }

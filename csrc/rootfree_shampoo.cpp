@@ -1,4 +1,4 @@
-// RootFreeShampoo on the matrices of one bucket, both axes dense in bfloat16; see
+// RootFreeShampoo on the matrices of one bucket, both axes of bfloat16 factors; see
 // rootfree_fused/reference/rootfree_shampoo.py. As IF-Shampoo's in matrix.cpp: a stage a product,
 // a tile a task, and the number of threads does not change a bit.
 #include "params.h"
@@ -89,7 +89,7 @@ ROOTFREE_BF16 void pack_strip(const RootMatrix& m, const T* grad, int64_t strip,
 
 // Everything that a step reads, as operands.
 void pack_all(RootMatrix* matrices, int64_t count, const ShampooOptions& options) {
-  const int64_t strips = matrices->rows.strips(), of_columns = matrices->columns.strips();
+  const int64_t strips = strips_of(matrices->rows.size);
   const auto alike = [](auto&&...) { return int64_t(1); };
   for_each(matrices, count, strips, alike, [](RootMatrix& m, int64_t strip) {
     const int64_t first = strip * strip_size * m.columns.size;
@@ -101,17 +101,19 @@ void pack_all(RootMatrix* matrices, int64_t count, const ShampooOptions& options
   for (RootMatrix* m = matrices; m < matrices + count; ++m) {
     m->rows.has_gradient = m->columns.has_gradient = sum(m->strip_squares, strips) != 0;
   }
-  const auto pack_axis = [&](const RootAxis& axis, int64_t strip) {
+  const auto pack_axis = [&](const RootAxis& whole, int64_t task) {
+    const BlockTask at(whole, strips_of, task);
+    const RootAxis axis = at.narrowed();
     if (options.update_factors && axis.has_gradient) {
-      pack_factor(axis, strip);
+      pack_factor(axis, at.task);
     } else {
-      pack_unchanged(axis, strip, !options.update_factors && !options.refresh_products);
+      pack_unchanged(axis, at.task, !options.update_factors && !options.refresh_products);
     }
   };
   for_each(
-      matrices, count, 2 * strips + of_columns,
+      matrices, count, 2 * strips + strips_of(matrices->columns.size),
       [&](const RootMatrix& m, int64_t task) {
-        return strips <= task && task < 2 * strips ? m.rows.size : m.columns.size;
+        return task < strips ? m.columns.size : task < 2 * strips ? m.rows.side : m.columns.side;
       },
       [&](RootMatrix& m, int64_t task) {
         if (task >= 2 * strips) return pack_axis(m.columns, task - 2 * strips);
@@ -126,11 +128,12 @@ void pack_all(RootMatrix* matrices, int64_t count, const ShampooOptions& options
 }
 
 // Stores a tile of P and the sums of the squares of its rows.
-ROOTFREE_BF16 void store_preconditioned(const RootMatrix& m, const Tile& tile) {
+ROOTFREE_BF16 void store_preconditioned(const RootMatrix& m, const Tile& tile, int64_t task) {
+  const int64_t across = m.columns.tiles();
   write(tile, m.preconditioned, m.columns.size);
-  double* squares = m.row_squares + tile.row * m.columns.tiles + tile.column / tile_size;
+  double* squares = m.row_squares + tile.row * across + task % across;
   for (int64_t i = 0; i < tile.rows; ++i) {
-    squares[i * m.columns.tiles] = sum_of_squares(tile.values[i], tile.columns);
+    squares[i * across] = sum_of_squares(tile.values[i], tile.columns);
   }
 }
 
@@ -141,7 +144,7 @@ ROOTFREE_BF16 void store_preconditioned(const RootMatrix& m, const Tile& tile) {
 //   P_i <- P_i / sqrt(v_i + 0.1)                     where row_beta is given
 //   P  <- update_rms 2 sqrt(256 m / n) / (sqrt(m) + sqrt(n)) P / rms(P)
 void scale_rows(const RootMatrix& m, const ShampooOptions& options) {
-  const int64_t rows = m.rows.size, columns = m.columns.size, tiles = m.columns.tiles;
+  const int64_t rows = m.rows.size, columns = m.columns.size, tiles = m.columns.tiles();
   const double square = sum(m.row_squares, rows * tiles) / (rows * columns);
   const double rms = std::max(std::sqrt(square), smallest_rms);
   double after = 0;  // the mean square of the balanced rows
@@ -186,12 +189,10 @@ void run(RootMatrix* matrices, int64_t count, const ShampooOptions& options) {
   pack_all(matrices, count, options);
   if (options.update_factors) update_roots(matrices, count, options.roots);
   if (options.update_factors || options.refresh_products) update_products(matrices, count);
-  precondition(matrices, count, [](const RootMatrix& m, const Tile& tile, int64_t) {
-    store_preconditioned(m, tile);
-  });
+  precondition(matrices, count, store_preconditioned);
   for (RootMatrix* m = matrices; m < matrices + count; ++m) scale_rows(*m, options);
   const auto alike = [](auto&&...) { return int64_t(1); };
-  for_each(matrices, count, matrices->rows.strips(), alike, [&](RootMatrix& m, int64_t strip) {
+  for_each(matrices, count, strips_of(matrices->rows.size), alike, [&](RootMatrix& m, int64_t strip) {
     const auto descend = [&](auto* params) {
       descend_strip(m, params, strip, options.lr, options.lr * options.weight_decay);
     };
@@ -219,7 +220,7 @@ void add_rows(std::vector<RootMatrix>& matrices, const TensorHandles& row_square
 #endif
 
 void rootfree_shampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64_t) {
-  Arguments arguments(stack, argument_count, 19);
+  Arguments arguments(stack, argument_count, 20);
 #if defined(__x86_64__)
   FactorLists lists;
   TensorHandles row_square_avgs, grams;
@@ -230,13 +231,14 @@ void rootfree_shampoo_bf16_(StableIValue* stack, uint64_t argument_count, uint64
   const AtenTensorHandle steps = arguments.next_tensor();
   ShampooOptions options;
   options.lr = read_number(arguments.next_tensor(), "lr");
+  const std::vector<int64_t> sizes = arguments.next_integers();
   arguments.read_all(options.update_factors, options.refresh_products, options.beta1,
                      options.roots.beta2, options.roots.damping, options.weight_decay,
                      options.update_rms);
   options.row_beta = arguments.next<std::optional<double>>();
   arguments.read_all(options.maximize);
   STD_TORCH_CHECK(bf16_kernel_runs(), "this machine has no bfloat16 vector products");
-  auto matrices = matrices_of<RootMatrix>(lists);
+  auto matrices = matrices_of<RootMatrix>(lists, sizes);
   add_stacks(matrices, grams, &RootAxis::gram, aoti_torch_dtype_float32(), "grams");
   add_rows(matrices, row_square_avgs, steps, options.row_beta.has_value());
   run_all(matrices, [&](RootMatrix* first, int64_t count) { run(first, count, options); });
@@ -252,7 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
       "_rootfree_shampoo_bf16_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] row_square_avgs, Tensor(d!)[] grams, Tensor(e!)[] factors, "
       "Tensor(f!)[] residuals, Tensor(g!)[] products, Tensor steps, Tensor lr, *, "
-      "bool update_factors, bool refresh_products, float beta1, float beta2, float damping, "
+      "int[] sizes, bool update_factors, bool refresh_products, float beta1, float beta2, float damping, "
       "float weight_decay, float update_rms, float? row_beta, bool maximize) -> ()");
 }
 

@@ -50,22 +50,34 @@ struct FactorMatrix {
     between_on_columns = transformed.x;
   }
   Axis& axis(int k) { return k == 0 ? rows : columns; }
-  int64_t tiles() const { return rows.tiles * columns.tiles; }
+  // Of which each is in one block of either axis.
+  int64_t tiles() const { return rows.tiles() * columns.tiles(); }
   Tile tile(int64_t task) const {
-    return {task / columns.tiles * tile_size, task % columns.tiles * tile_size, rows.size,
-            columns.size};
+    const int64_t across = columns.tiles();
+    const Range row = rows.tile(task / across), column = columns.tile(task % across);
+    return {row.first, column.first, row.end, column.end};
+  }
+  // tile = F X or X F, F being a factor or its transpose: of X only what a block of F meets.
+  void multiply_rows(Tile& tile, const Left& factor, const Right& x) const {
+    const auto [first, end] = rows.block_at(tile.row);
+    multiply(tile, factor.columns(0, end - first), x.rows(first, end - first));
+  }
+  void multiply_columns(Tile& tile, const Left& x, const Right& factor) const {
+    const auto [first, end] = columns.block_at(tile.column);
+    multiply(tile, x.columns(first, end - first), factor.rows(0, end - first));
   }
 };
 
-inline Tile square_tile(const FactorAxis& axis, int64_t task) {
-  return {task / axis.tiles * tile_size, task % axis.tiles * tile_size, axis.size, axis.size};
+inline Tile square_tile(int64_t size, int64_t task) {
+  const int64_t tiles = tiles_of(size);
+  return {task / tiles * tile_size, task % tiles * tile_size, size, size};
 }
 
 // The task-th tile of the lower triangle.
-inline Tile triangle_tile(const FactorAxis& axis, int64_t task) {
+inline Tile triangle_tile(int64_t size, int64_t task) {
   int64_t row = 0;
   while (task > row) task -= ++row;
-  return {row * tile_size, task * tile_size, axis.size, axis.size};
+  return {row * tile_size, task * tile_size, size, size};
 }
 
 // What a tile costs, in products of 16 x 16 sums: what follows a product passes over the tile.
@@ -102,22 +114,50 @@ void for_each(Matrix* matrices, int64_t count, int64_t tasks, const Cost& cost_o
   });
 }
 
-// Tasks on both axes: `on_rows` of the first, then `on_columns` of the second. `body` gets the axis
-// of the task, the other axis, and `transformed` or, for the axis of the columns, its transpose.
+// A task of an axis: its block, an axis of its own, and which of the block's it is.
+template <class Axis>
+struct BlockTask {
+  int64_t block, first, size, task;
+  const Axis& axis;
+
+  BlockTask(const Axis& of, TasksOf tasks_of, int64_t all)
+      : block(all / tasks_of(of.side)), task(all % tasks_of(of.side)), axis(of) {
+    first = axis.block_at(block * axis.side).first;
+    size = axis.block_at(first).end - first;
+  }
+  Axis narrowed() const {
+    Axis result = axis;
+    result.narrow_to(block);
+    return result;
+  }
+};
+
+// Tasks on the blocks of both axes, `on_rows` of the first, then `on_columns` of the second.
+// `cost_of` gets the size of the task's block, that of the other axis, and which of the block's
+// tasks it is; `body` the block, the other axis, the block's rows of `transformed` or, for the axis
+// of the columns, of its transpose, and the task.
 template <class Matrix, class Cost, class Body>
-void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_columns,
-                   const Cost& cost_of, const Body& body) {
+void for_each_block(Matrix* matrices, int64_t count, TasksOf on_rows, TasksOf on_columns,
+                    const Cost& cost_of, const Body& body) {
+  const int64_t of_rows = matrices->rows.tasks(on_rows);
+  const int64_t of_columns = matrices->columns.tasks(on_columns);
   for_each(
-      matrices, count, on_rows + on_columns,
+      matrices, count, of_rows + of_columns,
       [&](const Matrix& m, int64_t task) {
-        return task < on_rows ? cost_of(m.rows, m.columns, task)
-                              : cost_of(m.columns, m.rows, task - on_rows);
+        if (task < of_rows) {
+          const BlockTask at(m.rows, on_rows, task);
+          return cost_of(at.size, m.columns.size, at.task);
+        }
+        const BlockTask at(m.columns, on_columns, task - of_rows);
+        return cost_of(at.size, m.rows.size, at.task);
       },
       [&](Matrix& m, int64_t task) {
-        if (task < on_rows) {
-          body(m.rows, m.columns, m.transformed, task);
+        if (task < of_rows) {
+          const BlockTask at(m.rows, on_rows, task);
+          body(at.narrowed(), m.columns, m.transformed.rows(at.first), at.task);
         } else {
-          body(m.columns, m.rows, m.transformed_transpose, task - on_rows);
+          const BlockTask at(m.columns, on_columns, task - of_rows);
+          body(at.narrowed(), m.rows, m.transformed_transpose.rows(at.first), at.task);
         }
       });
 }
@@ -125,11 +165,11 @@ void for_each_axis(Matrix* matrices, int64_t count, int64_t on_rows, int64_t on_
 // Products along an axis.
 template <class Matrix>
 int64_t cost_on_rows(const Matrix& m, int64_t task) {
-  return cost(m.tile(task), m.rows.size);
+  return cost(m.tile(task), m.rows.side);
 }
 template <class Matrix>
 int64_t cost_on_columns(const Matrix& m, int64_t task) {
-  return cost(m.tile(task), m.columns.size);
+  return cost(m.tile(task), m.columns.side);
 }
 
 // At least `bytes` of memory, kept for the calling thread's next step: faulting in fresh pages

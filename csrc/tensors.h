@@ -33,9 +33,9 @@ struct FactorLists {
   TensorHandles factors, residuals, products;
 };
 
-// Their matrices, without what only one method has.
+// Their matrices, without what only one method has; `sizes` of their axes.
 template <class Matrix>
-std::vector<Matrix> matrices_of(const FactorLists& lists) {
+std::vector<Matrix> matrices_of(const FactorLists& lists, const std::vector<int64_t>& sizes) {
   static const int32_t bf16 = aoti_torch_dtype_bfloat16(), i16 = aoti_torch_dtype_int16();
   const int64_t count = lists.params.size();
   for (const TensorHandles* list : {&lists.factors, &lists.residuals, &lists.products}) {
@@ -45,21 +45,27 @@ std::vector<Matrix> matrices_of(const FactorLists& lists) {
                       (lists.buffers.empty() || lists.buffers.size() == lists.params.size()),
                   "the lists of tensors differ in length");
   std::vector<Matrix> matrices(count);
-  int64_t sizes[2];
+  STD_TORCH_CHECK(sizes.size() == 2, "a matrix has two axes");
   for (int k : {0, 1}) {
-    STD_TORCH_CHECK(get(aoti_torch_get_dim, lists.factors[k]) == 3,
-                    "factors must be (matrices, d, d)");
-    const int64_t d = sizes[k] = get(aoti_torch_get_sizes, lists.factors[k])[1];
-    auto* factor = data<BFloat16>(lists.factors[k], bf16, count * d * d, "factors");
-    auto* residual = data<int16_t>(lists.residuals[k], i16, count * d * d, "residuals");
+    const int64_t dim = get(aoti_torch_get_dim, lists.factors[k]);
+    STD_TORCH_CHECK(dim == 3 || dim == 4, "factors must be (matrices, d, d) or (matrices, n, b, b)");
+    const int64_t side = get(aoti_torch_get_sizes, lists.factors[k])[dim - 1];
+    const int64_t blocks = dim == 3 ? 1 : get(aoti_torch_get_sizes, lists.factors[k])[1];
+    STD_TORCH_CHECK(ceil_div(sizes[k], side) == blocks &&
+                        (dim == 3 ? side == sizes[k] : side % strip_size == 0),
+                    "the blocks of a factor must be multiples of ", strip_size,
+                    " and cover their axis");
+    const int64_t each = blocks * side * side;
+    auto* factor = data<BFloat16>(lists.factors[k], bf16, count * each, "factors");
+    auto* residual = data<int16_t>(lists.residuals[k], i16, count * each, "residuals");
     const bool cached = get(aoti_torch_get_numel, lists.products[k]) != 0;
     auto* product =
-        cached ? data<BFloat16>(lists.products[k], bf16, count * d * d, "products") : nullptr;
+        cached ? data<BFloat16>(lists.products[k], bf16, count * each, "products") : nullptr;
     for (int64_t i = 0; i < count; ++i) {
       FactorAxis& axis = matrices[i].axis(k);
-      const int64_t first = i * d * d;
-      axis.size = d;
-      axis.tiles = ceil_div(d, tile_size);
+      const int64_t first = i * each;
+      axis.size = sizes[k];
+      axis.side = side;
       axis.on_rows = k == 0;
       axis.cached = cached;
       axis.factor = factor + first;
@@ -92,9 +98,10 @@ void add_stacks(std::vector<Matrix>& matrices, const TensorHandles& stacks, T* A
   STD_TORCH_CHECK(stacks.size() == 2, "a matrix has two axes");
   const int64_t count = matrices.size();
   for (int k = 0; k < 2 && count; ++k) {
-    const int64_t d = matrices[0].axis(k).size;
-    T* stack = data<T>(stacks[k], expected, count * d * d, name);
-    for (int64_t i = 0; i < count; ++i) matrices[i].axis(k).*member = stack + i * d * d;
+    const FactorAxis& axis = matrices[0].axis(k);
+    const int64_t each = ceil_div(axis.size, axis.side) * axis.side * axis.side;
+    T* stack = data<T>(stacks[k], expected, count * each, name);
+    for (int64_t i = 0; i < count; ++i) matrices[i].axis(k).*member = stack + i * each;
   }
 }
 

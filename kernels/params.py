@@ -45,8 +45,9 @@ def _param_update(p, update, buf, lr, scalars_ptr):
 
 @triton.jit
 def _update_param_part(
-    job_ptr, scratch_ptr, param_ptr, buf_ptr, stride, size, update, lr, scalars_ptr, part
-):
+    job_ptr, scratch_ptr, members_ptr, size, update, lr, scalars_ptr, part,
+    PARAM: tl.constexpr, HAS_BUF: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
     ROWS: tl.constexpr = update.shape[0]
     COLUMNS: tl.constexpr = update.shape[1]
     m, n = size
@@ -61,14 +62,23 @@ def _update_param_part(
     # Before p and buf are loaded: with them in registers it would spill.
     bound = tl.load(scalars_ptr + IFSHAMPOO.bound)
     update = tl.clamp(update, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+    # Addresses too are loaded here, by every part.
+    member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + PARAMS.member)
+    ROW_MULTIPLE: tl.constexpr = LAYOUT.row_multiple
+    first = tl.multiple_of(tl.load(job_ptr + PARAMS.first), ROW_MULTIPLE)
+    param_ptr = pointer_at(member_ptr + MEMBER.param, scratch_ptr, PARAM) + first
+    stride = size_at(job_ptr + PARAMS.columns)
+    if EVEN:
+        stride = padded(stride)
     ptrs, mask = tile_of(param_ptr, stride, size, part, ROWS, COLUMNS)
     p = tl.load(ptrs, mask=mask).to(tl.float32)
     buf = None
-    if buf_ptr is not None:
+    if HAS_BUF:
+        buf_ptr = pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32) + first
         buf_ptrs, _ = tile_of(buf_ptr, stride, size, part, ROWS, COLUMNS)
         buf = tl.load(buf_ptrs, mask=mask)
     p, u = _param_update(p, update, buf, lr, scalars_ptr)
-    if buf_ptr is not None:
+    if HAS_BUF:
         tl.store(buf_ptrs, u, mask=mask)
     tl.store(ptrs, p.to(param_ptr.dtype.element_ty), mask=mask)
 
@@ -105,22 +115,14 @@ def _params_kernel(
     update = tl.zeros([BLOCK, BLOCK], tl.float32)
     update = product_tile(a, b, update, size, tile, False, False, BLOCK_K, PRECISION)
     lr = tl.load(lr_ptr).to(tl.float32)
-    member_ptr = members_ptr + len(MEMBER) * tl.load(job_ptr + PARAMS.member)
-    ROW_MULTIPLE: tl.constexpr = LAYOUT.row_multiple
-    first = tl.multiple_of(tl.load(job_ptr + PARAMS.first), ROW_MULTIPLE)
-    param_ptr = pointer_at(member_ptr + MEMBER.param, scratch_ptr, PARAM) + first
-    buf_ptr = None
-    if HAS_BUF:
-        buf_ptr = pointer_at(member_ptr + MEMBER.buffer, scratch_ptr, tl.float32) + first
-    columns = size_at(job_ptr + PARAMS.columns)
     even = (m, padded(n))
     if tl.load(job_ptr + PARAMS.spill) == 0:  # rows are aligned
         parts = quarters(update)
         for i in tl.static_range(4):
             part = (tile[0], 4 * tile[1] + i)
             _update_param_part(
-                job_ptr, scratch_ptr, param_ptr, buf_ptr, padded(columns), even, parts[i], lr,
-                scalars_ptr, part,
+                job_ptr, scratch_ptr, members_ptr, even, parts[i], lr, scalars_ptr, part,
+                PARAM, HAS_BUF, True,
             )  # fmt: skip
     else:
         spill_ptr = pointer_at(job_ptr + PARAMS.spill, scratch_ptr, tl.float32)
@@ -129,13 +131,13 @@ def _params_kernel(
         for i in range(BLOCK // LAYOUT.spilled_rows):
             part = (tile[0] * (BLOCK // LAYOUT.spilled_rows) + i, tile[1])
             rows = spilled(spill_ptr, (m, n), part, LAYOUT.spilled_rows, BLOCK)
-            if columns % ROW_MULTIPLE == 0:
+            if size_at(job_ptr + PARAMS.columns) % LAYOUT.row_multiple == 0:
                 _update_param_part(
-                    job_ptr, scratch_ptr, param_ptr, buf_ptr, padded(columns), even, rows, lr,
-                    scalars_ptr, part,
+                    job_ptr, scratch_ptr, members_ptr, even, rows, lr, scalars_ptr, part,
+                    PARAM, HAS_BUF, True,
                 )  # fmt: skip
             else:
                 _update_param_part(
-                    job_ptr, scratch_ptr, param_ptr, buf_ptr, columns, (m, n), rows, lr,
-                    scalars_ptr, part,
+                    job_ptr, scratch_ptr, members_ptr, (m, n), rows, lr, scalars_ptr, part,
+                    PARAM, HAS_BUF, False,
                 )  # fmt: skip

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..reference import matrix
-from ..reference.structures import Structure
+from ..reference.structures import Blocks, Structure
 from . import by_reference
 from .axes import known_sizes, structures_of
 from .by_reference import IFShampooTensors
+
+PACKED_DEPTH = 32  # block_depth of csrc/packed.h
 
 
 def ifshampoo_(
@@ -41,7 +43,7 @@ def ifshampoo_(
         structures = structures_of(every.factors, joint_norms, first, first + count)
         first += count
         own = by_reference.take_bucket(bucket, every, axes)
-        if kernel_serves("_ifshampoo_bf16_", own.params, own.residuals):
+        if kernel_serves("_ifshampoo_bf16_", own.params, own.residuals, structures):
             _in_the_kernel(own, scalars)
         elif count == 2:
             _stacked(own, structures, **scalars)
@@ -50,11 +52,20 @@ def ifshampoo_(
             by_reference.ifshampoo_(*own, axes=[count], structures=structures, **scalars)
 
 
-def kernel_serves(name: str, params: list[Tensor], residuals: list[Tensor]) -> bool:
-    """Whether the C++ kernel serves a bucket of these parameters; `residuals` has one an axis."""
+def kernel_serves(
+    name: str, params: list[Tensor], residuals: list[Tensor], structures: Sequence[Structure]
+) -> bool:
+    """Whether the C++ kernel serves a bucket of these parameters.
+
+    residuals, structures: one an axis. Blocks are served whose size is a multiple of 32, how deep
+        the kernel packs, and which are bounded each by itself.
+    """
     return (
         len(residuals) == 2
-        and all(residual.numel() and residual.dim() == 3 for residual in residuals)
+        and all(residual.numel() for residual in residuals)
+        and not any(
+            isinstance(s, Blocks) and (s.joint_norm or s.block % PACKED_DEPTH) for s in structures
+        )
         and all(p.dtype != torch.float64 for p in params)
         and hasattr(torch.ops.rootfree_fused, name)  # the extension is built
         and torch.ops.rootfree_fused._bf16_kernel_runs()
@@ -76,7 +87,8 @@ def _in_the_kernel(own: IFShampooTensors, scalars: dict[str, Any]) -> None:
     with contiguous_copies(own.params, own.buffers) as (params, buffers):
         grads = [g.contiguous() for g in own.grads]
         operands = own._replace(params=params, grads=grads, buffers=buffers)
-        torch.ops.rootfree_fused._ifshampoo_bf16_(*operands, **scalars)
+        sizes = known_sizes(own.params[0], own.factors)
+        torch.ops.rootfree_fused._ifshampoo_bf16_(*operands, sizes=sizes, **scalars)
 
 
 def _stacked(

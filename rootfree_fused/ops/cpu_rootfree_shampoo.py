@@ -44,7 +44,8 @@ def rootfree_shampoo_(
     every = RootFreeShampooTensors(params, grads, *tensors)
     for bucket in range(len(every.factors) // 2):
         own = by_reference.take_pair(bucket, every)
-        if kernel_serves("_rootfree_shampoo_bf16_", own.params, own.residuals):
+        structures = list(map(structure_of_stack, own.factors))
+        if kernel_serves("_rootfree_shampoo_bf16_", own.params, own.residuals, structures):
             _in_the_kernel(own, scalars)
         else:
             _stacked(own, **scalars)
@@ -54,7 +55,8 @@ def _in_the_kernel(own: RootFreeShampooTensors, scalars: dict[str, Any]) -> None
     with contiguous_copies(own.params, own.buffers) as (params, buffers):
         grads = [g.contiguous() for g in own.grads]
         operands = own._replace(params=params, grads=grads, buffers=buffers)
-        torch.ops.rootfree_fused._rootfree_shampoo_bf16_(*operands, **scalars)
+        sizes = known_sizes(own.params[0], own.factors)
+        torch.ops.rootfree_fused._rootfree_shampoo_bf16_(*operands, sizes=sizes, **scalars)
 
 
 def _stacked(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..reference.structures import Structure
 from . import by_reference, cpu_matrix, cpu_rootfree_shampoo, extensions, install
 from .axes import bucket_sizes
 from .by_reference import IFShampooTensors, RootFreeShampooTensors
@@ -107,15 +108,19 @@ def diagonal_kernels(name: str, params: list[Tensor]) -> DiagonalKernels | None:
 
 
 def matrix_kernel(
-    name: str, params: list[Tensor], residuals: list[Tensor]
+    name: str,
+    params: list[Tensor],
+    residuals: list[Tensor],
+    sizes: Sequence[int],
+    structures: Sequence[Structure],
 ) -> Callable[..., None] | None:
     """What a step on the CPU may call for a bucket instead of the operator, which would find it.
 
     name: of the C++ kernel. It takes contiguous tensors, no `axes` and no scaler's tensors.
-    residuals: one an axis. None where the C++ kernel does not serve these parameters.
+    residuals, sizes, structures: one an axis. None where it does not serve these parameters.
     """
-    if params[0].is_cpu and cpu_matrix.kernel_serves(name, params, residuals):
-        return cast(Callable[..., None], getattr(torch.ops.rootfree_fused, name))
+    if params[0].is_cpu and cpu_matrix.kernel_serves(name, params, residuals, structures):
+        return partial(getattr(torch.ops.rootfree_fused, name), sizes=list(sizes))
     return None
 
 
@@ -155,7 +160,7 @@ def _warned(stem: str, body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@functools.cache
+@cache
 def _warn_slow(device: str, error: ImportError) -> None:
     if advice := install.cure(device, error):
         cause, cure = advice
@@ -172,7 +177,7 @@ def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[...,
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
         kernels = extensions.triton("diag")
         missing = isinstance(kernels, ImportError) or method.name not in cast(Any, kernels).BODIES
-        body = slow if missing else functools.partial(cast(Any, kernels).update_, method.name)
+        body = slow if missing else partial(cast(Any, kernels).update_, method.name)
         served = list(map(triton_serves, params))
         if all(served):
             body(params, *tensors, **scalars)

@@ -227,7 +227,8 @@ class _Matrices:
         self._grads = members.grads
         self._axes = method.axes(buckets)
         self._specified: Callable[..., None] | None = None
-        if not (layout := buckets[0].layout).in_kernels:  # the operator could not tell it
+        layout = buckets[0].layout
+        if not layout.in_kernels:  # the operator could not tell it
             self._specified = partial(
                 by_reference.ifshampoo_, sizes=layout.sizes, structures=layout.structures
             )
@@ -236,7 +237,15 @@ class _Matrices:
             t.is_contiguous() for t in (*self.params, *own, *self.buffers)
         )
         self._kernel = (
-            matrix_kernel(method.kernel, self.params, buckets[0].residuals) if alone else None
+            matrix_kernel(
+                method.kernel,
+                self.params,
+                buckets[0].residuals,
+                layout.sizes,
+                layout.structures,
+            )
+            if alone
+            else None
         )
         launched = addresses is not None and self._specified is None
         kernels = matrix_kernels(method.name, self.params) if launched else None

@@ -156,7 +156,7 @@ def test_every_subcommand_that_measures_can_refuse(name):
     parser = argparse.ArgumentParser()
     module(name).add_arguments(parser)
     asks = {"--reference", "--dirty", "--device"} & {*parser._option_string_actions}
-    assert len(asks) == (0 if name in ("sass", "report") else 3)
+    assert len(asks) == (0 if name in ("sass", "report", "layouts") else 3)
 
 
 def test_commit_is_unknown_outside_git(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from bench import gpu, gpu_cases, matrix
 from bench.__main__ import main
 from bench.measuring import rows
 from bench.optimizers import eigh
+from bench.optimizers.peers import limited
 from bench.report import targets
 from bench.workloads import operator
 
@@ -278,10 +279,10 @@ def test_a_wrong_step_is_red_and_gets_no_time(tmp_path, monkeypatch):
 def test_a_step_is_judged_by_the_factors_that_it_should_have(tmp_path):
     found = collected(tmp_path)
     values, grads = ([torch.full((6, 6), v, dtype=torch.bfloat16)] * 2 for v in (0.0, 0.1))
-    for limit in (6, 5):
-        peer = gpu_cases.dense_up_to(limit)
+    for limit in (6, 1):
+        peer = limited(gpu_cases.OURS, limit)
         assert matrix.checked_step(found, "c", "p", peer, values, grads)
-    diagonal = dataclasses.replace(gpu_cases.dense_up_to(6), build=gpu_cases.dense_up_to(5).build)
+    diagonal = dataclasses.replace(peer, displacement=limited(gpu_cases.OURS, 6).displacement)
     assert matrix.checked_step(found, "c", "p", diagonal, values, grads) is None
 
 

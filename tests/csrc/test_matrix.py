@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.blocks import without_padding
 from helpers.comparison import assert_bits_equal, assert_no_worse_than, relative_error
 from helpers.cpu_matrix import (
     BF16,
@@ -45,6 +46,27 @@ def test_sizes(sizes, cached):
 @pytest.mark.usefixtures("isa")
 def test_sizes_of_several_tiles():
     Problem(one((300, 130)) + one((130, 300), cached=(True, False))).check()
+
+
+BLOCKS = {  # of one tile and of several, the last shorter
+    "rows": ((100, 40), (32, True)),
+    "columns": ((40, 200), (True, 96)),
+    "both": ((130, 70), (64, 32)),
+    "several tiles": ((300, 257), (160, 128)),
+    "not the kernel's": ((70, 33), (16, 8)),
+}
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("cached", [DENSE, DIAGONAL, (True, False)], ids=str)
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks(case, cached):
+    sizes, blocks = BLOCKS[case]
+    problem = Problem(one(sizes, 3, blocks, cached))
+    problem.check([True, False, True], factor=3)
+    for name in ("factors", "residuals", "momenta"):  # zeros where blocks are padded
+        for stack, size in zip(getattr(problem, name), sizes, strict=True):
+            assert torch.equal(stack, without_padding(stack, size)), name
 
 
 @pytest.mark.usefixtures("isa")

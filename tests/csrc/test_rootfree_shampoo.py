@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.blocks import without_padding
 from helpers.comparison import assert_bits_equal
 from helpers.cpu_rootfree_shampoo import BF16, CACHED, F16, F32, F64, INF, NAN, Problem
 from helpers.layouts import channels_last, gapped, transposed
@@ -45,6 +46,25 @@ def test_sizes(sizes, cached):
 
 def test_sizes_of_several_tiles():
     Problem(one((300, 130)) + one((130, 300), 1, (True, False))).check()
+
+
+BLOCKS = {  # of one tile and of several, the last shorter
+    "rows": ((100, 40), (32, True)),
+    "columns": ((40, 200), (True, 96)),
+    "both": ((130, 70), (64, 32)),
+    "several tiles": ((300, 257), (160, 128)),
+}
+
+
+@pytest.mark.parametrize("cached", [CACHED, (False, False), (True, False)], ids=str)
+@pytest.mark.parametrize("case", BLOCKS)
+def test_blocks(case, cached):
+    sizes, blocks = BLOCKS[case]
+    problem = Problem([(sizes, 3, cached, blocks)])
+    problem.check([True, False, True], factor=3)
+    for name in ("factors", "residuals", "grams"):  # zeros where blocks are padded
+        for stack, size in zip(getattr(problem, name), sizes, strict=True):
+            assert torch.equal(stack, without_padding(stack, size)), name
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -254,6 +274,7 @@ def test_misuse_changes_nothing(case):
             *(problem.grams, problem.factors, problem.residuals, problem.products),
             problem.steps,
             torch.tensor(0.1),
+            sizes=[9, 5],
             update_factors=True,
             refresh_products=False,
             **problem.scalars,

@@ -7,10 +7,12 @@ the results of chained products in bfloat16, sums in float32.
 from __future__ import annotations
 
 import torch
+from helpers.blocks import structure_for
 from helpers.comparison import assert_bits_equal, assert_no_worse_than
 
 from rootfree_fused import reference
 from rootfree_fused.reference import matrix
+from rootfree_fused.reference.structures import structure_of
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
@@ -36,7 +38,10 @@ RAGGED = [(2, 3), (1, 65), (7, 63), (63, 65), (64, 64), (65, 7), (128, 33), (130
 
 
 class Problem:
-    """One call of the operator: `buckets` are (sizes, dense axes, members, cached axes)."""
+    """One call of the operator: `buckets` are (sizes, axes, members, cached axes).
+
+    Of the axes see helpers/blocks.py.
+    """
 
     def __init__(self, buckets, dtype=BF16, param=F32, grad=None, like=torch.clone, **changes):
         self.dtype, self.scalars = dtype, {**SCALARS, **changes}
@@ -52,16 +57,17 @@ class Problem:
                 self.grads.append(like((0.3 * torch.randn(sizes)).to(grad or param)))
                 if self.scalars["momentum"]:
                     self.buffers.append(like(torch.randn(sizes).to(wide)))
-            for d, is_dense, is_cached in zip(sizes, dense, cached, strict=True):
-                self._add_axis(members, d, is_dense, is_cached)
+            for d, flag, is_cached in zip(sizes, dense, cached, strict=True):
+                self._add_axis(members, d, structure_for(flag), is_cached)
 
-    def _add_axis(self, members, d, dense, cached):
+    def _add_axis(self, members, d, structure, cached):
         """A factor near the identity and a symmetric momentum."""
-        empty = torch.empty(0)
+        empty, dense = torch.empty(0), structure.is_dense
         if dense:
             factor = torch.eye(d, dtype=F64) + 0.3 * torch.randn(members, d, d, dtype=F64) / d**0.5
             momentum = torch.randn(members, d, d, dtype=F64) / d
-            momentum = (momentum + momentum.mT).to(self.dtype)
+            momentum = structure.from_matrix((momentum + momentum.mT).to(self.dtype))
+            factor = structure.from_matrix(factor)
         else:
             factor = 1 + 0.3 * torch.randn(members, d, dtype=F64)
             momentum = torch.randn(members, d, dtype=F64).to(F64 if self.dtype == F64 else F32) / d
@@ -163,10 +169,12 @@ class Problem:
 
 def eager_product(x, factor, axis, dtype):
     """F^T X on axis 0 or X F on axis 1, rounded to the dtype of the products."""
-    if factor.dim() == 1:
-        return (x * factor.unsqueeze(1 - axis)).to(dtype)
-    factor, x = factor_read(factor, dtype), x.to(wide_of(dtype))
-    return (x @ factor if axis else factor.T @ x).to(dtype)
+    structure, read = structure_of(factor), factor_read(factor, dtype)
+    if factor.dim() > 1:
+        x = x.to(wide_of(dtype))
+    if axis == 0:
+        return structure.left(read, x, transposed=True).to(dtype)
+    return structure.right(x, read).to(dtype)
 
 
 def wide_of(dtype):
@@ -174,7 +182,7 @@ def wide_of(dtype):
 
 
 def factor_read(factor, dtype):
-    return factor.to(dtype).to(wide_of(dtype)) if factor.dim() == 2 else factor
+    return factor.to(dtype).to(wide_of(dtype)) if factor.dim() > 1 else factor
 
 
 def eager_update_(grad, factors, momenta, dtype, **scalars):
@@ -182,21 +190,16 @@ def eager_update_(grad, factors, momenta, dtype, **scalars):
     transformed = eager_product(eager_product(grad, factors[0], 0, dtype), factors[1], 1, dtype)
     values = [factor.clone() for factor in factors]
     for axis, (factor, m) in enumerate(zip(factors, momenta, strict=True)):
-        other = values[1 - axis]
+        structure, read = structure_of(factor), factor_read(factor, dtype)
         unfolded = (transformed.T if axis else transformed).to(wide)
-        read = factor_read(factor, dtype)
-        trace = other.square().sum() / len(other)
-        if factor.dim() == 2:
-            gram, square, one = unfolded @ unfolded.T, read.T @ read, torch.eye(len(read))
-        else:
-            gram, square, one = unfolded.square().sum(1), read.square(), torch.ones(len(read))
-        target = scalars["batch_size"] / unfolded.shape[1] * gram
-        target = (target + scalars["damping"] * trace * square - one) / 2
-        new = m.to(wide).lerp(target, 1 - scalars["factor_momentum"])
+        trace = values[1 - axis].square().sum() / unfolded.shape[1]
+        target = scalars["batch_size"] / unfolded.shape[1] * structure.gram(unfolded)
+        target += scalars["damping"] * trace * structure.square(read)
+        structure.add_identity_(target, -1, len(unfolded))
+        new = m.to(wide).lerp(target / 2, 1 - scalars["factor_momentum"])
         m.copy_(new)
-        step = scalars["factor_lr"] / new.norm().clamp_min(1)
-        product = read @ m.to(wide) if factor.dim() == 2 else factor * m
-        values[axis] = factor - step * product
+        step = scalars["factor_lr"] / structure.norms(new).clamp_min(1)
+        values[axis] = factor - step * structure.product(read, m.to(wide))
     for factor, value in zip(factors, values, strict=True):
         factor.copy_(value)
 
@@ -204,8 +207,8 @@ def eager_update_(grad, factors, momenta, dtype, **scalars):
 def eager_precondition(grad, factors, dtype):
     for axis, factor in enumerate(factors):
         square = factor.square()
-        if factor.dim() == 2:
+        if factor.dim() > 1:
             read = factor_read(factor, dtype)
-            square = (read @ read.T).to(dtype)
+            square = (read @ read.mT).to(dtype)
         grad = eager_product(grad, square, axis, dtype)
     return grad.to(wide_of(dtype))

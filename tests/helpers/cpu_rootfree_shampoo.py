@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 
 import torch
+from helpers.blocks import structure_for
 from helpers.comparison import assert_bits_equal, assert_no_worse_than
 
 from rootfree_fused import reference
 from rootfree_fused.reference import matrix
 from rootfree_fused.reference.rootfree_shampoo import balance_rows_, scaled
+from rootfree_fused.reference.structures import structure_of
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 NAN, INF = float("nan"), float("inf")
@@ -38,17 +40,29 @@ def product(a, b):
     return rounded(a) @ rounded(b)
 
 
+def left(factor, x):
+    return structure_of(factor).left(rounded(factor), rounded(x))
+
+
+def right(x, factor):
+    return structure_of(factor).right(rounded(x), rounded(factor))
+
+
 class Problem:
-    """One call of the operator: `buckets` are (sizes, members, cached axes)."""
+    """One call of the operator: `buckets` are (sizes, members, cached axes, axes).
+
+    Of the axes, left out where both are dense, see helpers/blocks.py.
+    """
 
     def __init__(self, buckets, param=F32, grad=None, like=torch.clone, factor_scale=1, **changes):
         self.scalars = {**SCALARS, **changes}
         self.params, self.grads, self.buffers, self.rows = [], [], [], []
         self.grams, self.factors, self.residuals, self.products = [], [], [], []
         self.sizes, steps = [], []
-        for sizes, members, cached in buckets:
+        for sizes, members, cached, *flags in buckets:
+            structures = list(map(structure_for, *(flags or [(True, True)])))
             self.sizes += [sizes] * members
-            states = [self._state(sizes) for _ in range(members)]
+            states = [self._state(sizes, structures) for _ in range(members)]
             steps += range(2, members + 2)
             for rows, _, _, buffer in states:
                 self.params.append(like(torch.randn(sizes).to(param)))
@@ -68,13 +82,16 @@ class Problem:
                 self.products.append(poison if cached[k] else torch.empty(0))
         self.steps = torch.tensor(steps, dtype=F32)
 
-    def _state(self, sizes):
+    def _state(self, sizes, structures):
         """The rows' averages, S, K and M after a few steps of the specification."""
         param, rows = torch.zeros(sizes, dtype=F64), torch.zeros(sizes[0], dtype=F64)
         buffer = torch.zeros(sizes, dtype=F64)
         starts = zip(*reference.start_values(SCALARS["damping"]), strict=True)
         grams, factors = (
-            [value * torch.eye(d, dtype=F64) for d, value in zip(sizes, values, strict=True)]
+            [
+                structure.from_matrix(value * torch.eye(d, dtype=F64))
+                for d, value, structure in zip(sizes, values, structures, strict=True)
+            ]
             for values in starts
         )
         spread = torch.linspace(0.1, 2, sizes[1], dtype=F64)  # not all directions alike
@@ -178,22 +195,24 @@ def rounded_step_(
     buffer.lerp_(g, 1 - beta1)
     update = rounded(buffer * beta1 + g * (1 - beta1))
     if update_factors:
-        seen = product(g, factors[1]), product(factors[0].T, g).T
+        seen = right(g, factors[1]), left(factors[0].mT, g).T
         for gram, factor, unfolded in zip(grams, factors, seen, strict=True):
-            gram.lerp_(product(unfolded, unfolded.T) / unfolded.shape[1], 1 - beta2)
-            lam = damping * gram.diagonal().mean()
-            error = product(factor.T, product(gram, factor) + lam * rounded(factor))
-            error.diagonal().sub_(1)
-            bound = torch.fmin(error.norm(), product(error, error).norm().sqrt())
+            structure, size = structure_of(factor), len(unfolded)
+            gram.lerp_(structure.gram(rounded(unfolded)) / unfolded.shape[1], 1 - beta2)
+            lam = damping * structure.diagonal(gram).sum() / size
+            error = product(factor.mT, product(gram, factor) + lam * rounded(factor))
+            structure.add_identity_(error, -1, size)
+            squared = structure.norms(product(error, error))
+            bound = torch.fmin(structure.norms(error), squared.sqrt())
             factor.sub_(product(factor, error) * (0.5 / bound.clamp_min(1)))
     rows_factors, columns_factors = (
-        [product(factor, factor.T)] if kept else [factor, factor.T]
+        [product(factor, factor.mT)] if kept else [factor, factor.mT]
         for factor, kept in zip(factors, cached, strict=True)
     )
     for factor in reversed(rows_factors):
-        update = product(factor, update)
+        update = left(factor, update)
     for factor in columns_factors:
-        update = product(update, factor)
+        update = right(update, factor)
     if row_beta is not None:
         update = balance_rows_(update, rows, step, row_beta)
     rms = update_rms * reference.shape_scale(*update.shape)

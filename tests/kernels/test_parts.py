@@ -62,7 +62,8 @@ def test_flops_are_those_of_the_tiles():
     assert matrix.flops_of(bucket(1, (256, 256)), 128) == (12 + 12 * 3 // 4) * 256**3
     assert matrix.flops_of(bucket(1, (64, 64)), 128) == 4 * 24 * 64**3
     in_blocks = bucket(1, (256, 256))._replace(blocks=(128, 128))
-    assert matrix.flops_of(in_blocks, 128) == 2 * (2 * 4 * 4 + 2 * 5 + 2) * 128**3
+    # Four products of four tiles, two blocks of M M^T an axis 256 deep, and three of each block.
+    assert matrix.flops_of(in_blocks, 128) == 2 * (4 * 4 + 4 * 2 + 4 * 3) * 128**3
 
 
 @pytest.fixture
