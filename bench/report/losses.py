@@ -158,8 +158,11 @@ def basin(rows: list[Row], path: Path) -> None:
         logarithmic(axis, "y")
         axis.set(xlabel="lr", ylabel=f"{own[0]['metric']}, {own[0]['unit']}", title=case)
         axis.set_ylim(lowest, top)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    named = {}  # of all panels, as not every method is in each
+    for axis in figure.axes:
+        named |= {line.get_label(): line for line in axis.lines}
+    shown = dict(handles=list(named.values()), labels=list(named))
+    figure.legend(**shown, frameon=False, fontsize=8, loc="outside right center")
     save(figure, rows, path, "Last loss against lr, one seed; at the top: above it, or diverged")
 
 

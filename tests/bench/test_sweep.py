@@ -198,3 +198,18 @@ def test_the_axis_of_a_basin_tells_apart_what_trained():
     assert losses.edges([[1.0, 1.2], [1.1]]) == pytest.approx((1 / margin, 1.2 * margin))
     margin = 6**0.04
     assert losses.edges([[1.0, 1e9], [], [2.0, 1e9]]) == pytest.approx((1 / margin, 6 * margin))
+
+
+@needs_extras
+def test_the_legend_of_a_basin_names_what_only_one_panel_has(monkeypatch, tmp_path):
+    jobs = [("digits", "SOAP"), ("text", "SOAP"), ("text", "Muon")]
+    rows = [
+        {**ended(plan.Job("basin", task, name, json.dumps({"lr": lr}), 0), 1 + lr), "unit": "nat"}
+        for task, name in jobs
+        for lr in (0.01, 0.1)
+    ]
+    figures = []
+    monkeypatch.setattr(losses, "save", lambda figure, *_: figures.append(figure))
+    losses.basin(losses.basin_rows(rows), tmp_path / "basin.png")
+    (legend,) = figures[0].legends
+    assert {text.get_text() for text in legend.texts} == {"SOAP", "Muon"}
