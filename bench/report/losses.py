@@ -40,11 +40,8 @@ def losses(rows: list[Row]) -> str:
         own = [row for row in rows if row["detail"]["kind"] == kind]
         if own:
             parts += [f"**{title}**", _table(own)]
-    if structured := [row for row in rows if row["detail"]["kind"] == "structures"]:
-        parts += [
-            "**At the defaults, by the structure of factors**",
-            _by_structure(rows, structured),
-        ]
+    if by_structure := structures(rows):
+        parts += ["**At the defaults, by the structure of factors**", by_structure]
     notes = (
         "The loss after the last step, mean and standard deviation over the seeds, lowest in bold: "
         "on text and digits of the test data, in nat, of the autoencoder on all images, squared "
@@ -53,8 +50,9 @@ def losses(rows: list[Row]) -> str:
     return page(*parts, notes)
 
 
-def _by_structure(rows: list[Row], structured: list[Row]) -> str:
+def structures(rows: list[Row]) -> str:
     """Of each optimizer a line for dense factors, as "auto" has them, and one for each other."""
+    structured = [row for row in rows if _kind(row) == "structures"]
     lines = []
     for name in unique(structured, "provider"):
         for case in unique(structured, "case"):
@@ -64,7 +62,7 @@ def _by_structure(rows: list[Row], structured: list[Row]) -> str:
                 found.setdefault(_structure(row), []).append(row)
             most = max(map(len, found.values()))
             lines += [[name, of, _cell(own, most)] for of, own in found.items()]
-    return markdown(["optimizer", "factors", "test loss"], lines)
+    return markdown(["optimizer", "factors", "test loss"], lines) if lines else ""
 
 
 def _structure(row: Row) -> str:

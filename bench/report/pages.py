@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/benchmarks.md, each between `<!-- bench:NAME -->` and
+"""The tables of README.md and of the pages in docs, each between `<!-- bench:NAME -->` and
 `<!-- /bench -->`, from stored rows; and the comparison of one machine that `make bench` ends with.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from ..measuring.common import PROBE_BYTES
 from ..measuring.rows import ROOT, Row, select, unique
 from .cells import NOISY, markdown, noisy, page, provenance, timed
-from .losses import KINDS, losses
+from .losses import KINDS, in_order, losses, structures
 from .tables import FORWARD
 from .training import loss, reached, step_time
 
@@ -177,6 +177,15 @@ def trained(files: Files) -> str:
     return page(losses(rows), _measured(*runs))
 
 
+def structured(files: Files) -> str:
+    """Losses on text by the structure of factors."""
+    runs = [rows for name, rows in files.items() if name.endswith("/sweep")]
+    kinds = ("defaults", "structures")
+    rows = in_order([row for own in runs for row in own if row["detail"]["kind"] in kinds])
+    shown = [row for row in rows if row["detail"]["kind"] == "structures"]
+    return page(structures(rows), _measured(shown))
+
+
 # Of the optimizers of `bench step`, those in the pages.
 NETWORK_PEERS = (OURS, SIRFSHAMPOO, SOAP, EIGH, "torch Muon", "torch AdamW, fused")
 
@@ -272,6 +281,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "networks": networks,
     "text": text,
     "losses": trained,
+    "structures": structured,
     "epyc": _of_machine("epyc"),
     "xeon": _of_machine("xeon-amx"),
 }
