@@ -5,7 +5,10 @@
 // version of torch and of Python, which its name states; without it the optimizers ask from Python.
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <structmember.h>
+
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace {
@@ -84,15 +87,94 @@ bool is_plain(const at::Tensor& tensor) {
   return !tensor.unsafeGetTensorImpl()->key_set().has_any(not_plain);
 }
 
-// Of a tensor that stays where it is.
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Reference = std::unique_ptr<PyObject, Release>;
+
+// Null where there is no such attribute.
+Reference attribute(PyObject* object, PyObject* name) {
+  Reference value(PyObject_GetAttr(object, name));
+  if (!value) PyErr_Clear();
+  return value;
+}
+
+// What an object of a class with `__slots__` has in one of them.
+class Slot {
+ public:
+  explicit Slot(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+  // Borrowed; null where the class has no such slot.
+  PyObject* of(PyObject* object) {
+    if (Py_TYPE(object) != known_) {
+      const Reference slot = attribute(reinterpret_cast<PyObject*>(Py_TYPE(object)), name_);
+      if (!slot || Py_TYPE(slot.get()) != &PyMemberDescr_Type) return nullptr;
+      offset_ = reinterpret_cast<PyMemberDescrObject*>(slot.get())->d_member->offset;
+      known_ = Py_TYPE(object);
+    }
+    return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  }
+
+ private:
+  PyObject* name_;
+  PyTypeObject* known_ = nullptr;
+  Py_ssize_t offset_ = 0;
+};
+
+// What of a DTensor this rank has, borrowed; null for a tensor that is none.
+PyObject* local_tensor(PyObject* object) {
+  static Slot slot("_local_tensor");
+  PyObject* local = slot.of(object);
+  return local && THPVariable_CheckExact(local) ? local : nullptr;
+}
+
+// Whether two DTensors are laid out alike over the same ranks.
+bool lie_alike(PyObject* object, PyObject* other) {
+  static Slot slot("_spec");
+  static PyObject* const names[] = {PyUnicode_InternFromString("placements"),
+                                    PyUnicode_InternFromString("mesh")};
+  PyObject *const spec = slot.of(object), *const other_spec = slot.of(other);
+  if (!spec || !other_spec) return false;
+  if (spec == other_spec) return true;
+  for (PyObject* name : names) {
+    const Reference value = attribute(spec, name), other_value = attribute(other_spec, name);
+    const bool alike = value && other_value &&
+                       PyObject_RichCompareBool(value.get(), other_value.get(), Py_EQ) == 1;
+    PyErr_Clear();
+    if (!alike) return false;
+  }
+  return true;
+}
+
+// Of a tensor that stays where it is; of a DTensor, that it is the same, and of what it has here.
 template <class Taker>
 bool describe(PyObject* object, Taker& taker) {
-  if (!THPVariable_CheckExact(object)) return false;
+  if (!THPVariable_CheckExact(object)) {
+    if (!THPVariable_Check(object)) return false;
+    PyObject* const local = local_tensor(object);
+    return local && taker.take({.object = object}) && describe(local, taker);
+  }
   const at::Tensor& tensor = THPVariable_Unpack(object);
   if (!is_plain(tensor)) return false;
   const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const void* storage = impl.unsafe_storage().unsafeGetStorageImpl();
   return describe(tensor, {object, &impl, storage, impl.data()}, taker);
+}
+
+// Of a gradient, laid out as its parameter is; its address goes to `grads`.
+template <class Taker>
+bool describe_gradient(PyObject* param, const at::Tensor& grad, Taker& taker,
+                       std::vector<const void*>& grads) {
+  const at::Tensor* own = &grad;
+  Reference object;
+  if (!THPVariable_CheckExact(param)) {
+    object.reset(THPVariable_Wrap(grad));
+    PyObject* const local = object ? local_tensor(object.get()) : nullptr;
+    if (!local || !lie_alike(param, object.get())) return false;
+    own = &THPVariable_Unpack(local);
+  }
+  if (!is_plain(*own) || !describe(*own, Entry{}, taker)) return false;
+  grads.push_back(own->unsafeGetTensorImpl()->data());
+  return true;
 }
 
 // Of the parameters, of their gradients, if any, and of the state of those that have one. The
@@ -110,8 +192,7 @@ bool describe(PyObject* params, PyObject* states, Taker& taker, std::vector<cons
       if (!taker.take({.numel = -1})) return false;
       continue;
     }
-    if (!is_plain(grad) || !describe(grad, Entry{}, taker)) return false;
-    grads.push_back(grad.unsafeGetTensorImpl()->data());
+    if (!describe_gradient(param, grad, taker, grads)) return false;
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(state, &position, &key, &value)) {
@@ -166,6 +247,24 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// gradients(params): those that there are, of DTensors what this rank has of them.
+PyObject* gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (!are_lists(arguments, count, 1)) return nullptr;
+  Reference found(PyList_New(0));
+  for (Py_ssize_t i = 0; found && i < PyList_GET_SIZE(arguments[0]); ++i) {
+    PyObject* param = PyList_GET_ITEM(arguments[0], i);
+    if (!THPVariable_Check(param)) return PyErr_Format(PyExc_TypeError, "expected tensors");
+    const at::Tensor& grad = THPVariable_Unpack(param).grad();
+    if (!grad.defined()) continue;
+    const Reference object(THPVariable_Wrap(grad));
+    PyObject* const local = object ? local_tensor(object.get()) : nullptr;
+    if (!object || PyList_Append(found.get(), local ? local : object.get()) < 0) return nullptr;
+  }
+  return found.release();
+  END_HANDLE_TH_ERRORS
+}
+
 // has_values(dict, values): whether the values of the dict are these objects, in this order.
 PyObject* has_values(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 2 || !PyDict_Check(arguments[0]) || !PyList_CheckExact(arguments[1])) {
@@ -198,6 +297,7 @@ PyObject* mark_changed(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 PyMethodDef methods[] = {
     {"fingerprint", reinterpret_cast<PyCFunction>(fingerprint), METH_FASTCALL, nullptr},
     {"unchanged", reinterpret_cast<PyCFunction>(unchanged), METH_FASTCALL, nullptr},
+    {"gradients", reinterpret_cast<PyCFunction>(gradients), METH_FASTCALL, nullptr},
     {"has_values", reinterpret_cast<PyCFunction>(has_values), METH_FASTCALL, nullptr},
     {"mark_changed", reinterpret_cast<PyCFunction>(mark_changed), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};

@@ -60,7 +60,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, a DTensor, a sparse gradient, or an
+        TypeError: a parameter that is not dense and floating, a sparse gradient, or an
             argument that torch.optim has and this class has not.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
@@ -148,7 +148,7 @@ class RootFreeAdamW(DiagonalOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, a DTensor, a sparse gradient, or an
+        TypeError: a parameter that is not dense and floating, a sparse gradient, or an
             argument that torch.optim has and this class has not.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,

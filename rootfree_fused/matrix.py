@@ -21,7 +21,14 @@ from .optimizer.state import MOMENTUM, Initial, full_like
 
 Structure = (
     Literal[
-        "auto", "dense", "diagonal", "block", "hierarchical", "lower_toeplitz", "upper_toeplitz"
+        "auto",
+        "dense",
+        "diagonal",
+        "dense_or_diagonal",
+        "block",
+        "hierarchical",
+        "lower_toeplitz",
+        "upper_toeplitz",
     ]
     | str
 )
@@ -76,12 +83,14 @@ class IFShampoo(MatrixOptimizer):
         update_schedule: "constant", or "log4", as released: after an update at step k wait
             min(max(floor(log4(k + 1)), 1), update_interval) steps.
         structures: of the factors: "auto" (dense up to max_dense_dim, blocks up to 16 times it,
-            diagonal above), "dense", "diagonal", "block", "hierarchical", "lower_toeplitz",
-            "upper_toeplitz", or singd's name for one; or a tuple of them, one an axis. The last
-            three have no kernels: the PyTorch reference steps them, in float32.
+            diagonal above), "dense", "diagonal", "dense_or_diagonal" (diagonal above
+            max_dense_dim), "block", "hierarchical", "lower_toeplitz", "upper_toeplitz", or singd's
+            name for one; or a tuple of them, one an axis. The last three have no kernels: the
+            PyTorch reference steps them, in float32.
         max_dense_dim: the largest axis that may have a dense factor. Larger ones have blocks of
-            equal sizes, multiples of 16 and at most this, each bounded by its own ||m_n||_F.
-        block_size: of "block", whose blocks are bounded by ||m_n||_F of the factor, as released.
+            equal sizes, multiples of 32 or 16 and at most this, each bounded by its own ||m_n||_F.
+        block_size: of "block", at most max_dense_dim, whose blocks are bounded by ||m_n||_F of the
+            factor, as released.
         hierarchical_sizes: of "hierarchical", of how many of the first and of the last rows the
             factor is dense among each other; the others are scaled.
         merge_axes: see a tensor of three axes or more as the matrix (first axis, all others), or

@@ -70,10 +70,11 @@ class RootFreeShampoo(MatrixOptimizer):
         update_interval: update S and K every so many steps; what more than 1 costs in
             training is not measured.
         structures: "auto" (dense up to max_dense_dim, blocks up to 16 times it, diagonal above),
-            "dense", "diagonal", "block", or a pair of them, of the rows and the columns.
+            "dense", "diagonal", "dense_or_diagonal" (diagonal above max_dense_dim), "block", or a
+            pair of them, of the rows and the columns.
         max_dense_dim: the largest axis that may have a dense factor. Larger ones have blocks of
-            equal sizes, multiples of 16 and at most this; each is bounded by its own E.
-        block_size: of "block".
+            equal sizes, multiples of 32 or 16 and at most this; each is bounded by its own E.
+        block_size: of "block", at most max_dense_dim.
         merge_axes: see a tensor of three axes or more as the matrix (first axis, all others), or
             which axes are seen as one, as ((0, 1), (2, 3)). ((0, 1),) makes a vector of a matrix.
         batch_axes: how many of the first axes of every parameter number independent ones, as the

@@ -277,7 +277,11 @@ def test_no_scale_of_the_gradients_matters(factor, device):
         ({"update_interval": 2.0}, TypeError, "update_interval is 2.0, a float; pass"),
         ({"structures": "blocks"}, ValueError, "structures is 'blocks'; supported are"),
         ({"structures": ("dense", "hierarchical")}, ValueError, "or use IFShampoo"),
-        ({"structures": "triltoeplitz"}, ValueError, "has auto, block, dense, diagonal alone"),
+        (
+            {"structures": "triltoeplitz"},
+            ValueError,
+            "auto, block, dense, dense_or_diagonal, diagonal",
+        ),
         ({"structures": "block", "block_size": 0}, ValueError, "block_size is 0"),
         ({"structures": ("dense",)}, ValueError, "pass one structure an axis, or one for all"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -204,14 +205,43 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def gradients_suit(params: Sequence[Tensor]) -> bool:
-    """Whether every gradient has a dtype that the kernels read: the parameter's, or float32."""
-    return all(p.grad is not None and p.grad.dtype in (p.dtype, torch.float32) for p in params)
+def is_sharded(value: object) -> bool:
+    """Whether it is a DTensor, found without an import of torch.distributed."""
+    if type(value) in PLAIN and not torch.compiler.is_compiling():
+        return False  # soon said; a compiler takes the type of any parameter for one of these
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def _own_gradient(param: Any) -> Tensor:
+    """The gradient; of a DTensor this rank's part, in the layout of the parameter."""
+    grad = param.grad
+    if not is_sharded(grad):
+        return grad  # type: ignore[no-any-return]
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()  # type: ignore[no-any-return]
+
+
+def gradients_suit(params: Sequence[Any]) -> bool:
+    """Whether the kernels read every gradient as it is: of the parameter's dtype or float32.
+
+    And laid out as the parameter, where these are DTensors.
+    """
+    return all(
+        p.grad is not None
+        and p.grad.dtype in (p.dtype, torch.float32)
+        and (not is_sharded(p.grad) or p.grad.placements == p.placements)
+        for p in params
+    )
 
 
 def usable_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients; those that do not suit in the dtype of the state, exact for narrower ones."""
-    grads = [p.grad for p in params if p.grad is not None]
+    """The gradients; those that do not suit in the dtype of the state, exact for narrower ones.
+
+    Of DTensors this rank's parts.
+    """
+    grads = [_own_gradient(p) for p in params if p.grad is not None]
     return [
         g if g.dtype in (p.dtype, torch.float32) else g.to(state_dtype(p))
         for p, g in zip(params, grads, strict=True)

@@ -9,6 +9,7 @@ NAMES = (
     "auto",
     "dense",
     "diagonal",
+    "dense_or_diagonal",
     "block",
     "hierarchical",
     "lower_toeplitz",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .shards import local
+
 # "grad_scale", by which the gradients were multiplied, and "found_inf", 0 unless the step is to be
 # skipped: each one float32 number on the device of a scaler, or missing.
 Scaling = dict[str, Tensor]
@@ -16,7 +18,7 @@ Scaling = dict[str, Tensor]
 def scaling_of(optimizer: Optimizer) -> Scaling:
     """GradScaler sets these attributes for the time of a step."""
     found = {key: getattr(optimizer, key, None) for key in ("grad_scale", "found_inf")}
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: local(value) for key, value in found.items() if value is not None}
 
 
 def on_host(scaling: Scaling) -> Scaling:

@@ -96,7 +96,7 @@ def _merge_groups(optimizer: DeclaringOptimizer, saved_groups: list[Group]) -> l
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):
         where = f"state_dict group {index}"
         owner = type(optimizer)
-        saved = {**owner._added_later, **saved}
+        saved = owner._as_of_today(saved)
         check_settings(where, owner.__name__, owner._converters, group, saved)
         merged = {**group, **loaded_group(group, saved), "params": group["params"]}
         try:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.checks import DTYPES, HYPERPARAMETERS
+from ..ops.checks import DTYPES, HYPERPARAMETERS, is_sharded
 from ..ops.methods import second_moments
+from ..reference.structures import Blocks
+from .shards import as_laid_out
 from .state import ROWS, Initial, State, initial_step, is_own
 
 _DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load an earlier one"
@@ -142,11 +144,6 @@ def check_settings(
                 raise ValueError(f"{where}: {name} is too large for a float; {_DAMAGED}")
 
 
-def is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor, found without an import of torch.distributed."""
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
-
-
 def check_data(where: str, param: Tensor, saved: Mapping[str, Any]) -> None:
     """Raise a ValueError for saved state that cannot be read, a wrapper's too."""
     for key, value in saved.items():
@@ -186,6 +183,8 @@ def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any
 
 def fresh(initial: Initial, value: Tensor, device: torch.device) -> Tensor:
     """A copy of a saved value that nobody else holds, as the state is declared."""
+    if is_sharded(initial.like):
+        value = as_laid_out(value, initial.like)
     if is_sharded(value):
         return value.detach().clone()
     declared = initial(torch.device("meta"))
@@ -224,10 +223,21 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
             f"bits; use parameters of the saved dtype, or cast it to {declared.dtype} first"
         )
     _check_numbers(where, value, not_negative=key in (ROWS, *second_moments()))
+    blocks = initial.structure if isinstance(initial.structure, Blocks) else None
+    if blocks and not is_sharded(value) and _is_padded_with_more(blocks, value, initial.size):
+        raise ValueError(
+            f"{where} is not zero where its last block is padded, beyond the {initial.size} "
+            f"elements of its axis: {_DAMAGED}"
+        )
     if key.startswith("gram_") and not is_sharded(value):
         squares = initial.structure.diagonal(value) if initial.structure else value
         _check_numbers(where, squares, not_negative=True)
     return value
+
+
+def _is_padded_with_more(blocks: Blocks, value: Tensor, size: int) -> bool:
+    """Whether a factor has anything but zeros beyond the size of its axis."""
+    return bool((value != blocks.without_padding(value, size)).any())
 
 
 def _of_structure(initial: Initial) -> str:
@@ -242,8 +252,8 @@ def _cure_of_structure(initial: Initial, value: Tensor) -> str:
     if initial.structure is None or value.shape[initial.batch_axes :] != (initial.size,):
         return ""
     return (
-        ", or into one with a diagonal factor of this axis, as structures=('diagonal', 'dense') "
-        "has it of the first"
+        ", or give that group of the state_dict structures that make this axis diagonal, as "
+        "'dense_or_diagonal' or ('diagonal', 'dense') do"
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.checks import HYPERPARAMETERS, check_param
+from ..ops.checks import HYPERPARAMETERS, check_param, is_sharded
 from ..ops.overlap import Named
+from .shards import check_layout, local
 from .state import Initial, is_own
 
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
@@ -81,24 +81,24 @@ def name_of(index: int, position: int, group: Mapping[str, Any]) -> str:
     return f"parameter {position}{name} of group {index}"
 
 
-def check_plain(name: str, param: Any) -> None:
-    """Raise a TypeError unless a step may take it for a whole parameter that this process owns."""
+def check_tensor(name: str, param: Any) -> None:
+    """Raise a TypeError unless a step by elements may take it, whole or as a DTensor."""
     if not isinstance(param, Tensor):
         raise TypeError(
             f"{name} is a {type(param).__name__}; put parameters (torch.nn.Parameter) into a group"
-        )
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(param, distributed.DTensor):
-        raise TypeError(
-            f"{name} is a DTensor of shape {tuple(param.shape)}, which no optimizer here takes "
-            "yet; use DistributedDataParallel, or torch.distributed.optim.ZeroRedundancyOptimizer "
-            "to shard its state, in place of fully_shard and tensor parallelism"
         )
     check_param(name, param)
 
 
 def check_whole(name: str, param: Tensor) -> None:
-    """Raise a TypeError for a piece of parameters that FSDP flattened, which has lost its axes."""
+    """Raise a TypeError for a part of a parameter, whose axes this process does not see."""
+    if is_sharded(param):
+        raise TypeError(
+            f"{name} is a DTensor of shape {tuple(param.shape)}, which optimizers with factors do "
+            "not take yet; use RootFreeAdamW or RootFreeRMSprop, or DistributedDataParallel, or "
+            "torch.distributed.optim.ZeroRedundancyOptimizer to shard its state, in place of "
+            "fully_shard and tensor parallelism"
+        )
     if getattr(param, "_fsdp_flattened", False):
         raise TypeError(
             f"{name} is a flat shard of FullyShardedDataParallel, of shape {tuple(param.shape)}: "
@@ -123,6 +123,7 @@ def check_gradient(name: str, param: Tensor, grad: Any) -> None:
             f"the gradient of {name} has shape {tuple(grad.shape)} but the parameter has "
             f"{tuple(param.shape)}; run the backward anew after a change of its shape"
         )
+    check_layout(f"the gradient of {name}", grad, param)
     if grad.device != param.device:
         raise ValueError(
             f"the gradient of {name} is on {grad.device} but the parameter is on {param.device}; "
@@ -198,7 +199,9 @@ def check_state(
             )
         if value.layout is not torch.strided:
             raise TypeError(f"{key} of {name} has layout {value.layout}; {_ANEW}")
-        if initial.like is None and not value.is_contiguous():
+        if initial.like is not None:
+            _check_spread(f"{key} of {name}", value, param)
+        elif not value.is_contiguous():
             raise ValueError(f"{key} of {name} is not contiguous; {_ANEW}")
         if value.is_meta and not param.is_meta:
             raise ValueError(f"{key} of {name} is on meta, where it has no values; {_ANEW}")
@@ -208,9 +211,19 @@ def check_state(
 
 def memory(name: str, param: Tensor, state: Mapping[Any, Any]) -> Iterator[Named]:
     """What a step reads and writes for a parameter."""
-    yield name, param, True
+    yield name, local(param), True
     if param.grad is not None:
-        yield f"the gradient of {name}", param.grad, False
+        yield f"the gradient of {name}", local(param.grad), False
     for key, value in state.items():
         if is_own(key):
-            yield f"{key} of {name}", value, True
+            yield f"{key} of {name}", local(value), True
+
+
+def _check_spread(name: str, value: Any, param: Any) -> None:
+    """Raise unless state that lies as its parameter is spread over the same ranks."""
+    check_layout(name, value, param)
+    if is_sharded(param) and value.placements != param.placements:
+        raise ValueError(
+            f"{name} is laid out as {value.placements} but the parameter as {param.placements}; "
+            f"redistribute it as the parameter is, or {_ANEW}"
+        )

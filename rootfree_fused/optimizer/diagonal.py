@@ -16,6 +16,7 @@ from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .groups import Group
 from .known_tensors import PreparedUpdate, reader
+from .shards import local, local_state
 from .starts import declared_start
 from .state import MOMENTUM, Initial, State, full_like, momentum_buffers
 
@@ -37,16 +38,17 @@ class DiagonalOptimizer(RootFreeOptimizer):
 
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
-        states = state_lists(self._method, work.states, group)
-        tensors = work.params, usable_gradients(work.params), *states
+        states = state_lists(self._method, list(map(local_state, work.states)), group)
+        tensors = list(map(local, work.params)), usable_gradients(work.params), *states
         update_(self._method, group, work.scaling, *tensors, work.steps)
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         # The parts of the work, and not the work, which would keep the scaler's tensors.
-        states, steps = work.states, work.steps
+        states, steps = list(map(local_state, work.states)), work.steps
         group = self.param_groups[index]
-        grads = reader(work.params)
-        known = KnownUpdate(self._method, work.params, states, group, lambda: steps, grads)
+        params, grads = list(map(local, work.params)), reader(work.params)
+        suit = gradients_suit(work.params)
+        known = KnownUpdate(self._method, params, states, group, lambda: steps, grads, suit)
         if known.kernels is None or known.plan is None:
             return PreparedUpdate(None, lambda _, *rest: known.update(*rest), None)
         return PreparedUpdate(known.plan, known.launch, known.kernels.move_grads)
@@ -55,6 +57,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
 class KnownUpdate:
     """The update of known tensors by a diagonal method: by a plan in Triton, or by the operator.
 
+    suit: whether `grads` gives the gradients themselves, and no copies.
     plan: for the gradients that there were when it was made; None where Triton does not serve.
     """
 
@@ -66,11 +69,12 @@ class KnownUpdate:
         group: Group,
         steps: Callable[[], Tensor],
         grads: Callable[[], list[Tensor]],
+        suit: bool,
     ) -> None:
         self._method, self._params = method, params
         self._steps, self._grads = steps, grads
         self._states = state_lists(method, states, group)
-        self.kernels = diagonal_kernels(method.name, params) if gradients_suit(params) else None
+        self.kernels = diagonal_kernels(method.name, params) if suit else None
         lists = [params, self._grads(), *filter(None, self._states)]
         self.plan = self.kernels and self.kernels.prepare(lists)
 

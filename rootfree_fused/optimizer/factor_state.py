@@ -73,7 +73,7 @@ def factor_state(layout: Layout, dtype: torch.dtype, start: float) -> dict[str, 
         kept = dtype if structure.is_dense else wide
         value = (high if in_parts else scale).item()
         spec[f"factor_{axis}"] = Initial(shape, kept, value, structure, size)
-        spec[f"factor_momentum_{axis}"] = Initial(shape, kept)
+        spec[f"factor_momentum_{axis}"] = Initial(shape, kept, 0.0, structure, size)
         if in_parts:
             spec[f"factor_{axis}_residual"] = Initial(
                 shape, torch.int16, residual.item(), structure, size

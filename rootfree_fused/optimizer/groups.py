@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..ops.checks import HYPERPARAMETERS, check_hyperparameters
 from .checks import (
-    check_plain,
+    check_tensor,
     has_no_values,
     lacks,
     name_of,
@@ -75,13 +75,18 @@ class DeclaringOptimizer(Optimizer):
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""
 
+    @classmethod
+    def _as_of_today(cls, saved: Group) -> Group:
+        """The settings of a saved group, with those that came later as it was stepped then."""
+        return {**cls._added_later, **saved}
+
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The settings among `values` as Python's own, or an error."""
         return check_hyperparameters(values)
 
     def _check_taken(self, index: int, position: int, group: Group) -> None:
         """Raise where the method would be another one for the parameter at this position."""
-        check_plain(name_of(index, position, group), group["params"][position])
+        check_tensor(name_of(index, position, group), group["params"][position])
 
     # Caches -----------------------------------------------------------------------------------
 

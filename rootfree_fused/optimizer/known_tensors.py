@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import extensions
-from ..ops.checks import gradients_suit, usable_gradients
+from ..ops.checks import gradients_suit, is_sharded, usable_gradients
 from . import known_tensors_in_python
 from .amp_and_graphs import Scaling
 from .stacks import Counts
@@ -41,10 +41,15 @@ class PreparedUpdate(NamedTuple):
 
 
 def reader(params: list[Tensor]) -> Callable[[], list[Any]]:
-    """How to read the gradients of these parameters, of the dtypes that they have now."""
-    if gradients_suit(params):
+    """How to read the gradients of these parameters, of the dtypes and layouts that they have now.
+
+    Of DTensors this rank's parts.
+    """
+    if not gradients_suit(params):
+        return lambda: usable_gradients(params)
+    if not any(map(is_sharded, params)):
         return lambda: [p.grad for p in params]
-    return lambda: usable_gradients(params)
+    return lambda: host().gradients(params)
 
 
 class PreparedStep(NamedTuple):

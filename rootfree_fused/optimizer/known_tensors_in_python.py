@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import PLAIN
+from .shards import local
 
 # Where a tensor's elements lie: address (of one device alone), shape, strides and dtype.
 _Lies = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
@@ -87,6 +88,11 @@ def unchanged(
     """Where the gradients lie, or None where anything else changed."""
     found = fingerprint(params, states)
     return found[1] if found is not None and found[0] == known else None
+
+
+def gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Those that there are, of DTensors what this rank has of them."""
+    return [local(param.grad) for param in params if param.grad is not None]
 
 
 def has_values(mapping: dict[Any, Any], values: Sequence[Any]) -> bool:

@@ -15,8 +15,9 @@ from ..reference.structures import DENSE, DIAGONAL, Blocks, Structure
 LARGEST_IN_BLOCKS = 16
 # What "block" and "hierarchical" have unless it is set: two tiles of a GEMM, and as released.
 BLOCK_SIZE, HIERARCHICAL_SIZES = 256, (15, 15)
-# What block sizes are multiples of: 16 bytes of each dtype, and a tile of any unit of products.
-BLOCK_MULTIPLE = 16
+# What block sizes are multiples of: how deep the C++ kernel packs where the limit is a multiple
+# of it too, else 16 bytes of each dtype and a tile of any unit of products.
+BLOCK_MULTIPLES = (32, 16, 1)
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,20 @@ def _structure(name: str, size: int, shape: Sequence[int], group: Mapping[str, A
     limit = group["max_dense_dim"]
     if kind == "auto":
         return automatic(size, limit)
-    if kind == "dense":
-        if size > limit:
+    if kind == "dense_or_diagonal":
+        return DENSE if size <= limit else DIAGONAL
+    if kind in ("dense", "block"):
+        side = size
+        if kind == "block":
+            side = min(size, numbers[0] if numbers else group["block_size"])
+        if side > limit:
             raise ValueError(
                 f"structures is {group['structures']!r} but a parameter of shape {tuple(shape)} "
-                f"has an axis of {size}, above max_dense_dim={limit}: its factor would take "
-                f"{6 * size * size / 2**30:.1f} GiB; pass 'block', 'auto' or 'diagonal', or a "
-                "larger max_dense_dim"
+                f"has an axis of {size}, of which {side} would be dense, above max_dense_dim="
+                f"{limit}: its factor would take {6 * size * side / 2**30:.3g} GiB; pass 'block', "
+                "'auto' or 'diagonal', a block_size within it, or a larger max_dense_dim"
             )
-        return DENSE
-    if kind == "block":
-        block = numbers[0] if numbers else group["block_size"]
-        return DENSE if block >= size else Blocks(block, joint_norm=True)
+        return DENSE if side == size else Blocks(side, joint_norm=True)
     if kind == "hierarchical":
         return Hierarchical(size, *(numbers or group["hierarchical_sizes"]))
     return DIAGONAL if kind == "diagonal" else Toeplitz(lower=kind == "lower_toeplitz")
@@ -99,18 +102,21 @@ def automatic(size: int, limit: int) -> Structure:
         return DENSE
     if size > LARGEST_IN_BLOCKS * limit:
         return DIAGONAL
-    largest = limit // BLOCK_MULTIPLE * BLOCK_MULTIPLE or limit
+    unit = next(n for n in BLOCK_MULTIPLES if limit % n == 0 or (n == 16 and limit > 16))
+    largest = limit // unit * unit
     least = -(-size // -(-size // largest))
-    return Blocks(min(-(-least // BLOCK_MULTIPLE) * BLOCK_MULTIPLE, largest))
+    return Blocks(-(-least // unit) * unit)
 
 
 def batch_axes_of(shape: Sequence[int], group: Mapping[str, Any]) -> int:
     """How many of the first axes of a parameter of this shape number members."""
     count: int = group.get("batch_axes", 0)
     if count and count >= len(shape):
-        allowed = " or ".join(map(str, {0, max(len(shape) - 1, 0)}))
+        allowed = " or ".join(map(str, range(max(len(shape), 1))))
+        apart = "" if len(shape) > 1 else ", in a group of its own"
         raise ValueError(
-            f"batch_axes={count} leaves a parameter of shape {tuple(shape)} no axis; pass {allowed}"
+            f"batch_axes={count} leaves a parameter of shape {tuple(shape)} no axis; "
+            f"pass {allowed}{apart}"
         )
     return count
 

@@ -40,6 +40,18 @@ class MatrixOptimizer(RootFreeOptimizer):
         "block_size": BLOCK_SIZE,
     }
 
+    @classmethod
+    def _as_of_today(cls, saved: Group) -> Group:
+        """Before there were blocks, "auto" was diagonal above max_dense_dim."""
+        group = super()._as_of_today(saved)
+        if "block_size" not in saved:
+            renamed = {"auto": "dense_or_diagonal"}
+            names = group.get("structures", "auto")
+            of = names if isinstance(names, (tuple, list)) else (names,)
+            found = tuple(renamed.get(name, name) for name in of)
+            group["structures"] = found if isinstance(names, (tuple, list)) else found[0]
+        return group
+
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return check_hyperparameters(values, self._matrix_method.undamped)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import by_reference, matrix, rootfree_shampoo, structure_names
+from ..ops.checks import gradients_suit
 from ..ops.dispatch import DiagonalKernels, MatrixKernels, matrix_kernel, matrix_kernels
 from ..ops.methods import RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod, settings_of
 from ..ops.schemas import as_scalar_tensor
@@ -184,7 +185,8 @@ class _Vectors:
         own = _Members(indices, work, group.get("batch_axes", 0) if method.by_tensor else 0)
         states = own.own_states(method.states) if method.by_tensor else own.states
         steps = _steps_of(own.owners, work.steps)
-        self._known = known = KnownUpdate(method, own.params, states, group, steps, own.grads)
+        suit = gradients_suit(own.params)
+        self._known = known = KnownUpdate(method, own.params, states, group, steps, own.grads, suit)
         self._plan = _PlanAtGradients(known.kernels, known.plan, own.owners, own.grads(), addresses)
 
     def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
@@ -338,7 +340,7 @@ ROOTFREE_SHAMPOO = MatrixMethod(
     name="rootfree_shampoo_",
     kernel="_rootfree_shampoo_bf16_",
     average="gram_{}",
-    structures=frozenset({"auto", "dense", "diagonal", "block"}),
+    structures=frozenset({"auto", "dense", "diagonal", "dense_or_diagonal", "block"}),
     undamped=rootfree_shampoo.UNDAMPED,
     vectors={"adam": VECTOR_ADAM, "rootfree": VECTOR_ROOTFREE},
     tensors=_rootfree_shampoo_tensors,

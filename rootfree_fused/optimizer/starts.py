@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..ops.checks import usable_gradients
+from ..ops.checks import is_sharded, usable_gradients
 from ..ops.methods import second_moments
 from ..reference import initial_scale, mean_square, split
 from ..reference.structures import structure_of
 from .amp_and_graphs import Scaling
 from .joint import joined, unit_of
 from .layouts import Layout
+from .shards import local, over_ranks
 from .state import MOMENTUM, State, is_own
 
 AUTO = "auto"
@@ -153,8 +154,12 @@ def start_(
     factors.
     """
     held = _second_moment(state)
-    started = _diagonal(state).any()
+    started = local(_diagonal(state)).any()
     square = mean_square(grad, group["batch_size"])
+    if is_sharded(held):
+        found = torch.stack([started.to(square.dtype), square * grad.numel()])
+        all_started, total = over_ranks(found, held)
+        started, square = all_started > 0, total / held.numel()
     if "grad_scale" in scaling:
         square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
     # As s will hold it: what is 0 there starts nothing. Factors start from the damping too.
@@ -163,7 +168,7 @@ def start_(
     if "found_inf" in scaling:
         starts &= (scaling["found_inf"] == 0).to(grad.device).reshape(())
     if layout is None:
-        _add_(held, square.clamp(max=torch.finfo(held.dtype).max), starts)
+        _add_(local(held), square.clamp(max=torch.finfo(held.dtype).max), starts)
         return started | starts
     scale = initial_scale(square, group["damping"], len(layout.sizes))
     for axis, (structure, size) in enumerate(zip(layout.structures, layout.sizes, strict=True)):
@@ -205,6 +210,8 @@ def _state_of(state: State, member: _Member) -> State:
 
 def _all_started(state: State, batch_axes: int) -> bool:
     held = _second_moment(state)
+    if is_sharded(held):
+        return False  # of other ranks the next step learns it
     return bool(held.reshape(*held.shape[:batch_axes], -1).any(-1).all())
 
 

@@ -177,9 +177,7 @@ class Blocks(Structure):
         return factor.diagonal(dim1=-2, dim2=-1)
 
     def add_identity_(self, factor: Tensor, value: float | Tensor, size: int) -> None:
-        *_, count, block = self.diagonal(factor).shape
-        lives = torch.arange(count * block, device=factor.device).view(count, block) < size
-        self.diagonal(factor).add_(lives.to(factor.dtype) * value)
+        self.diagonal(factor).add_(self._lives(factor, size).to(factor.dtype) * value)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         blocks = self._panels(self._panels(matrix).mT).mT
@@ -195,13 +193,15 @@ class Blocks(Structure):
 
     def gram(self, unfolded: Tensor) -> Tensor:
         panels = self._panels(unfolded)
-        return panels @ panels.mT
+        return self.without_padding(panels @ panels.mT, unfolded.shape[-2])
 
     def average_gram_(
         self, momenta: Tensor, unfolded: Tensor, *, decay: float, weight: float
     ) -> None:
         panels = self._panels(unfolded).flatten(0, 1)
         DENSE.average_gram_(momenta.flatten(0, 1), panels, decay=decay, weight=weight)
+        if unfolded.shape[-2] % self.block:
+            momenta.copy_(self.without_padding(momenta, unfolded.shape[-2]))
 
     def square(self, factor: Tensor) -> Tensor:
         return factor.mT @ factor
@@ -209,8 +209,20 @@ class Blocks(Structure):
     def product(self, factor: Tensor, momentum: Tensor) -> Tensor:
         return factor @ momentum
 
+    def without_padding(self, factor: Tensor, size: int) -> Tensor:
+        """With zeros where it is padded, whatever is there: 0 times an infinite number is NaN."""
+        if size % self.block == 0:
+            return factor
+        lives = self._lives(factor, size)
+        return torch.where(lives.unsqueeze(-1) & lives.unsqueeze(-2), factor, 0)
+
     def norms(self, momentum: Tensor) -> Tensor:
         return super().norms(momentum) if self.joint_norm else DENSE.norms(momentum)
+
+    def _lives(self, factor: Tensor, size: int) -> Tensor:
+        """Which rows of each block, (blocks, b), are no padding."""
+        *_, count, block = self.diagonal(factor).shape
+        return torch.arange(count * block, device=factor.device).view(count, block) < size
 
     def _panels(self, x: Tensor) -> Tensor:
         """The rows of X, (d, others), that each block multiplies: (blocks, b, others)."""

@@ -197,7 +197,8 @@ def test_what_does_not_fit_is_refused(name):
     def build(shape, **settings):
         return CLASSES[name]([torch.nn.Parameter(torch.ones(shape))], **SETTINGS[name], **settings)
 
-    for shape, batch_axes, cure in (((8, 64), 2, "0 or 1"), ((8, 64), 3, "0 or 1"), ((8,), 1, "0")):
+    cases = [((8, 64), 2, "0 or 1"), ((8, 6, 4), 3, "0 or 1 or 2"), ((8, 64), 3, "0 or 1")]
+    for shape, batch_axes, cure in [*cases, ((8,), 1, "0, in a group of its own")]:
         message = re.escape(
             f"batch_axes={batch_axes} leaves a parameter of shape {shape} no axis; "
         )

@@ -194,6 +194,45 @@ def test_a_checkpoint_of_another_structure_is_refused_with_the_way_to_load_it(na
     assert_identical(snapshot(optimizer, now), snapshot(old, before))
 
 
+@pytest.mark.parametrize("structures", ["auto", ["auto", "dense"], ("auto", "diagonal")], ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_checkpoint_from_before_blocks_goes_on_as_it_was_stepped(name, structures):
+    """Then "auto" was diagonal above max_dense_dim; such a group has no block_size."""
+    before, now = parameters((40, 8), (8, 12)), parameters((40, 8), (8, 12))
+    then = "dense_or_diagonal" if structures == "auto" else ("dense_or_diagonal", structures[1])
+    old = build(name, before, structures=then, max_dense_dim=16)
+    run(old, before, 2)
+    assert old.state[before[0]]["factor_0"].shape == (40,)
+    saved = old.state_dict()
+    saved["param_groups"][0]["structures"] = structures
+    del saved["param_groups"][0]["block_size"]
+    resumed = build(name, now, **IN_BLOCKS)
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["structures"] == then
+    with torch.no_grad():
+        torch._foreach_copy_(now, before)
+    for one, mine in ((resumed, now), (old, before)):
+        run(one, mine, 2, first=2)
+    assert_identical(snapshot(resumed, now), snapshot(old, before))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_checkpoint_with_anything_in_the_padding_is_refused(name):
+    params = parameters((40, 33))
+    optimizer = build(name, params, **IN_BLOCKS)
+    run(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    untouched = snapshot(optimizer, params)
+    own = saved["state"][0]
+    for key in [key for key in own if key.startswith(("factor", "gram"))]:
+        own[key][-1, 0, -1] = 2.0
+        with pytest.raises(ValueError, match=f"{key} is not zero where its last block is padded"):
+            optimizer.load_state_dict(saved)
+        own[key][-1, 0, -1] = 0.0
+    assert_identical(snapshot(optimizer, params), untouched)
+    optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -205,6 +244,11 @@ def test_a_checkpoint_of_another_structure_is_refused_with_the_way_to_load_it(na
         ({"hierarchical_sizes": (3, -1)}, ValueError, "pass two whole numbers"),
         ({"hierarchical_sizes": (3.0, 1)}, ValueError, "pass two whole numbers"),
         ({"structures": ("block",) * 3}, ValueError, "pass one structure an axis"),
+        (
+            {"structures": "block", "block_size": 20},
+            ValueError,
+            "axis of 40, of which 20 would be dense, above max_dense_dim=16.* a block_size within",
+        ),
         ({"structures": "dense"}, ValueError, "above max_dense_dim=16: .*pass 'block', 'auto'"),
     ],
     ids=str,

@@ -237,3 +237,18 @@ def test_padding_never_moves():
         assert not any(part.any() for part in padding)
         assert rows.isfinite().all()
         assert columns.isfinite().all()
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_an_infinite_gradient_leaves_the_padding(stack):
+    x = torch.randn((2, 5, 6) if stack else (5, 6))
+    x[..., -1, 0] = torch.inf
+    blocks = Blocks(4)
+    gram = blocks.gram(x)
+    averaged = torch.zeros_like(gram)
+    if stack:
+        blocks.average_gram_(averaged, x, decay=0.5, weight=1.0)
+    for padded in (gram, averaged):
+        assert not padded[..., 1, 1:, :].any()
+        assert not padded[..., 1, :, 1:].any()
+    assert gram[..., 1, 0, 0].isinf().all()

@@ -1,0 +1,58 @@
+"""A pool of processes that are the ranks of a gloo group, and stay for many cases."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import traceback
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
+
+
+class Ranks:
+    """`run` has every rank call a function of helpers.rank_cases with the same arguments."""
+
+    def __init__(self, world, folder):
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            arguments = rank, world, str(folder / "store"), theirs
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, case, *arguments):
+        """What each rank returned; what one raised is raised."""
+        for pipe in self._pipes:
+            pipe.send((case, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT):
+                self.close()
+                raise TimeoutError(f"rank {rank} has not ended {case}{arguments}")
+            answers.append(pipe.recv())
+        faults = [f"rank {i}:\n{fault}" for i, (_, fault) in enumerate(answers) if fault]
+        assert not faults, "\n".join(faults)
+        return [value for value, _ in answers]
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+
+
+def _serve(rank, world, store, pipe):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    cases = importlib.import_module("helpers.rank_cases")
+    while True:
+        case, arguments = pipe.recv()
+        try:
+            answer = getattr(cases, case)(*arguments), None
+        except Exception:
+            answer = None, traceback.format_exc()
+        pipe.send(answer)

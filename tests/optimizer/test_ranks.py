@@ -1,0 +1,70 @@
+"""The diagonal classes on DTensors, beside one process: every layout, failures, checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.optimizers import DIAGONAL
+from helpers.rank_cases import LAYOUTS
+from helpers.ranks import Ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+NAMES = ["rmsprop-momentum", "adamw-corrected"]
+assert set(NAMES) <= set(DIAGONAL)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("start", [1.0, "auto"], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layout_is_the_whole_model(ranks, name, layout, start):
+    changes = {"initial_square_avg": start, "lr": 1e-3}
+    errors = ranks.run("follows_the_whole_model", name, layout, changes)
+    assert max(errors) < 1e-15
+    assert layout == "FSDP2 of 2" or len(set(errors)) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_brought_to_the_layout_of_the_parameter(ranks, name):
+    assert max(ranks.run("gradients_in_another_layout", name)) < 1e-14
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_inf_on_one_rank_skips_the_step_on_all(ranks, name):
+    assert max(ranks.run("an_inf_on_one_rank_skips_all", name)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("FSDP2 of 4", "HSDP"),
+        ("HSDP", "FSDP2 of 4"),
+        ("tensor parallel and FSDP2", "FSDP2 of 4"),
+        ("FSDP2 of 4", "one process"),
+    ],
+)
+@pytest.mark.parametrize("how", ["nested", "flat", "full"])
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpoints_go_on_in_another_layout(ranks, name, before, after, how, tmp_path):
+    if after == "one process" and how != "full":
+        pytest.skip("a whole state reads whole tensors")
+    assert all(ranks.run("goes_on_in_another_layout", name, before, after, how, str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("a plain gradient", "is a plain tensor but the parameter is a DTensor; make it one with"),
+        ("a state of another layout", "redistribute it as the parameter is"),
+        ("a plain state", "is a plain tensor but the parameter is a DTensor"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_spread_otherwise_is_told_before_anything_moves(ranks, name, case, words):
+    for answer in ranks.run("bad_input", name, case):
+        assert words in answer
