@@ -62,7 +62,8 @@ ROOTFREE_BF16 bool pack_grad(const Right& to, const T* grad, int64_t row, int64_
 // Also learns of which matrices the gradient is exactly zero.
 void pack_grads(MomentumMatrix* matrices, int64_t count) {
   const auto alike = [](auto&&...) { return int64_t(1); };
-  for_each(matrices, count, strips_of(matrices->rows.size), alike, [](MomentumMatrix& m, int64_t strip) {
+  const int64_t all = strips_of(matrices->rows.size);
+  for_each(matrices, count, all, alike, [](MomentumMatrix& m, int64_t strip) {
     const int64_t row = strip * strip_size, rows = std::min(strip_size, m.rows.size - row);
     const auto pack_strip = [&](const auto* grad) {
       return pack_grad(m.packed_update, grad, row, rows, m.columns.size);
@@ -72,7 +73,7 @@ void pack_grads(MomentumMatrix* matrices, int64_t count) {
   for (MomentumMatrix* m = matrices; m < matrices + count; ++m) {
     const bool* strips = m->strip_has_gradient;
     m->rows.has_gradient = m->columns.has_gradient =
-        std::any_of(strips, strips + strips_of(m->rows.size), std::identity());
+        std::any_of(strips, strips + all, std::identity());
   }
 }
 
@@ -149,8 +150,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
       "_ifshampoo_bf16_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
       "Tensor(c!)[] residuals, Tensor(d!)[] factor_momenta, Tensor(e!)[] products, "
       "Tensor(f!)[] momentum_buffers, Tensor lr, *, int[] sizes, bool update_factors, "
-      "bool refresh_products, float factor_lr, float factor_momentum, float damping, float batch_size, float momentum, "
-      "float weight_decay, bool decoupled, bool maximize, float? bound=None) -> ()");
+      "bool refresh_products, float factor_lr, float factor_momentum, float damping, "
+      "float batch_size, float momentum, float weight_decay, bool decoupled, bool maximize, "
+      "float? bound=None) -> ()");
   m.def("_bf16_kernel_runs() -> bool");
 }
 

@@ -192,7 +192,8 @@ void run(RootMatrix* matrices, int64_t count, const ShampooOptions& options) {
   precondition(matrices, count, store_preconditioned);
   for (RootMatrix* m = matrices; m < matrices + count; ++m) scale_rows(*m, options);
   const auto alike = [](auto&&...) { return int64_t(1); };
-  for_each(matrices, count, strips_of(matrices->rows.size), alike, [&](RootMatrix& m, int64_t strip) {
+  const int64_t strips = strips_of(matrices->rows.size);
+  for_each(matrices, count, strips, alike, [&](RootMatrix& m, int64_t strip) {
     const auto descend = [&](auto* params) {
       descend_strip(m, params, strip, options.lr, options.lr * options.weight_decay);
     };
@@ -254,8 +255,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rootfree_fused, m) {
       "_rootfree_shampoo_bf16_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] row_square_avgs, Tensor(d!)[] grams, Tensor(e!)[] factors, "
       "Tensor(f!)[] residuals, Tensor(g!)[] products, Tensor steps, Tensor lr, *, "
-      "int[] sizes, bool update_factors, bool refresh_products, float beta1, float beta2, float damping, "
-      "float weight_decay, float update_rms, float? row_beta, bool maximize) -> ()");
+      "int[] sizes, bool update_factors, bool refresh_products, float beta1, float beta2, "
+      "float damping, float weight_decay, float update_rms, float? row_beta, bool maximize) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {

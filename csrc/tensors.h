@@ -48,7 +48,8 @@ std::vector<Matrix> matrices_of(const FactorLists& lists, const std::vector<int6
   STD_TORCH_CHECK(sizes.size() == 2, "a matrix has two axes");
   for (int k : {0, 1}) {
     const int64_t dim = get(aoti_torch_get_dim, lists.factors[k]);
-    STD_TORCH_CHECK(dim == 3 || dim == 4, "factors must be (matrices, d, d) or (matrices, n, b, b)");
+    STD_TORCH_CHECK(dim == 3 || dim == 4,
+                    "factors must be (matrices, d, d) or (matrices, blocks, b, b)");
     const int64_t side = get(aoti_torch_get_sizes, lists.factors[k])[dim - 1];
     const int64_t blocks = dim == 3 ? 1 : get(aoti_torch_get_sizes, lists.factors[k])[1];
     STD_TORCH_CHECK(ceil_div(sizes[k], side) == blocks &&
