@@ -127,6 +127,11 @@ PyObject* local_tensor(PyObject* object) {
   return local && THPVariable_CheckExact(local) ? local : nullptr;
 }
 
+// As THPVariable_Check, which asks a metaclass of what is no Tensor itself.
+bool is_tensor(PyObject* object) {
+  return THPVariable_CheckExact(object) || local_tensor(object) || THPVariable_Check(object);
+}
+
 // Whether two DTensors are laid out alike over the same ranks.
 bool lie_alike(PyObject* object, PyObject* other) {
   static Slot slot("_spec");
@@ -149,7 +154,6 @@ bool lie_alike(PyObject* object, PyObject* other) {
 template <class Taker>
 bool describe(PyObject* object, Taker& taker) {
   if (!THPVariable_CheckExact(object)) {
-    if (!THPVariable_Check(object)) return false;
     PyObject* const local = local_tensor(object);
     return local && taker.take({.object = object}) && describe(local, taker);
   }
@@ -197,7 +201,7 @@ bool describe(PyObject* params, PyObject* states, Taker& taker, std::vector<cons
     Py_ssize_t position = 0;
     while (PyDict_Next(state, &position, &key, &value)) {
       // What is no tensor is a wrapper's: a step reads none of it.
-      if (THPVariable_Check(value) && !describe(value, taker)) return false;
+      if (is_tensor(value) && !describe(value, taker)) return false;
     }
   }
   return true;
@@ -254,7 +258,7 @@ PyObject* gradients(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Reference found(PyList_New(0));
   for (Py_ssize_t i = 0; found && i < PyList_GET_SIZE(arguments[0]); ++i) {
     PyObject* param = PyList_GET_ITEM(arguments[0], i);
-    if (!THPVariable_Check(param)) return PyErr_Format(PyExc_TypeError, "expected tensors");
+    if (!is_tensor(param)) return PyErr_Format(PyExc_TypeError, "expected tensors");
     const at::Tensor& grad = THPVariable_Unpack(param).grad();
     if (!grad.defined()) continue;
     const Reference object(THPVariable_Wrap(grad));
@@ -286,7 +290,7 @@ PyObject* mark_changed(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   const Py_ssize_t size = PyList_GET_SIZE(arguments[0]);
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* param = PyList_GET_ITEM(arguments[0], i);
-    if (!THPVariable_Check(param)) return PyErr_Format(PyExc_TypeError, "expected tensors");
+    if (!is_tensor(param)) return PyErr_Format(PyExc_TypeError, "expected tensors");
     const at::Tensor& tensor = THPVariable_Unpack(param);
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
   }
