@@ -18,6 +18,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as distributed
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -39,9 +43,11 @@ from .measuring.rows import Rows
 from .report import tables
 from .report.tables import FIRST, HOST_GOALS, KNOWN, LOOP, MOVED
 
+DTENSORS = "RootFreeAdamW, DTensors"
 OPTIMIZERS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
     "RootFreeRMSprop": functools.partial(RootFreeRMSprop, momentum=0.9, batch_size=1),
     "RootFreeAdamW": functools.partial(RootFreeAdamW, batch_size=1),
+    DTENSORS: functools.partial(RootFreeAdamW, batch_size=1),
     "IFShampoo": functools.partial(IFShampoo, batch_size=1, factor_dtype=torch.bfloat16),
     "RootFreeShampoo": functools.partial(RootFreeShampoo, factor_dtype=torch.bfloat16),
 }
@@ -105,10 +111,32 @@ def built(name: str, count: int) -> tuple[Optimizer, list[Parameter]]:
         shapes = [(8, 8) if i % 2 else shape for i, shape in enumerate(shapes)]
     cpu = torch.device("cpu")
     values = random_tensors(shapes, scale=1.0, dtype=torch.float32, device=cpu, seed=0)
+    if name == DTENSORS:
+        return OPTIMIZERS[name](params := _sharded(values)), params
     params = [Parameter(value) for value in values]
     for p in params:
         p.grad = torch.ones_like(p)
     return OPTIMIZERS[name](params), params
+
+
+def _sharded(values: list[Tensor]) -> list[Parameter]:
+    """As fully_shard leaves them: a gradient has the specification of its parameter itself."""
+    mesh = init_device_mesh("cpu", (1,))
+    params = [Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in values]
+    for p in params:
+        ones: Any = torch.ones_like(p.to_local())
+        p.grad = DTensor(ones, p._spec, requires_grad=False)
+    return params
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def first_steps(name: str, count: int, rounds: int) -> Timing:
@@ -147,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     """Time the steps; always on CPU tensors."""
     rows = Rows(args.out / "host.jsonl", "host", torch.device("cpu"), arguments=args)
     compared = "C++" if extensions.known_tensors() else "Python"
-    with stubbed():
+    with one_rank(), stubbed():
         cases = {f"{count} tensors": count for count in HOST_GOALS}
         for case in rows.remaining(cases):
             seconds = 0.1 if args.quick else 4.0

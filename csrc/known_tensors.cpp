@@ -150,14 +150,12 @@ bool lie_alike(PyObject* object, PyObject* other) {
   return true;
 }
 
-// Of a tensor that stays where it is; of a DTensor, that it is the same, and of what it has here.
+// Of a tensor that stays where it is, of a DTensor what of it is here.
 template <class Taker>
 bool describe(PyObject* object, Taker& taker) {
-  if (!THPVariable_CheckExact(object)) {
-    PyObject* const local = local_tensor(object);
-    return local && taker.take({.object = object}) && describe(local, taker);
-  }
-  const at::Tensor& tensor = THPVariable_Unpack(object);
+  PyObject* const here = THPVariable_CheckExact(object) ? object : local_tensor(object);
+  if (!here) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(here);
   if (!is_plain(tensor)) return false;
   const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const void* storage = impl.unsafe_storage().unsafeGetStorageImpl();

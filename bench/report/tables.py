@@ -274,6 +274,6 @@ def host(rows: list[Row]) -> str:
         "that caches are cold. Where gradients moved, one of them has another address than in the "
         "step before, and the table of addresses is found again in a cache. The first step "
         "allocates state and builds plans and tables, with kernels that are compiled. Half of the "
-        "Shampoos' tensors are matrices of 8 x 8."
+        "Shampoos' tensors are matrices of 8 x 8. DTensors are of one rank."
     )
     return page("# Host time of a step", provenance(rows), notes, markdown(header, lines))
