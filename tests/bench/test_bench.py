@@ -360,7 +360,7 @@ def test_a_stubbed_step_launches_once_and_moves_nothing(monkeypatch):
     monkeypatch.setattr(
         kernels, "launch", lambda *args, **named: launched.append(1) or launch(*args, **named)
     )
-    with host.stubbed():
+    with host.one_rank(), host.stubbed():
         steps = host.steps(3)
         step = steps["RootFreeRMSprop", host.KNOWN]
         params = step.__self__.param_groups[0]["params"]
