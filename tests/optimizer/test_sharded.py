@@ -21,6 +21,9 @@ from helpers.optimizers import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from rootfree_fused.optimizer.shards import as_laid_out
 
 # torch warns of its own that one process shards nothing, and of its own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
@@ -88,6 +91,36 @@ def test_a_compiled_step_on_dtensors_is_the_same():
     pairs = zip(model_of.parameters(), twin.parameters(), strict=True)
     for p, q in pairs:
         assert torch.equal(p.detach().to_local(), q.detach().to_local())
+
+
+@pytest.mark.parametrize("name", DIAGONAL)
+def test_dtensors_and_plain_tensors_share_a_group_and_take_whole_states(name):
+    values = [torch.randn(6, 4), torch.randn(5)]
+
+    def mixed():
+        whole, vector = (torch.nn.Parameter(value.clone()) for value in values)
+        mesh = init_device_mesh("cpu", (1,))
+        return [torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])), vector]
+
+    plain, both = [torch.nn.Parameter(value.clone()) for value in values], mixed()
+    optimizers = build(name, plain), build(name, both)
+    for seed in range(4):
+        set_grads(plain, seed=seed)
+        if seed == 2:
+            plain[0].grad = None
+        for p, q in zip(plain, both, strict=True):
+            grad = None if p.grad is None else p.grad.clone()
+            q.grad = as_laid_out(grad, q) if isinstance(q, DTensor) and p.grad is not None else grad
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(both[0].full_tensor(), plain[0])
+    assert torch.equal(both[1], plain[1])
+    taken = mixed()
+    resumed = build(name, taken)
+    resumed.load_state_dict(optimizers[0].state_dict())
+    for key, value in optimizers[0].state[plain[0]].items():
+        held = resumed.state[taken[0]][key]
+        assert torch.equal(held if key == "step" else held.full_tensor(), value)
 
 
 def test_state_of_a_sharded_parameter_is_no_state_of_a_whole_one():
