@@ -158,8 +158,8 @@ def start_(
     square = mean_square(grad, group["batch_size"])
     if is_sharded(held):
         found = torch.stack([started.to(square.dtype), square * grad.numel()])
-        all_started, total = over_ranks(found, held)
-        started, square = all_started > 0, total / held.numel()
+        any_started, total = over_ranks(found, held)
+        started, square = any_started > 0, total / held.numel()
     if "grad_scale" in scaling:
         square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
     # As s will hold it: what is 0 there starts nothing. Factors start from the damping too.
