@@ -209,6 +209,8 @@ def test_every_number_of_threads_gives_the_same_bits(dense):
         torch.manual_seed(1)
         torch.set_num_threads(threads)
         buckets = one((130, 70), 5, dense) + one((20, 30), 40, dense) + one((200, 65), 1, dense)
+        if dense == DENSE:
+            buckets += one((300, 257), 1, (160, 128)) + one((100, 70), 3, (32, True))
         problem = Problem(buckets + one((65, 140), 3, dense, DIAGONAL))
         for update in (True, True, False):
             problem.run(update)

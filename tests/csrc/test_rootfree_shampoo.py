@@ -231,6 +231,7 @@ def test_every_number_of_threads_gives_the_same_bits(cached):
         torch.manual_seed(1)
         torch.set_num_threads(threads)
         buckets = one((130, 70), 5, cached) + one((20, 30), 40, cached) + one((200, 65), 1, cached)
+        buckets += [((300, 257), 1, cached, (160, 128)), ((100, 70), 3, cached, (32, True))]
         problem = Problem(buckets + one((65, 140), 3, cached))
         for update in (True, True, False):
             problem.run(update)
