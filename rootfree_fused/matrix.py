@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .ops import WeightDecayMode
+from .ops import WeightDecayMode, structure_names
 from .optimizer.factor_state import batched, default_dtype, factor_state
 from .optimizer.groups import Group
 from .optimizer.joint import unit_of
@@ -19,19 +19,7 @@ from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
 from .optimizer.state import MOMENTUM, Initial, full_like
 
-Structure = (
-    Literal[
-        "auto",
-        "dense",
-        "diagonal",
-        "dense_or_diagonal",
-        "block",
-        "hierarchical",
-        "lower_toeplitz",
-        "upper_toeplitz",
-    ]
-    | str
-)
+Structure = structure_names.Name | str
 MergeAxes = bool | tuple[tuple[int, ...], ...]
 Combine = Literal["none", "module"] | tuple[tuple[int, ...], ...]
 

@@ -291,7 +291,7 @@ def test_an_unsupported_structure_lists_what_is_supported():
     for structure in ("blocks", "block0diagonal", "hierarchical0_0", None, ("dense", 3)):
         with pytest.raises(
             ValueError,
-            match=r"'auto', 'dense', 'diagonal', .*'block'.* triltoeplitz",
+            match=r"'auto', 'dense', 'diagonal', 'dense_or_diagonal', 'block', .* triltoeplitz",
         ):
             IFShampoo(parameters((4, 3)), batch_size=8, structures=structure)
 

@@ -280,7 +280,7 @@ def test_no_scale_of_the_gradients_matters(factor, device):
         (
             {"structures": "triltoeplitz"},
             ValueError,
-            "auto, block, dense, dense_or_diagonal, diagonal",
+            "has auto, block, dense, dense_or_diagonal, diagonal alone",
         ),
         ({"structures": "block", "block_size": 0}, ValueError, "block_size is 0"),
         ({"structures": ("dense",)}, ValueError, "pass one structure an axis, or one for all"),

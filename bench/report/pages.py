@@ -180,8 +180,7 @@ def trained(files: Files) -> str:
 def structured(files: Files) -> str:
     """Losses on text by the structure of factors."""
     runs = [rows for name, rows in files.items() if name.endswith("/sweep")]
-    kinds = ("defaults", "structures")
-    rows = in_order([row for own in runs for row in own if row["detail"]["kind"] in kinds])
+    rows = in_order([row for own in runs for row in own])
     shown = [row for row in rows if row["detail"]["kind"] == "structures"]
     return page(structures(rows), _measured(shown))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
-NAMES = (
+Name = Literal[
     "auto",
     "dense",
     "diagonal",
@@ -14,7 +14,8 @@ NAMES = (
     "hierarchical",
     "lower_toeplitz",
     "upper_toeplitz",
-)
+]
+NAMES: tuple[Name, ...] = get_args(Name)
 # Of the names of singd that are not ours already: patterns, with the numbers that they bring.
 _ALIASES = (
     (re.compile(r"block([1-9]\d*)diagonal"), "block"),

@@ -44,13 +44,15 @@ class MatrixOptimizer(RootFreeOptimizer):
     def _as_of_today(cls, saved: Group) -> Group:
         """Before there were blocks, "auto" was diagonal above max_dense_dim."""
         group = super()._as_of_today(saved)
-        if "block_size" not in saved:
-            renamed = {"auto": "dense_or_diagonal"}
-            names = group.get("structures", "auto")
-            of = names if isinstance(names, (tuple, list)) else (names,)
-            found = tuple(renamed.get(name, name) for name in of)
-            group["structures"] = found if isinstance(names, (tuple, list)) else found[0]
-        return group
+        if "block_size" in saved or "structures" not in saved:
+            return group
+
+        def then(name: Any) -> Any:
+            return "dense_or_diagonal" if name == "auto" else name
+
+        names = saved["structures"]
+        several = isinstance(names, (tuple, list))
+        return {**group, "structures": tuple(map(then, names)) if several else then(names)}
 
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return check_hyperparameters(values, self._matrix_method.undamped)

@@ -217,6 +217,17 @@ def test_a_checkpoint_from_before_blocks_goes_on_as_it_was_stepped(name, structu
 
 
 @pytest.mark.parametrize("name", CLASSES)
+def test_a_checkpoint_without_structures_is_no_old_one(name):
+    params = parameters((8, 12))
+    optimizer = build(name, params)
+    saved = optimizer.state_dict()
+    for key in ("structures", "block_size"):
+        del saved["param_groups"][0][key]
+    with pytest.raises(ValueError, match="has no structures, so it was not saved by"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_checkpoint_with_anything_in_the_padding_is_refused(name):
     params = parameters((40, 33))
     optimizer = build(name, params, **IN_BLOCKS)
