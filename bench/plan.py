@@ -16,7 +16,7 @@ SEEDS = (0, 1, 2)
 TUNING_SEEDS = (100, 101, 102)
 FINALISTS = 5  # settings that the other seeds train, the best of the first
 BASIN = 9
-NO_BASIN = ("long text", "wide text")
+NO_BASIN = ("long text", "wide text", "large text")
 # What factors may be, on the problem whose axes are 64 to 384.
 STRUCTURES: dict[str, list[Settings]] = {
     "RootFreeShampoo": [

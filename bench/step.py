@@ -38,6 +38,7 @@ from .optimizers import PEERS
 from .optimizers.peers import EIGH, LR, MATRIX_PEERS, NEVER, Peer, judge
 from .report import tables
 from .report.tables import FORWARD, INTERVALS
+from .train import add_choice
 from .workloads.networks import FULL, QUICK, SCALED, Model, forward_backward, split
 
 LONGEST = 10_000
@@ -172,10 +173,11 @@ def measure(
     rows: Rows,
     device: torch.device,
     seconds: float,
+    names: Sequence[str],
 ) -> None:
-    """Time every optimizer, and the products of a forward and backward."""
+    """Time these optimizers, and the products of a forward and backward."""
     parameters = Parameters.of(*split(model.layers, LONGEST), device)
-    steps = {name: checked(case, name, peer, parameters, rows) for name, peer in PEERS.items()}
+    steps = {name: checked(case, name, PEERS[name], parameters, rows) for name in names}
     runs = {(name, metric): step for name, of in steps.items() for metric, step in of.items()}
     dtype = default_dtype(parameters.values[0])
     runs[FORWARD, "time"] = forward_backward(model, dtype, device)
@@ -266,6 +268,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=20.0,
         help=f"timing budget of each of the {len(SCALED) + 1} cases",
     )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        metavar="NAME",
+        help=f"those whose names begin so, as 'GPT-2 small', or {GROWTH}; all if it is left out",
+    )
+    add_choice(parser, "--optimizers", PEERS)
 
 
 def networks(device: torch.device, quick: bool) -> dict[str, Callable[[], Model]]:
@@ -274,15 +283,23 @@ def networks(device: torch.device, quick: bool) -> dict[str, Callable[[], Model]
     return FULL if device.type == "cuda" else SCALED
 
 
+def begun_so(names: Sequence[str], beginnings: Sequence[str] | None) -> list[str]:
+    """The names that begin so; all where nothing is asked."""
+    found = [name for name in names if beginnings is None or name.startswith(tuple(beginnings))]
+    if not found:
+        raise SystemExit(f"no network begins so; there are {'; '.join(names)}")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure every network, then growth; 1 if a step of ours was WRONG."""
     device = pick_device(args.device)
     rows = Rows(args.out / "step.jsonl", "step", device, arguments=args)
     seconds = 0.1 if args.quick else args.seconds
     builders = networks(device, args.quick)
-    for case in rows.remaining((*builders, GROWTH)):
+    for case in rows.remaining(begun_so((*builders, GROWTH), args.networks)):
         if case == GROWTH:
             grow(rows, device, seconds, args.quick)
         else:
-            measure(case, builders[case](), rows, device, seconds)
+            measure(case, builders[case](), rows, device, seconds, args.optimizers)
     return int(bool(wrong_of_ours(rows.finish(tables.step))))

@@ -30,7 +30,7 @@ from .optimizers import METHODS
 from .optimizers.tuned import BASE, COMPARED
 from .plan import PLANS, Choice, Job, all_best, planned
 from .report import losses
-from .train import add_choice
+from .train import add_choice, add_tasks
 from .workloads.problems import PROBLEMS, rounded
 from .workloads.training import train
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measurement_arguments(parser)
     parser.set_defaults(device="cpu")
     add_choice(parser, "--kinds", PLANS)
-    add_choice(parser, "--tasks", PROBLEMS)
+    add_tasks(parser)
     add_choice(parser, "--methods", BASE)
     parser.set_defaults(methods=list(COMPARED))
     parser.add_argument(

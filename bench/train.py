@@ -28,7 +28,7 @@ from .measuring.rows import Row, Rows, read_rows, wrong
 from .optimizers import METHODS, PEERS
 from .optimizers.tuned import BASE, Settings
 from .report import training as tables
-from .workloads.problems import PROBLEMS, rounded
+from .workloads.problems import ON_A_GPU, PROBLEMS, rounded
 from .workloads.training import Problem, Run, state_bytes, train
 
 CHECK = "first steps"
@@ -49,7 +49,7 @@ PEER_OF = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench train`."""
     add_measurement_arguments(parser)
-    add_choice(parser, "--tasks", PROBLEMS)
+    add_tasks(parser)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "where there was none at their defaults",
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train")
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """The option for problems; those of a GPU are trained when they are named."""
+    add_choice(parser, "--tasks", PROBLEMS)
+    parser.set_defaults(tasks=[name for name in PROBLEMS if name not in ON_A_GPU])
 
 
 def add_choice(parser: argparse.ArgumentParser, option: str, choices: dict) -> None:

@@ -211,7 +211,7 @@ DIGITS = _methods(
 )
 
 TEXT = _methods(
-    Text.batch_size,
+    Text().batch_size,
     RootFreeShampoo={"tuned": {"lr": 1e-2, "betas": (0.9, 0.95)}},
     IFShampoo={
         "search": {"lr": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2), "factor_lr": (0.1, 0.2, 0.4, 0.8, 1.6)},
@@ -245,7 +245,15 @@ TEXT = _methods(
 )
 
 _at_any_lr = {name: {"lr": method.search["lr"]} for name, method in BASE.items()}
-# By problem. Long text takes the settings of text, and wide text is searched over lr alone.
+_lrs_of_large = {
+    "RootFreeShampoo": (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2),
+    "SOAP": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "Muon": (5e-3, 1e-2, 2e-2, 4e-2, 8e-2),
+    "torch AdamW": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    "IFShampoo": (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+    "RootFreeAdamW": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
+}
+# By problem. Long text takes the settings of text; wide and large text are searched over lr alone.
 METHODS: dict[str, dict[str, Method]] = {
     "autoencoder": AUTOENCODER,
     "digits": DIGITS,
@@ -254,5 +262,9 @@ METHODS: dict[str, dict[str, Method]] = {
     "wide text": {
         name: replace(of, search=_at_any_lr[name], tuned=None, fixed={})
         for name, of in TEXT.items()
+    },
+    "large text": {
+        name: replace(of, search={"lr": _lrs_of_large[name]})
+        for name, of in _methods(8192, _lrs_of_large).items()
     },
 }

@@ -202,7 +202,7 @@ PANELS = {
         ("training loss", "steps", "step", "training loss, nat"),
         ("test accuracy", "steps", "step", "test error, %"),
     ),
-    **dict.fromkeys(("text", "long text", "wide text"), _TEXT),
+    **dict.fromkeys(("text", "long text", "wide text", "large text"), _TEXT),
 }
 LEAST_ERROR = 0.1  # %, because a logarithmic axis has no 0; one of the digits' test images is 0.19
 

@@ -18,8 +18,18 @@ PROBLEMS: dict[str, Problem] = {
         Text(),
         Text("long text", rounds=60),
         Text("wide text", width=256, layers=4, rounds=12),
+        Text(
+            "large text",
+            width=512,
+            layers=8,
+            rounds=12,
+            context=256,
+            sequences=32,
+            autocast=True,
+        ),
     )
 }
+ON_A_GPU = ("large text",)  # a CPU would take hours
 
 
 def rounded(values: list[float]) -> list[float | None]:

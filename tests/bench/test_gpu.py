@@ -94,6 +94,10 @@ def test_the_limits_leave_time_to_start(capsys, monkeypatch):
     assert int(last.split()[0]) == sum(most for most, _ in gpu.LIMITS.values()) <= 540
 
 
+def test_every_case_is_run():
+    assert set(gpu.LIMITS) == {*gpu_cases.CASES, *gpu.TESTS}
+
+
 def test_a_part_without_time_is_not_started(tmp_path):
     found = collected(tmp_path)
     assert gpu.run_part(found, "limits", ["/no/such/program"], 9.0) == ""
@@ -212,7 +216,7 @@ def test_cases_run_under_the_programs_that_watch_them(watched):
     assert failed == [("racecheck", "failed", "exit status 9: the case ran")]
     logs = {name: (out / f"gpu-{name}.log").read_text() for name in gpu.TOOLS}
     assert all("the case ran" in log for log in logs.values())
-    assert logs["ncu"].startswith("ncu --set full --kernel-name")
+    assert logs["ncu"].startswith("ncu --clock-control none --set full")
     assert logs["memcheck"].startswith("compute-sanitizer --tool memcheck")
     with tarfile.open(out / "gpu.tar.gz") as tar:
         assert {f"gpu-{name}.log" for name in gpu.TOOLS} <= set(tar.getnames())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -99,6 +100,22 @@ def test_text_is_trained_for_longer_and_at_width_256():
     assert {len(p) for p in model.blocks.parameters() if p.ndim == 2} == {256, 768, 1024}
 
 
+def test_large_text_is_trained_when_it_is_named():
+    parser = argparse.ArgumentParser()
+    train.add_tasks(parser)
+    assert "large text" not in parser.parse_args([]).tasks
+    assert parser.parse_args(["--tasks", "large text"]).tasks == ["large text"]
+    large = PROBLEMS["large text"]
+    train_set, held_out = large.load(CPU, tuning=True)
+    batch = next(iter(large.batches(train_set, torch.Generator().manual_seed(0))))
+    assert batch.shape == (32, 257)
+    assert large.batch_size == 32 * 256
+    assert held_out.shape == (64, 257)
+    model = large.build_model()
+    assert sum(p.numel() for p in model.parameters()) == 25_450_593
+    assert large.loss(model, batch[:1, :65]).dtype == torch.float32
+
+
 @pytest.mark.parametrize("problem", [Digits(), Text()], ids=lambda p: p.name)
 @needs_extras
 def test_batch_size_is_the_number_of_terms_that_the_loss_averages(problem):
@@ -182,7 +199,7 @@ def test_searches_are_of_equal_size():
         task: {len(method.grid()) for method in methods.values()}
         for task, methods in tuned.METHODS.items()
     }
-    assert sizes.pop("wide text") == {5}
+    assert sizes.pop("wide text") == sizes.pop("large text") == {5}
     assert sizes.pop("long text") == {0}
     assert sizes == {task: {25} for task in sizes}
 
