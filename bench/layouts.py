@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from rootfree_fused import IFShampoo, RootFreeShampoo
+from rootfree_fused.optimizer import owners
 from rootfree_fused.optimizer.layouts import Layout, layout_of
 from rootfree_fused.optimizer.matrix import MatrixOptimizer
 from rootfree_fused.reference.structures import Structure
@@ -24,9 +25,6 @@ from .measuring.common import Shape
 from .report.cells import markdown
 from .workloads.networks import llama_8b, qwen3_30b_a3b_experts, resnet50, vit_l16
 
-# Multiply-adds of an update, by 2: of a matrix (m, n) with blocks b_A and b_B 5 m n (b_A + b_B),
-# and of each axis so many d b^2. An axis with a diagonal factor has none.
-FLOPS_OF_BLOCKS = {RootFreeShampoo: 7, IFShampoo: 4}
 # Bytes an entry of a factor that is no diagonal, bfloat16 with a residual, and of what it learns.
 BYTES_OF_BLOCKS = {RootFreeShampoo: 2 + 2 + 4, IFShampoo: 2 + 2 + 2}
 GIVEN: dict[type[MatrixOptimizer], dict[str, Any]] = {
@@ -137,11 +135,7 @@ def update_flops(cls: type[MatrixOptimizer], stack: Stack, limit: int) -> float:
     layout = _layout(stack, limit)
     if layout is None:
         return 0
-    elements, flops = math.prod(layout.sizes), 0
-    for size, structure in zip(layout.sizes, layout.structures, strict=True):
-        if structure.is_dense:
-            count, block = -(-size // structure.shape(size)[-1]), structure.shape(size)[-1]
-            flops += 5 * elements * block + FLOPS_OF_BLOCKS[cls] * count * block**3
+    flops = owners.update_flops(layout, cls._matrix_method.flops_of_blocks)
     return flops * stack.count * _members(stack)
 
 

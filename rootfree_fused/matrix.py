@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import IFSHAMPOO
 from .optimizer.starts import declared_start
 from .optimizer.state import MOMENTUM, Initial, full_like
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Structure = structure_names.Name | str
 MergeAxes = bool | tuple[tuple[int, ...], ...]
@@ -179,6 +182,9 @@ class IFShampoo(MatrixOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        process_group: ProcessGroup | None = None,
+        replicas: Literal["share", "repeat"] = "share",
+        update_dtype: torch.dtype | None = None,
         **unknown: NoReturn,
     ) -> None:
         defaults = {
@@ -208,7 +214,14 @@ class IFShampoo(MatrixOptimizer):
             "capturable": capturable,
             "amp_scaling": amp_scaling,
         }
-        super().__init__(params, defaults, unknown)
+        super().__init__(
+            params,
+            defaults,
+            unknown,
+            process_group=process_group,
+            replicas=replicas,
+            update_dtype=update_dtype,
+        )
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         (owner, *_), layout = unit_of(param, group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .optimizer.layouts import BLOCK_SIZE
 from .optimizer.matrix import MatrixOptimizer
 from .optimizer.matrix_calls import ROOTFREE_SHAMPOO
 from .optimizer.state import MOMENTUM, ROWS, Initial, full_like
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What users of the other classes and of torch.optim pass from habit, and what there is instead.
 _REPLACED = {
@@ -156,6 +159,9 @@ class RootFreeShampoo(MatrixOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        process_group: ProcessGroup | None = None,
+        replicas: Literal["share", "repeat"] = "share",
+        update_dtype: torch.dtype | None = None,
         **unknown: NoReturn,
     ) -> None:
         defaults = {
@@ -180,7 +186,14 @@ class RootFreeShampoo(MatrixOptimizer):
             "capturable": capturable,
             "amp_scaling": amp_scaling,
         }
-        super().__init__(params, defaults, unknown)
+        super().__init__(
+            params,
+            defaults,
+            unknown,
+            process_group=process_group,
+            replicas=replicas,
+            update_dtype=update_dtype,
+        )
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         (owner, *_), layout = unit_of(param, group)

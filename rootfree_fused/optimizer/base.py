@@ -26,7 +26,7 @@ from .amp_and_graphs import (
     steps_taken,
 )
 from .checks import check_devices, check_gradient, check_state, memory, name_of
-from .groups import DeclaringOptimizer, Group, devices_of
+from .groups import DeclaringOptimizer, Group
 from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
 from .stacks import Counts, restack
 from .starts import AUTO, Waiting, start_
@@ -99,21 +99,27 @@ class RootFreeOptimizer(DeclaringOptimizer):
         if torch.compiler.is_compiling():
             self._step_traced(scaling)
             return loss
-        if is_capturing(self.param_groups):
-            self._check_capture()
-        for index, group in enumerate(self.param_groups):
-            self._check_if_changed(index, group)
-        if scaling:
-            check_scaling(scaling.get("grad_scale"), scaling.get("found_inf"))
         planned = [
             (group, step, on_host(scaling) if scaling and step.params[0].is_cpu else scaling)
-            for group, step in self._plan(scaling)
+            for group, step in self._check_and_plan(scaling)
         ]
         for _, step, own_scaling in planned:
             step.counts.add(own_scaling)
         for group, step, own_scaling in planned:
             step.run(group, own_scaling)
         return loss
+
+    def _check_and_plan(
+        self, scaling: Scaling
+    ) -> list[tuple[Group, PreparedStep | UnpreparedStep]]:
+        """What each group's step will do, after a check of all that it depends on."""
+        if is_capturing(self.param_groups):
+            self._check_capture()
+        for index, group in enumerate(self.param_groups):
+            self._check_if_changed(index, group)
+        if scaling:
+            check_scaling(scaling.get("grad_scale"), scaling.get("found_inf"))
+        return self._plan(scaling)
 
     def _plan(self, scaling: Scaling) -> list[tuple[Group, PreparedStep | UnpreparedStep]]:
         """What each group's step will do; tensors that are not known are checked first."""
@@ -161,8 +167,8 @@ class RootFreeOptimizer(DeclaringOptimizer):
             params.append(param)
         check_devices(index, group, params)
         for param, (name, spec) in zip(params, self._declare(index, group, params), strict=True):
-            state, devices = self.state[param], devices_of(spec, param, group)
-            check_state(name, param, state, spec)
+            state, devices = self.state[param], self._devices(spec, param, group)
+            check_state(name, param, state, spec, devices)
             for key, device in devices.items():
                 if state[key].device != device:  # the parameter has gone there
                     state[key] = state[key].to(device)
@@ -189,7 +195,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
         work = Work(params, states, counts.steps, scaling)
         launch = self._prepare(index, work)
 
-        starts = self._starts.waiting(index, group, params, states)
+        starts = self._starts.waiting(index, group, *self._started_first(group, params, states))
         if launch is not None and starts:
             launch = self._starting(starts, launch)
 
@@ -207,6 +213,12 @@ class RootFreeOptimizer(DeclaringOptimizer):
         prepared = PreparedStep(*found, owned, params, counts, launch)
         self._prepared.keep(index, prepared)
         return prepared
+
+    def _started_first(
+        self, group: Group, params: list[Tensor], states: list[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Those whose gradients are there before the update."""
+        return params, states
 
     def _starting(self, waiting: list[Waiting], launch: PreparedUpdate) -> PreparedUpdate:
         """The launch, after a look whether what waits for a gradient starts with this one."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..ops.checks import DTYPES
-from ..reference.matrix import join, split
+from ..reference.matrix import split
 from .checkpoint_checks import (
     check_data,
     check_is_dict,
@@ -26,9 +26,9 @@ from .checkpoint_checks import (
     takes,
 )
 from .checks import check_state
-from .groups import DeclaringOptimizer, Group, devices_of, trains
+from .groups import DeclaringOptimizer, Group, trains
 from .starts import AUTO
-from .state import Initial, State, is_own, unused_state
+from .state import Initial, State, copied, is_own, unused_state
 
 
 def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
@@ -44,7 +44,11 @@ def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
             positions.setdefault(param, len(positions))
         groups.append({**saved_group(group), "params": [positions[p] for p in group["params"]]})
     states = by_position(dict(dict.items(optimizer.state)), positions)
-    saved = {key: copied(state) for key, state in states.items()}
+    params = dict(zip(positions.values(), positions, strict=True))
+    saved = {
+        key: optimizer._saved_state(params[key], state) if key in params else copied(state)
+        for key, state in states.items()
+    }
 
     state_dict = {"state": saved, "param_groups": groups}
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
@@ -86,7 +90,8 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
 def _declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:
     params = [p for p in group["params"] if trains(p) or dict.get(optimizer.state, p)]
     for param, (name, spec) in zip(params, optimizer._declare(index, group, params), strict=True):
-        check_state(name, param, optimizer.state[param], spec)
+        devices = optimizer._devices(spec, param, group)
+        check_state(name, param, optimizer.state[param], spec, devices)
 
 
 def _merge_groups(optimizer: DeclaringOptimizer, saved_groups: list[Group]) -> list[Group]:
@@ -119,7 +124,11 @@ def _check_fixed(optimizer: DeclaringOptimizer, index: int, group: Group, merged
 
 
 def _check_loaded(
-    optimizer: DeclaringOptimizer, label: str, param: Tensor, group: Group, saved: dict[str, Any]
+    optimizer: DeclaringOptimizer,
+    label: str,
+    param: Tensor,
+    group: Group,
+    saved: Mapping[str, Any],
 ) -> State:
     """A copy of the saved state of one parameter, or a ValueError: what does not fit."""
     where = f"state_dict of parameter {label}"
@@ -129,6 +138,7 @@ def _check_loaded(
             "call the model once, then load"
         )
     spec = optimizer._full_spec(param, group)
+    saved = optimizer._whole_state(param, group, saved)
     check_data(where, param, saved)
     saved = separated(saved, spec)
     own = {name for name in saved if is_own(name)}
@@ -140,7 +150,7 @@ def _check_loaded(
             f"{type(optimizer).__name__} that was saved with the same settings"
         )
     present = {name: initial for name, initial in spec.items() if name in saved}
-    devices = devices_of(spec, param, group)
+    devices = optimizer._devices(spec, param, group)
     loaded = {
         name: fresh(spec[name], value, devices[name])
         for name, value in check_saved(where, present, saved).items()
@@ -200,20 +210,6 @@ def unstacked(states: Mapping[Any, State]) -> dict[Any, State]:
 
     return {
         param: {key: own(value) for key, value in state.items()} for param, state in states.items()
-    }
-
-
-def copied(value: Any) -> Any:
-    """A copy of what `optimizer.state` holds, with each factor and its residual as one tensor."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if not isinstance(value, dict):
-        return deepcopy(value)
-    residuals = {key: f"{key}_residual" for key in value if f"{key}_residual" in value}
-    return {
-        key: join(part, value[residuals[key]]) if key in residuals else copied(part)
-        for key, part in value.items()
-        if key not in residuals.values()
     }
 
 

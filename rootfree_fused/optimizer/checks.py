@@ -91,14 +91,7 @@ def check_tensor(name: str, param: Any) -> None:
 
 
 def check_whole(name: str, param: Tensor) -> None:
-    """Raise a TypeError for a part of a parameter, whose axes this process does not see."""
-    if is_sharded(param):
-        raise TypeError(
-            f"{name} is a DTensor of shape {tuple(param.shape)}, which optimizers with factors do "
-            "not take yet; use RootFreeAdamW or RootFreeRMSprop, or DistributedDataParallel, or "
-            "torch.distributed.optim.ZeroRedundancyOptimizer to shard its state, in place of "
-            "fully_shard and tensor parallelism"
-        )
+    """Raise a TypeError for a part of a parameter that does not say which part it is."""
     if getattr(param, "_fsdp_flattened", False):
         raise TypeError(
             f"{name} is a flat shard of FullyShardedDataParallel, of shape {tuple(param.shape)}: "
@@ -167,9 +160,12 @@ def lacks(name: str, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> l
     return missing
 
 
-def has_no_values(param: Tensor, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> bool:
+def has_no_values(
+    param: Tensor, state: Mapping[str, Any], devices: Mapping[str, torch.device]
+) -> bool:
     """Whether state that took no step was left on meta, where its parameter is no longer."""
-    tensors = [state[key] for key in spec if isinstance(state.get(key), Tensor)]
+    kept = [key for key, device in devices.items() if device.type != "meta"]
+    tensors = [state[key] for key in kept if isinstance(state.get(key), Tensor)]
     if param.is_meta or not any(tensor.is_meta for tensor in tensors):
         return False
     step = state.get("step")
@@ -177,9 +173,16 @@ def has_no_values(param: Tensor, state: Mapping[str, Any], spec: Mapping[str, In
 
 
 def check_state(
-    name: str, param: Tensor, state: Mapping[Any, Any], spec: Mapping[str, Initial]
+    name: str,
+    param: Tensor,
+    state: Mapping[Any, Any],
+    spec: Mapping[str, Initial],
+    devices: Mapping[str, torch.device],
 ) -> None:
-    """Raise unless the state is what the settings and the parameter's present shape need."""
+    """Raise unless the state is what the settings and the parameter's present shape need.
+
+    devices: where it is kept, meta for what another rank has.
+    """
     for key, initial in spec.items():
         value = state[key]
         if not isinstance(value, Tensor):
@@ -203,7 +206,7 @@ def check_state(
             _check_spread(f"{key} of {name}", value, param)
         elif not value.is_contiguous():
             raise ValueError(f"{key} of {name} is not contiguous; {_ANEW}")
-        if value.is_meta and not param.is_meta:
+        if value.is_meta and not param.is_meta and devices[key].type != "meta":
             raise ValueError(f"{key} of {name} is on meta, where it has no values; {_ANEW}")
         if key == "step" and value.is_cpu and not 0 <= value.item() < math.inf:
             raise ValueError(f"step of {name} is {value.item()}, which counts nothing; {_ANEW}")
@@ -215,7 +218,7 @@ def memory(name: str, param: Tensor, state: Mapping[Any, Any]) -> Iterator[Named
     if param.grad is not None:
         yield f"the gradient of {name}", local(param.grad), False
     for key, value in state.items():
-        if is_own(key):
+        if is_own(key) and not (value.is_meta and not param.is_meta):
             yield f"{key} of {name}", local(value), True
 
 

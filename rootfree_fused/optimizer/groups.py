@@ -29,7 +29,15 @@ from .checks import (
 from .known_tensors import PreparedSteps
 from .stacks import allocate
 from .starts import AUTO, Starts
-from .state import ADDED_LATER, DeclaredState, Initial, initial_step, take_apart, unused_state
+from .state import (
+    ADDED_LATER,
+    DeclaredState,
+    Initial,
+    copied,
+    initial_step,
+    take_apart,
+    unused_state,
+)
 
 Group = dict[str, Any]
 
@@ -71,6 +79,20 @@ class DeclaringOptimizer(Optimizer):
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         """How each state tensor of a parameter starts, by key; `step` is the base's own."""
         raise NotImplementedError
+
+    def _devices(self, spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
+        """Where state tensors live; on meta what another rank has."""
+        return devices_of(spec, param, group)
+
+    def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
+        """A copy of the state of a parameter, as a checkpoint has it."""
+        return copied(state)
+
+    def _whole_state(
+        self, param: Tensor, group: Group, saved: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Saved state of a parameter as this optimizer's own state is laid out."""
+        return saved
 
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""
@@ -189,11 +211,11 @@ class DeclaringOptimizer(Optimizer):
                 spec = self._spec(param, group, held)
             except ValueError as error:
                 raise ValueError(f"{name} does not fit its settings: {error}") from None
-            devices = devices_of(spec, param, group)
+            devices = self._devices(spec, param, group)
             needed.append((name, spec))
             take_apart(state, spec)
             missing = lacks(name, state, spec)
-            if len(missing) == len(spec) or has_no_values(param, state, spec):
+            if len(missing) == len(spec) or has_no_values(param, state, devices):
                 fresh.append((state, spec, devices))
             else:
                 for key in missing:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +26,12 @@ from .joint import Joints, check_gradients, unit_of
 from .known_tensors import PreparedUpdate
 from .layouts import BLOCK_SIZE, names_in
 from .matrix_calls import Call, KnownCalls, MatrixMethod, planned_calls
+from .owners import Cost, update_flops
+from .portions import Portion, portions, write_
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
+from .sharing import Replicas, Sharing, full
 from .starts import start_, waiting_members
-from .state import State
+from .state import Initial, State
 
 
 class MatrixOptimizer(RootFreeOptimizer):
@@ -53,6 +58,27 @@ class MatrixOptimizer(RootFreeOptimizer):
         names = saved["structures"]
         several = isinstance(names, (tuple, list))
         return {**group, "structures": tuple(map(then, names)) if several else then(names)}
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        unknown: Mapping[str, Any],
+        *,
+        process_group: Any = None,
+        replicas: Replicas = "share",
+        update_dtype: torch.dtype | None = None,
+    ) -> None:
+        optimizer = weakref.ref(self)  # which owns the sharing
+
+        def cost(param: Tensor, group: Group) -> Cost:
+            owner = optimizer()
+            assert owner is not None
+            return owner._cost(param, group)
+
+        self._is_shared = False
+        self._sharing = Sharing(process_group, replicas, update_dtype, cost)
+        super().__init__(params, defaults, unknown)
 
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return check_hyperparameters(values, self._matrix_method.undamped)
@@ -89,8 +115,12 @@ class MatrixOptimizer(RootFreeOptimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._had_matrices[len(self.param_groups) - 1] = _has_matrices(group["params"])
+        self._is_shared = self._is_shared or self._sharing.any_in([group])
 
     def _gather(self, index: int, group: Group) -> list[Tensor]:
+        if not self._is_shared and self._sharing.any_in([group]):
+            self._is_shared = True
+            raise _NowShared
         self._check_named(index, check_gradients, group)
         params = super()._gather(index, group)
         if params and self._had_matrices.get(index) and not _has_matrices(group["params"]):
@@ -105,18 +135,131 @@ class MatrixOptimizer(RootFreeOptimizer):
 
     def _check_taken(self, index: int, position: int, group: Group) -> None:
         super()._check_taken(index, position, group)
-        check_whole(name_of(index, position, group), group["params"][position])
+        name, param = name_of(index, position, group), group["params"][position]
+        check_whole(name, param)
+        self._sharing.check(name, param, group, self._matrix_method.vectors)
+
+    # Shared among ranks ------------------------------------------------------------------------
+
+    def _cost(self, param: Tensor, group: Group) -> Cost:
+        layout = unit_of(param, group).layout
+        assert layout is not None
+        flops = update_flops(layout, self._matrix_method.flops_of_blocks)
+        spec = self._full_spec(param, group).values()
+        size = sum(math.prod(initial.shape) * initial.dtype.itemsize for initial in spec)
+        return Cost(flops * math.prod(param.shape) / math.prod(layout.sizes), size)
+
+    def _full_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        spec = super()._full_spec(param, group)
+        if self._sharing.shares(param, group):  # whole, whatever part of the parameter is here
+            for key, initial in spec.items():
+                spec[key] = initial if initial.like is None else replace(initial, like=None)
+        return spec
+
+    def _devices(self, spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
+        devices = super()._devices(spec, param, group)
+        if not self._sharing.shares(param, group):
+            return devices
+        here = self._sharing.held(param, self.param_groups).here
+        meta = torch.device("meta")
+        return {key: at if here or key == "step" else meta for key, at in devices.items()}
+
+    def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
+        saved = super()._saved_state(param, state)
+        return self._sharing.saved(param, saved)
+
+    def _whole_state(
+        self, param: Tensor, group: Group, saved: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        whole = self._sharing.shares(param, group)
+        return {key: full(value) for key, value in saved.items()} if whole else saved
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_shared:
+            raise TypeError(
+                f"a {type(self).__name__} whose matrices ranks share cannot be pickled or copied: "
+                "each rank has a part of its state; save state_dict()"
+            )
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._is_shared = False
+        self._sharing = Sharing(None, "share", None, lambda *_: Cost(0, 0))
+        super().__setstate__(state)
+
+    def _check_and_plan(self, scaling: Scaling) -> list[Any]:
+        if self._is_shared:
+            return self._agree_and_plan(scaling)
+        try:
+            return super()._check_and_plan(scaling)
+        except _NowShared:
+            return self._agree_and_plan(scaling)
+
+    def _agree_and_plan(self, scaling: Scaling) -> list[Any]:
+        """Checked by every rank, and what a step needs of others brought here."""
+        self._agree()
+        try:
+            planned = super()._check_and_plan(scaling)
+        except Exception as fault:
+            self._sharing.begin(self.param_groups, fault)
+            raise
+        self._sharing.begin(self.param_groups)
+        return planned
+
+    def _agree(self) -> None:
+        if self._sharing.agree(type(self).__name__, self.param_groups):
+            for index in range(len(self.param_groups)):
+                self._prepared.forget(index)
+
+    def _started_first(
+        self, group: Group, params: list[Tensor], states: list[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        here = [i for i, p in enumerate(params) if not self._sharing.shares(p, group)]
+        return [params[i] for i in here], [states[i] for i in here]
+
+    def _portions(self, index: int, work: Work) -> list[Portion]:
+        """What of a step's work is this rank's, wave by wave; first what it shares with none."""
+        group = self.param_groups[index]
+        return portions(self._sharing.waves(index), group, work, self._sharing.shares)
+
+    def _step_portions(
+        self, index: int, work: Work, shared: list[Portion], known: list[KnownCalls]
+    ) -> None:
+        """Update a group of which other ranks have matrices."""
+        group = self.param_groups[index]
+        if _waits(group, work.scaling):
+            return
+        updates_factors = self._schedule.at(index, group, work.steps)
+        of_owner = {**group, "lr": 1.0, "weight_decay": 0.0}
+        for portion, calls in zip(shared, known, strict=True):
+            portion.read_()
+            if portion.wave is not None and portion.waiting:
+                self._starts.start_(portion.waiting, group, work.scaling)
+            own = portion.work._replace(scaling=work.scaling)
+            for call in self._calls(index, updates_factors, own, calls, None):
+                call(None, group if portion.wave is None else of_owner, work.scaling)
+            if portion.wave is not None:
+                write_(portion.wave, group, work.scaling)
+
+    # Step --------------------------------------------------------------------------------------
 
     @_disable_dynamo
     def _start_traced(
         self, params: list[Tensor], states: list[State], group: Group, scaling: Scaling
     ) -> None:
-        for one in waiting_members(group, params, states):
+        for one in waiting_members(group, *self._started_first(group, params, states)):
             start_(one.state, one.grad(group), group, scaling, one.layout)
 
     def _check_traced(self) -> None:
+        if self._is_shared:
+            self._agree_traced()
         if any(group["combine"] != "none" for group in self.param_groups):
             self._check_joined()
+
+    @_disable_dynamo
+    def _agree_traced(self) -> None:
+        self._agree()
+        self._sharing.begin(self.param_groups)
 
     @_disable_dynamo
     def _check_joined(self) -> None:
@@ -127,11 +270,18 @@ class MatrixOptimizer(RootFreeOptimizer):
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         for param, state in zip(work.params, work.states, strict=True):
-            check_state("a parameter", param, state, self._spec(param, group))
-        self._step(index, work, KnownCalls())
+            spec = self._spec(param, group)
+            check_state("a parameter", param, state, spec, self._devices(spec, param, group))
+        if self._is_shared:
+            shared = self._portions(index, work)
+            self._step_portions(index, work, shared, [KnownCalls() for _ in shared])
+        else:
+            self._step(index, work, KnownCalls())
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         params, states, steps = work.params, work.states, work.steps  # without the scaler's
+        if self._is_shared:
+            return self._prepare_shared(index, Work(params, states, steps, {}))
         known = KnownCalls()
         group = self.param_groups[index]
         addresses = _addresses_of_grads(params)
@@ -147,6 +297,18 @@ class MatrixOptimizer(RootFreeOptimizer):
 
         move = None if addresses is None else lambda _, moved: moved
         return PreparedUpdate(addresses, update, move)
+
+    def _prepare_shared(self, index: int, work: Work) -> PreparedUpdate:
+        shared = self._portions(index, work)
+        known = [KnownCalls() for _ in shared]
+        optimizer = weakref.ref(self)  # which will own the launch
+
+        def update(_: None, group: Group, scaling: Scaling) -> None:
+            owner = optimizer()
+            assert owner is not None
+            owner._step_portions(index, work._replace(scaling=scaling), shared, known)
+
+        return PreparedUpdate(None, update, None)
 
     def _step(
         self, index: int, work: Work, known: KnownCalls, addresses: Tensor | None = None
@@ -192,7 +354,11 @@ class MatrixOptimizer(RootFreeOptimizer):
         stacks = self._stacks.get(index)
         if stacks is None or not stacks.hold(states):
             group = self.param_groups[index]
-            owned = [(state, p) for p in group["params"] if (state := dict.get(self.state, p))]
+            owned = [
+                (state, p)
+                for p in group["params"]
+                if (state := dict.get(self.state, p)) and not _is_elsewhere(state, p)
+            ]
             stacks = self._stacks[index] = Stacks(
                 [state for state, _ in owned],
                 [unit_of(p, group).layout for _, p in owned],
@@ -221,7 +387,21 @@ class MatrixOptimizer(RootFreeOptimizer):
 
     def _check_capture(self) -> None:
         super()._check_capture()
+        if self._is_shared:
+            raise RuntimeError(
+                "step() was called under CUDA graph capture with matrices that ranks share, whose "
+                "messages it reads on the host; step without a graph"
+            )
         check_capturable_schedules(self.param_groups, by_kind=self._captured_by_kind)
+
+
+class _NowShared(Exception):
+    """Parameters were exchanged for such as ranks share."""
+
+
+def _is_elsewhere(state: State, param: Tensor) -> bool:
+    """Whether another rank has the factors."""
+    return "factor_0" in state and state["factor_0"].is_meta and not param.is_meta
 
 
 def _has_matrices(params: list[Tensor]) -> bool:

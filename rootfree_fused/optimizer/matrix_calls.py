@@ -53,6 +53,7 @@ class MatrixMethod:
     structures: the names of those that its factors may have.
     undamped: what goes wrong at a damping of 0.
     vectors: what updates parameters without factors, by the setting vector_method.
+    flops_of_blocks: of an update of a factor b x b beside the products with the gradient, in b^3.
     tensors, axes, settings: what the operator takes, but for steps, if it `counts`, for lr and for
         which products are stale.
     """
@@ -67,6 +68,7 @@ class MatrixMethod:
     axes: Callable[[list[Bucket]], dict[str, Any]]
     settings: Callable[[Group], dict[str, Any]]
     counts: bool
+    flops_of_blocks: int
 
 
 def planned_calls(
@@ -335,6 +337,7 @@ IFSHAMPOO = MatrixMethod(
     axes=_ifshampoo_axes,
     settings=_ifshampoo_settings,
     counts=False,
+    flops_of_blocks=4,
 )
 ROOTFREE_SHAMPOO = MatrixMethod(
     name="rootfree_shampoo_",
@@ -347,4 +350,5 @@ ROOTFREE_SHAMPOO = MatrixMethod(
     axes=lambda _: {},
     settings=_rootfree_shampoo_settings,
     counts=True,
+    flops_of_blocks=7,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..ops.checks import state_dtype
 from ..ops.methods import state_keys
-from ..reference.matrix import split
+from ..reference.matrix import join, split
 from ..reference.structures import Structure
 
 State = dict[str, Tensor]
@@ -161,3 +162,17 @@ def take_apart(state: State, spec: Mapping[str, Initial]) -> None:
     for key in [key for key in state if f"{key}_residual" in spec.keys() - state.keys()]:
         if isinstance(state[key], Tensor) and state[key].dtype == torch.float32:
             state[key], state[f"{key}_residual"] = split(state[key])
+
+
+def copied(value: Any) -> Any:
+    """A copy of what `optimizer.state` holds, with each factor and its residual as one tensor."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if not isinstance(value, dict):
+        return deepcopy(value)
+    residuals = {key: f"{key}_residual" for key in value if f"{key}_residual" in value}
+    return {
+        key: join(part, value[residuals[key]]) if key in residuals else copied(part)
+        for key, part in value.items()
+        if key not in residuals.values()
+    }

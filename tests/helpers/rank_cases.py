@@ -109,10 +109,9 @@ def full(tensor):
 
 def everything(model, optimizer):
     """Parameters and states, whole."""
-    found = []
-    for p in model.parameters():
-        state = optimizer.state.get(p, {})
-        found += [full(p.detach()), *(full(value) for value in state.values())]
+    found = [full(p.detach()) for p in model.parameters()]
+    for state in optimizer.state_dict()["state"].values():
+        found += [full(state[key]) for key in sorted(state)]
     return found
 
 

@@ -1,0 +1,107 @@
+"""What of a step's work is this rank's: plain tensors in the place of DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import is_sharded, usable_gradients
+from .amp_and_graphs import Scaling
+from .base import Work
+from .exchange import Wave
+from .groups import Group
+from .shards import local, local_state
+from .starts import Waiting, waiting_members
+from .state import State
+
+
+@dataclass
+class Portion:
+    """Some of a step's parameters; the others have no state in `work`, and so no update.
+
+    wave: what ranks exchange for it, None for what is stepped by elements, or whole, on each.
+    local: by the parameter what stands in its place, this rank's part of a DTensor.
+    """
+
+    work: Work
+    wave: Wave | None
+    local: list[tuple[Tensor, Tensor]]
+    waiting: list[Waiting]
+
+    def read_(self) -> None:
+        """Bring the gradients, and forget the updates of the wave before."""
+        for param, part in self.local:
+            (part.grad,) = usable_gradients([param])
+        if self.wave is not None:
+            if not self.wave.is_first:
+                self.wave.gather(self.wave.own_gradients(), (0, 0))
+            for matrix in self.wave.owned():
+                assert matrix.moved is not None
+                matrix.moved.zero_()
+
+
+def portions(
+    waves: list[Wave],
+    group: Group,
+    work: Work,
+    shares: Callable[[Tensor, Mapping[str, Any]], bool],
+) -> list[Portion]:
+    """The work of this rank on its own, then wave by wave what it does for others."""
+    count = len(work.params)
+    nothing = [torch.empty(0) for _ in range(count)]
+    params, states = list(nothing), [State() for _ in range(count)]
+    parts = []
+    for i, (param, state) in enumerate(zip(work.params, work.states, strict=True)):
+        if shares(param, group):
+            continue
+        params[i], states[i] = param, state
+        if is_sharded(param):
+            params[i], states[i] = local(param.detach()), local_state(state)
+            (params[i].grad,) = usable_gradients([param])
+            parts.append((param, params[i]))
+    found = [Portion(work._replace(params=params, states=states), None, parts, [])]
+    at = {id(param): i for i, param in enumerate(work.params)}
+    for wave in waves:
+        params, states = list(nothing), [State() for _ in range(count)]
+        for matrix in wave.owned():
+            if id(matrix.param) in at and matrix.moved is not None:
+                i = at[id(matrix.param)]
+                params[i], states[i] = matrix.moved, work.states[i]
+        waiting = []
+        if group.get("initial_square_avg") == "auto":
+            own = [i for i, state in enumerate(states) if state]
+            waiting = waiting_members(group, [params[i] for i in own], [states[i] for i in own])
+        found.append(Portion(work._replace(params=params, states=states), wave, [], waiting))
+    return found
+
+
+def write_(wave: Wave, group: Group, scaling: Scaling) -> None:
+    """Send what the owners found, and move this rank's parts of the parameters by it."""
+    params, moves = [], []
+    for matrix, moved in wave.scatter():
+        if matrix.param.grad is not None:
+            params.append(local(matrix.param.detach()))
+            moves.append(moved.to(matrix.dtype))
+    if params:
+        move_(params, moves, group, scaling)
+
+
+def move_(params: list[Tensor], moves: list[Tensor], group: Group, scaling: Scaling) -> None:
+    """p <- (1 - lr weight_decay) p + lr move; not in a step that the scaler skips."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.item() if lr.is_cpu else lr.reshape(())
+    if "found_inf" in scaling:
+        lr = lr * (scaling["found_inf"] == 0).to(moves[0]).reshape(())
+    kept = 1 - lr * group["weight_decay"]
+    wide = [p if p.dtype == m.dtype else p.to(m.dtype) for p, m in zip(params, moves, strict=True)]
+    torch._foreach_mul_(wide, kept)
+    torch._foreach_mul_(moves, lr)
+    torch._foreach_add_(wide, moves)
+    for param, value in zip(params, wide, strict=True):
+        if value is not param:
+            param.copy_(value)
