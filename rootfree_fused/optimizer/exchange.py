@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +23,7 @@ from ..ops.checks import usable_gradients
 
 ALIGNMENT = 16  # bytes of a header, and where each part of a message begins
 WAVE_BYTES = 64 * 2**20  # of gradients that an owner takes at a time
+_MET: Counter[str] = Counter()  # how often these ranks have met, whichever optimizer asked
 
 
 class Box(NamedTuple):
@@ -217,6 +220,26 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
+
+    def meet(self, patience: float) -> int:
+        """How many ranks have come here within so many seconds; unlike a barrier it can fail.
+
+        What a rank does that was alone here is as if it had not come.
+        """
+        import torch.distributed as dist
+
+        store = dist.distributed_c10d._get_default_store()
+        ranks = str(dist.get_process_group_ranks(self.group))
+        key = f"rootfree_fused/{ranks}/{_MET[ranks]}"
+        end, came = time.monotonic() + patience, store.add(key, 1)
+        while came < self.size:
+            if time.monotonic() > end:
+                store.add(key, -1)
+                return came
+            time.sleep(0.001)
+            came = store.add(key, 0)
+        _MET[ranks] += 1
+        return came
 
     @cached_property
     def mesh(self) -> Any:

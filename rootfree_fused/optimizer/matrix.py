@@ -164,6 +164,16 @@ class MatrixOptimizer(RootFreeOptimizer):
         meta = torch.device("meta")
         return {key: at if here or key == "step" else meta for key, at in devices.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `RootFreeOptimizer.state_dict`; a collective of the ranks that share matrices.
+
+        Raises:
+            RuntimeError: not all of them have called it.
+        """
+        if self._is_shared:
+            self._sharing.meet("state_dict()")
+        return super().state_dict()
+
     def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
         saved = super()._saved_state(param, state)
         return self._sharing.saved(param, saved)

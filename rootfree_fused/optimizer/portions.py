@@ -100,8 +100,11 @@ def move_(params: list[Tensor], moves: list[Tensor], group: Group, scaling: Scal
     kept = 1 - lr * group["weight_decay"]
     wide = [p if p.dtype == m.dtype else p.to(m.dtype) for p, m in zip(params, moves, strict=True)]
     torch._foreach_mul_(wide, kept)
-    torch._foreach_mul_(moves, lr)
-    torch._foreach_add_(wide, moves)
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(moves, lr)
+        torch._foreach_add_(wide, moves)
+    else:
+        torch._foreach_add_(wide, moves, alpha=lr)
     for param, value in zip(params, wide, strict=True):
         if value is not param:
             param.copy_(value)

@@ -42,12 +42,15 @@ def over_ranks(sums: Tensor, like: Any) -> Tensor:
 
 
 def as_laid_out(value: Tensor, like: Any) -> Tensor:
-    """A whole tensor as a DTensor that lies as another does; a DTensor as it is."""
+    """A tensor as a DTensor that lies as another does, or on its mesh if it is one already."""
     from torch.distributed.tensor import distribute_tensor
 
-    if is_sharded(value):
-        return value
     mesh = like.device_mesh
+    if is_sharded(value):
+        spread: Any = value
+        if spread.device_mesh == mesh:
+            return value
+        value = spread.full_tensor()
     whole = value.detach().to(like.device)
     return distribute_tensor(whole, mesh, like.placements, src_data_rank=None)
 

@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..ops.checks import is_sharded, state_dtype
+from ..ops.checks import DTYPES, is_sharded, state_dtype
 from ..ops.methods import DiagonalMethod
 from .exchange import Box, Matrix, Ranks, Wave, are_parts_of, senders_of, waves_of
 from .groups import Group, trains
@@ -28,6 +28,9 @@ from .owners import Cost, owners_of
 from .state import is_own
 
 Replicas = Literal["share", "repeat"]
+REPLICAS = get_args(Replicas)
+LACKING = "parameters without a gradient"
+PATIENCE = 60.0  # seconds that a rank that saves waits for the others
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,18 @@ class Sharing:
         update_dtype: torch.dtype | None,
         cost: Callable[[Tensor, Group], Cost],
     ) -> None:
+        if replicas not in REPLICAS:
+            raise ValueError(f"replicas is {replicas!r}; pass 'share' or 'repeat'")
+        if update_dtype is not None and update_dtype not in DTYPES:
+            raise ValueError(
+                f"update_dtype is {update_dtype!r}; pass torch.bfloat16 to send half the bytes, or "
+                "None for the dtype of the state"
+            )
         self._process_group, self._replicas = process_group, replicas
         self._update_dtype, self._cost = update_dtype, cost
         self._held = WeakTensorKeyDictionary()
         self._ranks: dict[Any, Ranks] = {}
+        self._alone: Any = None  # the group of this rank
         self._agreed: list[Tensor] = []
         self._waves: dict[int, list[Wave]] = {}
 
@@ -113,7 +124,8 @@ class Sharing:
             shared = [d for d in shared if not param.placements[d].is_replicate()]
         if len(shared) < mesh.ndim:
             if not shared:
-                return self._known(_alone(), param.device, [(0,)])
+                self._alone = self._alone or _alone()
+                return self._known(self._alone, param.device, [(0,)])
             mesh = mesh[tuple(_names(mesh)[d] for d in shared)]
         if mesh.ndim > 1:
             _names(mesh)
@@ -162,9 +174,11 @@ class Sharing:
                     for i, (at, param) in enumerate(own)
                     if at == index
                 ]
-                self._waves[index] += waves_of(matrices, ranks)
-        for waves in self._waves.values():
-            _allocate(waves)
+                waves = waves_of(matrices, ranks)
+                for first, wave in enumerate(waves):
+                    wave.is_first = first == 0
+                _allocate(waves)
+                self._waves[index] += waves
         self._agreed = params
         return True
 
@@ -203,15 +217,12 @@ class Sharing:
         Raises:
             RuntimeError: another rank takes none, or steps on other gradients or settings.
         """
-        word = _word(groups, self._agreed)
+        word = _word(groups)
         found: dict[int, tuple[Ranks, set[tuple[int, int]]]] = {}
         for index in self._waves:
-            met: set[int] = set()
             for wave in self._waves[index]:
                 ranks = wave.ranks
-                wave.is_first = id(ranks) not in met
                 if wave.is_first:
-                    met.add(id(ranks))
                     grads = {} if fault else wave.own_gradients()
                     heads = wave.gather(grads, (word, int(fault is not None)))
                     found.setdefault(id(ranks), (ranks, set()))[1].update(heads)
@@ -224,6 +235,19 @@ class Sharing:
             raise RuntimeError(troubles[0])
 
     # Checkpoints -------------------------------------------------------------------------------
+
+    def meet(self, what: str) -> None:
+        """Wait for all ranks that share a matrix, a collective.
+
+        Raises:
+            RuntimeError: some have not come in PATIENCE.
+        """
+        for ranks in self._ranks.values():
+            if (came := ranks.meet(PATIENCE)) < ranks.size:
+                raise RuntimeError(
+                    f"{what} was called on {came} of the {ranks.size} ranks that share matrices, "
+                    "each of which has a part of the state; call it on all of them"
+                )
 
     def saved(self, param: Tensor, state: Mapping[str, Any]) -> Any:
         """A copy of the state of a parameter as all ranks save it, a collective.
@@ -310,24 +334,28 @@ def _allocate(waves: Sequence[Wave]) -> None:
             at[key] = first + count
 
 
-def _word(groups: Sequence[Group], params: Sequence[Tensor]) -> int:
-    """64 bits that tell the settings of a step, and which matrices have a gradient."""
-    text = repr((_state_of(groups), [param.grad is not None for param in params]))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+def _word(groups: Sequence[Group]) -> int:
+    """64 bits that tell the settings of a step, and which parameters have a gradient."""
+    digest = hashlib.sha256(repr(_state_of(groups)).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _state_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Of each group the settings that are no tensors, and which parameters lack a gradient."""
     return [
         {
-            **{k: v for k, v in group.items() if k in group and _told_of(k, v)},
-            "without a gradient": [i for i, p in enumerate(group["params"]) if p.grad is None],
+            **{key: value for key, value in group.items() if _is_told(key, value)},
+            LACKING: [i for i, p in enumerate(group["params"]) if _lacks_gradient(p)],
         }
         for group in groups
     ]
 
 
-def _told_of(key: str, value: Any) -> bool:
+def _lacks_gradient(param: Any) -> bool:
+    return getattr(param, "grad", None) is None
+
+
+def _is_told(key: str, value: Any) -> bool:
     return key not in ("params", "param_names") and isinstance(value, (int, float, str, tuple))
 
 
@@ -353,10 +381,10 @@ def _trouble(everyones: list[tuple[str | None, list[dict[str, Any]]]]) -> str:
         for index, (one, other) in enumerate(zip(first, state, strict=False)):
             for key in one:
                 if one[key] != other.get(key):
-                    what = f"parameters {key}" if key.startswith("without") else key
                     return (
-                        f"{what} of group {index}: {one[key]} on rank 0 and {other.get(key)} on "
-                        f"rank {rank}; nothing was changed on any rank: make it the same"
+                        f"{key} of group {index} is {one[key]} on rank 0 and {other.get(key)} on "
+                        f"rank {rank} of those that share its matrices; nothing was changed on any "
+                        "rank: make it the same on all"
                     )
     return "the ranks step on other groups; nothing was changed on any rank"
 

@@ -52,7 +52,14 @@ def _frozen(model):
     return fully_shard(model, mesh=mesh(4))
 
 
+def _on_two_meshes(model):
+    for layer, of in ((model[0], mesh(4)), (model[2], mesh(2, 2)), (model[3], mesh(4))):
+        fully_shard(layer, mesh=of)
+    return model
+
+
 LAYOUTS = {
+    "FSDP2 on two meshes": _on_two_meshes,
     "FSDP2 of 4": lambda model: fully_shard(model, mesh=mesh(4)),
     "FSDP2 of 2": lambda model: fully_shard(model, mesh=mesh(2)),
     "FSDP2, one frozen": _frozen,
@@ -199,16 +206,19 @@ def an_inf_on_one_rank_skips_all(name):
     return far(found[1], found[0])
 
 
-def goes_on_in_another_layout(name, before, after, how, folder):
-    """Whether a checkpoint of one layout goes on in another, or in one process, to the bit."""
-    model = LAYOUTS[before](whole())
-    optimizer = optimizer_of(name, model)
+def goes_on_in_another_layout(name, before, after, how, folder, changes=None, nearly=0.0):
+    """Whether a checkpoint of one layout goes on in another, to the bit; in one process nearly.
+
+    One process rounds once where it updates a parameter, ranks twice.
+    """
+    model, changes = LAYOUTS[before](whole()), changes or {}
+    optimizer = optimizer_of(name, model, **changes)
     for seed in range(3):
         optimizer.zero_grad()
         backward(model, seed)
         optimizer.step()
     other = whole() if after == "one process" else LAYOUTS[after](whole())
-    resumed = optimizer_of(name, other)
+    resumed = optimizer_of(name, other, **changes)
     with torch.no_grad():
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
             q.copy_(laid_out(full(p.detach()), q))
@@ -223,14 +233,19 @@ def goes_on_in_another_layout(name, before, after, how, folder):
         into = {"optimizer": get_optimizer_state_dict(other, resumed, options=options)}
         dcp.load(into, checkpoint_id=folder)
         set_optimizer_state_dict(other, resumed, into["optimizer"], options=options)
+    loaded = _equal(everything(other, resumed), everything(model, optimizer))
     for seed in range(3, 6):
         optimizer.zero_grad()
         backward(model, seed)
         take_gradients(other, model)
         for stepped in (optimizer, resumed):
             stepped.step()
-    pairs = zip(everything(other, resumed), everything(model, optimizer), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    found = everything(other, resumed), everything(model, optimizer)
+    return loaded and (_equal(*found) or (after == "one process" and far(*found) < nearly))
+
+
+def _equal(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def bad_input(name, case):

@@ -9,11 +9,12 @@ import traceback
 import torch
 import torch.distributed as dist
 
+CASES = ("helpers.rank_cases", "helpers.shared_cases")
 TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
 
 
 class Ranks:
-    """`run` has every rank call a function of helpers.rank_cases with the same arguments."""
+    """`run` has every rank call a function of CASES with the same arguments."""
 
     def __init__(self, world, folder):
         context = multiprocessing.get_context("spawn")
@@ -26,12 +27,15 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, case, *arguments):
-        """What each rank returned; what one raised is raised."""
+    def run(self, case, *arguments, dead=()):
+        """What each rank returned that is not to end in it; what one raised is raised."""
         for pipe in self._pipes:
             pipe.send((case, arguments))
         answers = []
         for rank, pipe in enumerate(self._pipes):
+            if rank in dead:
+                self._processes[rank].join(TIMEOUT)
+                continue
             if not pipe.poll(TIMEOUT):
                 self.close()
                 raise TimeoutError(f"rank {rank} has not ended {case}{arguments}")
@@ -48,11 +52,12 @@ class Ranks:
 def _serve(rank, world, store, pipe):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    cases = importlib.import_module("helpers.rank_cases")
+    modules = list(map(importlib.import_module, CASES))
     while True:
         case, arguments = pipe.recv()
         try:
-            answer = getattr(cases, case)(*arguments), None
+            of = next(module for module in modules if hasattr(module, case))
+            answer = getattr(of, case)(*arguments), None
         except Exception:
             answer = None, traceback.format_exc()
         pipe.send(answer)
