@@ -38,10 +38,14 @@ def test_a_key_of_a_group_that_would_have_no_effect_is_refused(name, key, cure, 
     assert_identical(snapshot(optimizer, params[:1]), before)
 
 
+# What is an optimizer's, and no group's.
+OF_ALL_GROUPS = {"process_group", "replicas", "update_dtype"}
+
+
 def test_a_setting_of_another_class_is_refused_in_a_group(name, device):
     others = {key for cls, _ in SETTINGS.values() for key in inspect.signature(cls).parameters}
     own = build(name, parameters((3,), device=device))
-    others -= {"params", "unknown", *own.defaults}
+    others -= {"params", "unknown", *own.defaults, *OF_ALL_GROUPS}
     assert others
     for key in others:
         with pytest.raises(TypeError, match=f"has no setting '{key}', as in group 0; "):

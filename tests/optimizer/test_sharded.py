@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -28,6 +30,7 @@ from rootfree_fused.optimizer.shards import as_laid_out
 # torch warns of its own that one process shards nothing, and of its own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
 MATRICES = [name for name in SETTINGS if name not in DIAGONAL]
+ON_WHOLE_ALONE = ("ifshampoo-axes", "shampoo-interval")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,10 +49,31 @@ def sharded():
     return fully_shard(model(), mesh=init_device_mesh("cpu", (1,)))
 
 
-@pytest.mark.parametrize("name", MATRICES)
-def test_dtensors_are_refused_at_construction(name):
-    with pytest.raises(TypeError, match=r"parameter 0 \(0.weight\) .* is a DTensor .*; use"):
-        build(name, sharded().named_parameters())
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (
+            "ifshampoo-axes",
+            {},
+            r"parameter 0 \(0.weight\) of group 0 is a DTensor and weight_decay",
+        ),
+        ("shampoo-interval", {}, r"parameter 1 \(0.bias\) of group 0 is a DTensor without factors"),
+        ("shampoo", {"combine": "module"}, "parameter 0 .* is a DTensor and combine is 'module'"),
+        ("shampoo", {"replicas": "once"}, "replicas is 'once'; pass 'share' or 'repeat'"),
+        ("ifshampoo", {"update_dtype": torch.int8}, "update_dtype is torch.int8; pass"),
+    ],
+    ids=str,
+)
+def test_what_parts_of_a_matrix_cannot_be_stepped_with_is_refused(name, changes, words):
+    with pytest.raises(ValueError, match=words):
+        build(name, sharded().named_parameters(), **changes)
+
+
+def test_an_optimizer_whose_matrices_ranks_share_is_not_copied():
+    optimizer = build("shampoo", sharded().parameters())
+    for copy_ in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied: .* save state_dict\(\)"):
+            copy_(optimizer)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -64,17 +88,17 @@ def test_parameters_exchanged_for_dtensors_save_and_are_stepped_where_elements_a
     optimizer.load_state_dict(saved)
     other(torch.randn(2, 6)).sum().backward()
     before = [p.detach().to_local().clone() for p in other.parameters()]
-    if name in DIAGONAL:
-        optimizer.step()
-        assert all(
-            (p.detach().to_local() != old).any()
-            for p, old in zip(other.parameters(), before, strict=True)
-        )
+    if name in ON_WHOLE_ALONE:
+        with pytest.raises(ValueError, match=r"parameter [01] .* of group 0 is a DTensor"):
+            optimizer.step()
+        assert_identical([p.detach().to_local() for p in other.parameters()], before)
+        assert all(state["step"] == 0 for state in optimizer.state.values())
         return
-    with pytest.raises(TypeError, match=r"parameter 0 \(0.weight\) of group 0 is a DTensor"):
-        optimizer.step()
-    assert_identical([p.detach().to_local() for p in other.parameters()], before)
-    assert all(state["step"] == 0 for state in optimizer.state.values())
+    optimizer.step()
+    assert all(
+        (p.detach().to_local() != old).any()
+        for p, old in zip(other.parameters(), before, strict=True)
+    )
 
 
 def test_a_compiled_step_on_dtensors_is_the_same():
