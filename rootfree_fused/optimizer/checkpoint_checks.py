@@ -183,8 +183,8 @@ def check_saved(where: str, spec: Mapping[str, Initial], saved: Mapping[str, Any
 
 def fresh(initial: Initial, value: Tensor, device: torch.device) -> Tensor:
     """A copy of a saved value that nobody else holds, as the state is declared."""
-    if is_sharded(initial.like):
-        value = as_laid_out(value, initial.like)
+    if is_sharded(initial.lies_as):
+        value = as_laid_out(value, initial.lies_as)
     if is_sharded(value):
         return value.detach().clone()
     declared = initial(torch.device("meta"))

@@ -202,7 +202,7 @@ def check_state(
             )
         if value.layout is not torch.strided:
             raise TypeError(f"{key} of {name} has layout {value.layout}; {_ANEW}")
-        if initial.like is not None:
+        if initial.lies_as is not None:
             _check_spread(f"{key} of {name}", value, param)
         elif not value.is_contiguous():
             raise ValueError(f"{key} of {name} is not contiguous; {_ANEW}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from ..ops import dispatch
 from ..ops.by_reference import skips
 from ..ops.checks import check_hyperparameters, gradients_suit
 from .amp_and_graphs import Scaling
-from .base import RootFreeOptimizer, Work
+from .base import Work
 from .buckets import BucketPlan, Stacks
 from .checks import check_state, check_whole, name_of
 from .factor_state import default_dtype
@@ -26,15 +24,14 @@ from .joint import Joints, check_gradients, unit_of
 from .known_tensors import PreparedUpdate
 from .layouts import BLOCK_SIZE, names_in
 from .matrix_calls import Call, KnownCalls, MatrixMethod, planned_calls
-from .owners import Cost, update_flops
 from .portions import Portion, portions, write_
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
-from .sharing import Replicas, Sharing, full
+from .shared import NowShared, SharingOptimizer
 from .starts import start_, waiting_members
-from .state import Initial, State
+from .state import State
 
 
-class MatrixOptimizer(RootFreeOptimizer):
+class MatrixOptimizer(SharingOptimizer):
     """Base of the optimizers whose parameters have factors; a subclass names its method."""
 
     _matrix_method: MatrixMethod
@@ -58,27 +55,6 @@ class MatrixOptimizer(RootFreeOptimizer):
         names = saved["structures"]
         several = isinstance(names, (tuple, list))
         return {**group, "structures": tuple(map(then, names)) if several else then(names)}
-
-    def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        unknown: Mapping[str, Any],
-        *,
-        process_group: Any = None,
-        replicas: Replicas = "share",
-        update_dtype: torch.dtype | None = None,
-    ) -> None:
-        optimizer = weakref.ref(self)  # which owns the sharing
-
-        def cost(param: Tensor, group: Group) -> Cost:
-            owner = optimizer()
-            assert owner is not None
-            return owner._cost(param, group)
-
-        self._is_shared = False
-        self._sharing = Sharing(process_group, replicas, update_dtype, cost)
-        super().__init__(params, defaults, unknown)
 
     def _check_settings(self, values: Mapping[str, Any]) -> dict[str, Any]:
         return check_hyperparameters(values, self._matrix_method.undamped)
@@ -111,6 +87,13 @@ class MatrixOptimizer(RootFreeOptimizer):
         self._stacks: dict[int, Stacks] = {}
         self._had_matrices: dict[int, bool] = {}
 
+    @property
+    def _flops_of_blocks(self) -> int:
+        return self._matrix_method.flops_of_blocks
+
+    def _sees_whole_vectors(self, group: Group) -> bool:
+        return self._matrix_method.vectors[group["vector_method"]].by_tensor
+
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -120,7 +103,7 @@ class MatrixOptimizer(RootFreeOptimizer):
     def _gather(self, index: int, group: Group) -> list[Tensor]:
         if not self._is_shared and self._sharing.any_in([group]):
             self._is_shared = True
-            raise _NowShared
+            raise NowShared
         self._check_named(index, check_gradients, group)
         params = super()._gather(index, group)
         if params and self._had_matrices.get(index) and not _has_matrices(group["params"]):
@@ -137,100 +120,12 @@ class MatrixOptimizer(RootFreeOptimizer):
         super()._check_taken(index, position, group)
         name, param = name_of(index, position, group), group["params"][position]
         check_whole(name, param)
-        self._sharing.check(name, param, group, self._matrix_method.vectors)
-
-    # Shared among ranks ------------------------------------------------------------------------
-
-    def _cost(self, param: Tensor, group: Group) -> Cost:
-        layout = unit_of(param, group).layout
-        assert layout is not None
-        flops = update_flops(layout, self._matrix_method.flops_of_blocks)
-        spec = self._full_spec(param, group).values()
-        size = sum(math.prod(initial.shape) * initial.dtype.itemsize for initial in spec)
-        return Cost(flops * math.prod(param.shape) / math.prod(layout.sizes), size)
-
-    def _full_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        spec = super()._full_spec(param, group)
-        if self._sharing.shares(param, group):  # whole, whatever part of the parameter is here
-            for key, initial in spec.items():
-                spec[key] = initial if initial.like is None else replace(initial, like=None)
-        return spec
-
-    def _devices(self, spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
-        devices = super()._devices(spec, param, group)
-        if not self._sharing.shares(param, group):
-            return devices
-        here = self._sharing.held(param, self.param_groups).here
-        meta = torch.device("meta")
-        return {key: at if here or key == "step" else meta for key, at in devices.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `RootFreeOptimizer.state_dict`; a collective of the ranks that share matrices.
-
-        Raises:
-            RuntimeError: not all of them have called it.
-        """
-        if self._is_shared:
-            self._sharing.meet("state_dict()")
-        return super().state_dict()
-
-    def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
-        saved = super()._saved_state(param, state)
-        return self._sharing.saved(param, saved)
-
-    def _whole_state(
-        self, param: Tensor, group: Group, saved: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        whole = self._sharing.shares(param, group)
-        return {key: full(value) for key, value in saved.items()} if whole else saved
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._is_shared:
-            raise TypeError(
-                f"a {type(self).__name__} whose matrices ranks share cannot be pickled or copied: "
-                "each rank has a part of its state; save state_dict()"
-            )
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._is_shared = False
-        self._sharing = Sharing(None, "share", None, lambda *_: Cost(0, 0))
-        super().__setstate__(state)
-
-    def _check_and_plan(self, scaling: Scaling) -> list[Any]:
-        if self._is_shared:
-            return self._agree_and_plan(scaling)
-        try:
-            return super()._check_and_plan(scaling)
-        except _NowShared:
-            return self._agree_and_plan(scaling)
-
-    def _agree_and_plan(self, scaling: Scaling) -> list[Any]:
-        """Checked by every rank, and what a step needs of others brought here."""
-        self._agree()
-        try:
-            planned = super()._check_and_plan(scaling)
-        except Exception as fault:
-            self._sharing.begin(self.param_groups, fault)
-            raise
-        self._sharing.begin(self.param_groups)
-        return planned
-
-    def _agree(self) -> None:
-        if self._sharing.agree(type(self).__name__, self.param_groups):
-            for index in range(len(self.param_groups)):
-                self._prepared.forget(index)
-
-    def _started_first(
-        self, group: Group, params: list[Tensor], states: list[State]
-    ) -> tuple[list[Tensor], list[State]]:
-        here = [i for i, p in enumerate(params) if not self._sharing.shares(p, group)]
-        return [params[i] for i in here], [states[i] for i in here]
+        self._check_shared(name, param, group)
 
     def _portions(self, index: int, work: Work) -> list[Portion]:
         """What of a step's work is this rank's, wave by wave; first what it shares with none."""
         group = self.param_groups[index]
-        return portions(self._sharing.waves(index), group, work, self._sharing.shares)
+        return portions(self._sharing, index, group, work)
 
     def _step_portions(
         self, index: int, work: Work, shared: list[Portion], known: list[KnownCalls]
@@ -243,7 +138,7 @@ class MatrixOptimizer(RootFreeOptimizer):
         of_owner = {**group, "lr": 1.0, "weight_decay": 0.0}
         for portion, calls in zip(shared, known, strict=True):
             portion.read_()
-            if portion.wave is not None and portion.waiting:
+            if portion.waiting:
                 self._starts.start_(portion.waiting, group, work.scaling)
             own = portion.work._replace(scaling=work.scaling)
             for call in self._calls(index, updates_factors, own, calls, None):
@@ -365,9 +260,9 @@ class MatrixOptimizer(RootFreeOptimizer):
         if stacks is None or not stacks.hold(states):
             group = self.param_groups[index]
             owned = [
-                (state, p)
+                (own, p)
                 for p in group["params"]
-                if (state := dict.get(self.state, p)) and not _is_elsewhere(state, p)
+                if (state := dict.get(self.state, p)) and (own := self._state_here(p, state, group))
             ]
             stacks = self._stacks[index] = Stacks(
                 [state for state, _ in owned],
@@ -403,15 +298,6 @@ class MatrixOptimizer(RootFreeOptimizer):
                 "messages it reads on the host; step without a graph"
             )
         check_capturable_schedules(self.param_groups, by_kind=self._captured_by_kind)
-
-
-class _NowShared(Exception):
-    """Parameters were exchanged for such as ranks share."""
-
-
-def _is_elsewhere(state: State, param: Tensor) -> bool:
-    """Whether another rank has the factors."""
-    return "factor_0" in state and state["factor_0"].is_meta and not param.is_meta
 
 
 def _has_matrices(params: list[Tensor]) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +12,9 @@ from .amp_and_graphs import Scaling
 from .base import Work
 from .exchange import Wave
 from .groups import Group
-from .shards import local, local_state
-from .starts import Waiting, waiting_members
+from .shards import local
+from .sharing import Sharing
+from .starts import AUTO, Waiting, waiting_members
 from .state import State
 
 
@@ -44,39 +43,52 @@ class Portion:
                 matrix.moved.zero_()
 
 
-def portions(
-    waves: list[Wave],
-    group: Group,
-    work: Work,
-    shares: Callable[[Tensor, Mapping[str, Any]], bool],
-) -> list[Portion]:
+def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Portion]:
     """The work of this rank on its own, then wave by wave what it does for others."""
-    count = len(work.params)
-    nothing = [torch.empty(0) for _ in range(count)]
-    params, states = list(nothing), [State() for _ in range(count)]
-    parts = []
-    for i, (param, state) in enumerate(zip(work.params, work.states, strict=True)):
-        if shares(param, group):
+    pairs = list(zip(work.params, work.states, strict=True))
+    nothing = [torch.empty(0) for _ in pairs]
+    params, states = list(nothing), [State() for _ in pairs]
+    parts, members = [], []
+    for i, (param, state) in enumerate(pairs):
+        if sharing.shares(param, group):
             continue
-        params[i], states[i] = param, state
+        params[i], states[i] = param, sharing.state_here(param, state, group)
         if is_sharded(param):
-            params[i], states[i] = local(param.detach()), local_state(state)
+            params[i] = local(param.detach())
             (params[i].grad,) = usable_gradients([param])
             parts.append((param, params[i]))
-    found = [Portion(work._replace(params=params, states=states), None, parts, [])]
+            if sharing.has_members(param, group) and states[i]:
+                members.append(i)
+    found = [_portion(work, params, states, None, parts, group, members)]
     at = {id(param): i for i, param in enumerate(work.params)}
-    for wave in waves:
-        params, states = list(nothing), [State() for _ in range(count)]
-        for matrix in wave.owned():
-            if id(matrix.param) in at and matrix.moved is not None:
-                i = at[id(matrix.param)]
-                params[i], states[i] = matrix.moved, work.states[i]
-        waiting = []
-        if group.get("initial_square_avg") == "auto":
-            own = [i for i, state in enumerate(states) if state]
-            waiting = waiting_members(group, [params[i] for i in own], [states[i] for i in own])
-        found.append(Portion(work._replace(params=params, states=states), wave, [], waiting))
+    for wave in sharing.waves(index):
+        params, states = list(nothing), [State() for _ in pairs]
+        own = [m for m in wave.owned() if id(m.param) in at]
+        for matrix in own:
+            i = at[id(matrix.param)]
+            assert matrix.moved is not None
+            params[i], states[i] = matrix.moved, work.states[i]
+        indices = [at[id(matrix.param)] for matrix in own]
+        found.append(_portion(work, params, states, wave, [], group, indices))
     return found
+
+
+def _portion(
+    work: Work,
+    params: list[Tensor],
+    states: list[State],
+    wave: Wave | None,
+    parts: list[tuple[Tensor, Tensor]],
+    group: Group,
+    matrices: list[int],
+) -> Portion:
+    """matrices: the positions of those whose state may have to start."""
+    waiting = []
+    if group.get("initial_square_avg") == AUTO:
+        waiting = waiting_members(
+            group, [params[i] for i in matrices], [states[i] for i in matrices]
+        )
+    return Portion(work._replace(params=params, states=states), wave, parts, waiting)
 
 
 def write_(wave: Wave, group: Group, scaling: Scaling) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..ops.checks import is_sharded
@@ -41,6 +42,26 @@ def over_ranks(sums: Tensor, like: Any) -> Tensor:
     return total.full_tensor()
 
 
+def as_part(own: Tensor, shape: tuple[int, ...], like: Any) -> Tensor:
+    """This rank's part of a DTensor of a shape, which lies as another does along its first axes."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        own,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
+def as_part_of(spread: Any, own: Any) -> Any:
+    """This rank's part of what lies as a DTensor; of anything else what it has instead."""
+    return as_part(own, tuple(spread.shape), spread) if is_sharded(spread) else own
+
+
 def as_laid_out(value: Tensor, like: Any) -> Tensor:
     """A tensor as a DTensor that lies as another does, or on its mesh if it is one already."""
     from torch.distributed.tensor import distribute_tensor
@@ -49,7 +70,7 @@ def as_laid_out(value: Tensor, like: Any) -> Tensor:
     if is_sharded(value):
         spread: Any = value
         if spread.device_mesh == mesh:
-            return value
+            return spread.redistribute(mesh, like.placements)  # type: ignore[no-any-return]
         value = spread.full_tensor()
     whole = value.detach().to(like.device)
     return distribute_tensor(whole, mesh, like.placements, src_data_rank=None)

@@ -8,11 +8,10 @@ settings.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product, zip_longest
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,16 +19,16 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.checks import DTYPES, is_sharded, state_dtype
-from ..ops.methods import DiagonalMethod
+from .agreement import check_told, settings_told, trouble_of, word_of
 from .exchange import Box, Matrix, Ranks, Wave, are_parts_of, senders_of, waves_of
 from .groups import Group, trains
 from .joint import unit_of
 from .owners import Cost, owners_of
-from .state import is_own
+from .shards import local, local_state
+from .state import State, is_own
 
 Replicas = Literal["share", "repeat"]
 REPLICAS = get_args(Replicas)
-LACKING = "parameters without a gradient"
 PATIENCE = 60.0  # seconds that a rank that saves waits for the others
 
 
@@ -69,6 +68,7 @@ class Sharing:
         self._process_group, self._replicas = process_group, replicas
         self._update_dtype, self._cost = update_dtype, cost
         self._held = WeakTensorKeyDictionary()
+        self._local = WeakTensorKeyDictionary()
         self._ranks: dict[Any, Ranks] = {}
         self._alone: Any = None  # the group of this rank
         self._agreed: list[Tensor] = []
@@ -80,10 +80,40 @@ class Sharing:
         """Whether the factors of a parameter are one rank's."""
         if not is_sharded(param) and self._process_group is None:
             return False
+        if self.has_members(param, group):
+            return False
         return unit_of(param, group).layout is not None
 
+    def has_members(self, param: Any, group: Mapping[str, Any]) -> bool:
+        """Whether a DTensor is cut between members alone, each of which is stepped where it is."""
+        axes = group["batch_axes"]
+        if not axes or not is_sharded(param):
+            return False
+        cut = [p for p in param.placements if not p.is_replicate()]
+        return bool(cut) and all(getattr(p, "dim", axes) < axes for p in cut)
+
     def any_in(self, groups: Iterable[Group]) -> bool:
-        return any(self.shares(p, group) for group in groups for p in _matrices(group))
+        """Whether a step is more than what each process does on its own."""
+        return any(
+            is_sharded(p) or self.shares(p, group) for group in groups for p in _matrices(group)
+        )
+
+    def state_here(self, param: Tensor, state: State, group: Mapping[str, Any]) -> State:
+        """Of a state what this rank steps: nothing where another does, or its own members.
+
+        The same object as long as the tensors are the same.
+        """
+        if self.shares(param, group):
+            return state if self._held[param].here else {}
+        if not is_sharded(param):
+            return state
+        own: State
+        values, own = self._local.get(param, ((), {}))
+        if len(values) != len(state) or not all(map(_is, values, state.values())):
+            empty = not local(param).numel()
+            own = {} if empty else local_state(state)
+            self._local[param] = tuple(state.values()), own
+        return own
 
     def held(self, param: Tensor, groups: Sequence[Group]) -> Held:
         """Where a shared parameter of these groups has its factors."""
@@ -167,7 +197,7 @@ class Sharing:
         for ranks, own in of.values():
             told = [self._told(param, index, name) for index, param in own]
             everyones = ranks.everyones((told, [_box(param) for _, param in own]))
-            _check_told([told for told, _ in everyones], ranks)
+            check_told([told for told, _ in everyones])
             for index in self._waves:
                 matrices = [
                     self._matrix(param, ranks, [boxes[i] for _, boxes in everyones])
@@ -217,7 +247,7 @@ class Sharing:
         Raises:
             RuntimeError: another rank takes none, or steps on other gradients or settings.
         """
-        word = _word(groups)
+        word = word_of(groups)
         found: dict[int, tuple[Ranks, set[tuple[int, int]]]] = {}
         for index in self._waves:
             for wave in self._waves[index]:
@@ -230,7 +260,7 @@ class Sharing:
         for ranks, told in found.values():
             if told != {(word, 0)}:
                 own = None if fault is None else f"{type(fault).__name__}: {fault}"
-                troubles.append(_trouble(ranks.everyones((own, _state_of(groups)))))
+                troubles.append(trouble_of(ranks.everyones((own, settings_told(groups)))))
         if troubles and fault is None:
             raise RuntimeError(troubles[0])
 
@@ -266,10 +296,11 @@ class Sharing:
 
     # Checks ------------------------------------------------------------------------------------
 
-    def check(
-        self, name: str, param: Any, group: Group, vectors: Mapping[str, DiagonalMethod]
-    ) -> None:
-        """Raise a ValueError for settings that parts of a parameter, or one rank, cannot step."""
+    def check(self, name: str, param: Any, group: Group, *, by_element: bool) -> None:
+        """Raise a ValueError for settings that parts of a parameter, or one rank, cannot step.
+
+        by_element: whether vectors are updated so.
+        """
         if not is_sharded(param) and not self.shares(param, group):
             return
         where = "a DTensor" if is_sharded(param) else "shared in process_group"
@@ -279,7 +310,7 @@ class Sharing:
                 "that may lie otherwise; pass combine='none'"
             )
         if is_sharded(param) and not self.shares(param, group):
-            if vectors[group["vector_method"]].by_tensor:
+            if not by_element and not self.has_members(param, group):
                 raise ValueError(
                     f"{name} is {where} without factors and vector_method is "
                     f"{group['vector_method']!r}, which sees a vector as a whole; pass another one"
@@ -332,61 +363,6 @@ def _allocate(waves: Sequence[Wave]) -> None:
             matrix.moved = moves[first : first + count].view(matrix.shape)
             matrix.moved.grad = matrix.grad
             at[key] = first + count
-
-
-def _word(groups: Sequence[Group]) -> int:
-    """64 bits that tell the settings of a step, and which parameters have a gradient."""
-    digest = hashlib.sha256(repr(_state_of(groups)).encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def _state_of(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Of each group the settings that are no tensors, and which parameters lack a gradient."""
-    return [
-        {
-            **{key: value for key, value in group.items() if _is_told(key, value)},
-            LACKING: [i for i, p in enumerate(group["params"]) if _lacks_gradient(p)],
-        }
-        for group in groups
-    ]
-
-
-def _lacks_gradient(param: Any) -> bool:
-    return getattr(param, "grad", None) is None
-
-
-def _is_told(key: str, value: Any) -> bool:
-    return key not in ("params", "param_names") and isinstance(value, (int, float, str, tuple))
-
-
-def _check_told(everyones: list[list[str]], ranks: Ranks) -> None:
-    first = everyones[0]
-    for rank, told in enumerate(everyones):
-        if told != first:
-            pairs = zip_longest(first, told, fillvalue="nothing")
-            one, other = next((a, b) for a, b in pairs if a != b)
-            raise RuntimeError(
-                f"rank 0 has {one} where rank {rank} of the {ranks.size} that share it has {other};"
-                " give all ranks the same parameters in the same order, and the same settings"
-            )
-
-
-def _trouble(everyones: list[tuple[str | None, list[dict[str, Any]]]]) -> str:
-    """What differs between the ranks."""
-    for rank, (fault, _) in enumerate(everyones):
-        if fault is not None:
-            return f"rank {rank} took no step ({fault}), so nothing was changed on any rank"
-    first = everyones[0][1]
-    for rank, (_, state) in enumerate(everyones):
-        for index, (one, other) in enumerate(zip(first, state, strict=False)):
-            for key in one:
-                if one[key] != other.get(key):
-                    return (
-                        f"{key} of group {index} is {one[key]} on rank 0 and {other.get(key)} on "
-                        f"rank {rank} of those that share its matrices; nothing was changed on any "
-                        "rank: make it the same on all"
-                    )
-    return "the ranks step on other groups; nothing was changed on any rank"
 
 
 def _names(mesh: Any) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def allocate(
         [
             (k, i.shape[i.batch_axes :], i.dtype, device[k])
             for k, i in spec.items()
-            if i.like is None
+            if i.lies_as is None
         ]
         for spec, device in zip(specs, devices, strict=True)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..ops.checks import state_dtype
 from ..ops.methods import state_keys
 from ..reference.matrix import join, split
 from ..reference.structures import Structure
+from .shards import as_part, local
 
 State = dict[str, Tensor]
 # The state that a group without momentum does without, and that a change of settings may ask for
@@ -43,6 +44,7 @@ class Initial:
     A call builds it on a device; with `count`, so many of what it has a member as one tensor.
     batch_axes: how many of its first axes number members, stacked as those of other parameters.
     like: the parameter whose strides it has; such a tensor is never stacked.
+    spread: the DTensor along with whose members it lies, a tensor of its own too.
     optional: whether a group does without it until a change of settings asks for it.
     """
 
@@ -54,12 +56,22 @@ class Initial:
     batch_axes: int = 0
     like: Tensor | None = None
     optional: bool = False
+    spread: Tensor | None = None
+
+    @property
+    def lies_as(self) -> Tensor | None:
+        """The parameter as which it lies on ranks and in memory, if it is no part of a stack."""
+        return self.like if self.spread is None else self.spread
 
     def __call__(self, device: torch.device, count: int | None = None) -> Tensor:
         if self.like is not None:
             return torch.full_like(
                 self.like, self.value, dtype=self.dtype, device=device, requires_grad=False
             )
+        if self.spread is not None:
+            members = tuple(local(self.spread).shape[: self.batch_axes])
+            own = replace(self, spread=None, shape=(*members, *self.shape[self.batch_axes :]))
+            return as_part(own(device), self.shape, self.spread)
         shape = self.shape if count is None else (count, *self.shape[self.batch_axes :])
         if self.structure is None:
             return torch.full(shape, self.value, dtype=self.dtype, device=device)

@@ -302,18 +302,36 @@ def is_killed(rank):
     return "no error"
 
 
-def experts(name, placement):
-    """The largest error of a stack of matrices beside one process."""
+def experts(name, placement, dtype=F64):
+    """The largest error of a stack of matrices beside one process, and the bytes of state here.
+
+    After a save of that, which is loaded where it is cut in another way, and from there back.
+    """
     torch.manual_seed(0)
     start = torch.randn(8, 5, 3, dtype=F64)
     plain = torch.nn.Parameter(start.clone())
     placements = {"by member": [Shard(0)], "by row": [Shard(1)], "whole": [Replicate()]}
-    spread = torch.nn.Parameter(
-        distribute_tensor(start.clone(), mesh(4), placements[placement], src_data_rank=None)
-    )
-    models = [torch.nn.ParameterList([p]) for p in (plain, spread)]
-    optimizers = [optimizer_of(name, m, factor_dtype=F64, batch_axes=1) for m in models]
-    for _ in range(4):
+
+    def cut(how):
+        spread = distribute_tensor(start.clone(), mesh(4), placements[how], src_data_rank=None)
+        spread = torch.nn.Parameter(spread)
+        return spread, optimizer_of(
+            name, torch.nn.ParameterList([spread]), factor_dtype=dtype, batch_axes=1
+        )
+
+    spread, optimizer = cut(placement)
+    whole_ = optimizer_of(name, torch.nn.ParameterList([plain]), factor_dtype=dtype, batch_axes=1)
+    optimizers = [whole_, optimizer]
+    for t in range(4):
+        if t == 2:  # by way of the others
+            for how in ("by row", "by member", placement):
+                _, other = cut(how)
+                other.load_state_dict(optimizer.state_dict())
+                optimizer = other
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].copy_(spread)
+            spread = optimizer.param_groups[0]["params"][0]
+            optimizers[1] = optimizer
         plain.grad = torch.randn(8, 5, 3, dtype=F64)
         spread.grad = laid_out(plain.grad, spread)
         for optimizer in optimizers:

@@ -144,11 +144,14 @@ def test_a_save_on_one_rank_is_told(ranks):
     assert others == [""] * 3
 
 
-@pytest.mark.parametrize("placement", ["by row", "whole"])
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("placement", ["by member", "by row", "whole"])
 @pytest.mark.parametrize("name", NAMES)
-def test_stacks_of_matrices_are_shared(ranks, name, placement):
-    errors = [error for error, _ in ranks.run("experts", name, placement)]
-    assert max(errors) < 1e-15
+def test_stacks_of_matrices_are_stepped_where_they_are_or_shared(ranks, name, placement, dtype):
+    found = ranks.run("experts", name, placement, dtype)
+    assert max(error for error, _ in found) < 1e-15
+    held = {size for _, size in found}
+    assert len(held) == (1 if placement == "by member" else 2), "each its members, or one all"
 
 
 def test_a_killed_rank_ends_the_step_of_the_others(tmp_path):

@@ -1,0 +1,190 @@
+"""What the optimizers with factors do so that ranks share their matrices."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import is_sharded
+from .amp_and_graphs import Scaling
+from .base import RootFreeOptimizer
+from .checkpoint import separated
+from .checks import name_of
+from .groups import Group
+from .joint import unit_of
+from .owners import Cost, update_flops
+from .shards import as_laid_out, as_part_of, local_state
+from .sharing import Replicas, Sharing, full
+from .state import Initial, State
+
+
+class NowShared(Exception):
+    """Parameters were exchanged for such as ranks share."""
+
+
+class SharingOptimizer(RootFreeOptimizer):
+    """Base of optimizers of which ranks share matrices: who owns what, agreement, checkpoints."""
+
+    @property
+    def _flops_of_blocks(self) -> int:
+        """Of an update of a factor b x b, in b^3."""
+        raise NotImplementedError
+
+    def _sees_whole_vectors(self, group: Group) -> bool:
+        """Whether what updates vectors is not by elements."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        unknown: Mapping[str, Any],
+        *,
+        process_group: Any = None,
+        replicas: Replicas = "share",
+        update_dtype: torch.dtype | None = None,
+    ) -> None:
+        optimizer = weakref.ref(self)  # which owns the sharing
+
+        def cost(param: Tensor, group: Group) -> Cost:
+            owner = optimizer()
+            assert owner is not None
+            return owner._cost(param, group)
+
+        self._is_shared = False
+        self._sharing = Sharing(process_group, replicas, update_dtype, cost)
+        super().__init__(params, defaults, unknown)
+
+    def _cost(self, param: Tensor, group: Group) -> Cost:
+        layout = unit_of(param, group).layout
+        assert layout is not None
+        flops = update_flops(layout, self._flops_of_blocks)
+        spec = self._full_spec(param, group).values()
+        size = sum(math.prod(initial.shape) * initial.dtype.itemsize for initial in spec)
+        return Cost(flops * math.prod(param.shape) / math.prod(layout.sizes), size)
+
+    def _full_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
+        spec = super()._full_spec(param, group)
+        if self._sharing.shares(param, group):  # whole, whatever part of the parameter is here
+            return {k: i if i.like is None else replace(i, like=None) for k, i in spec.items()}
+        if self._sharing.has_members(param, group):
+            return {
+                key: initial
+                if key == "step" or initial.like is not None
+                else replace(initial, spread=param)
+                for key, initial in spec.items()
+            }
+        return spec
+
+    def _check_shared(self, name: str, param: Tensor, group: Group) -> None:
+        self._sharing.check(name, param, group, by_element=not self._sees_whole_vectors(group))
+
+    def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
+        super()._check_changed(index, group, known)
+        if self._is_shared:
+            for position, param in enumerate(group["params"]):
+                self._check_shared(name_of(index, position, group), param, group)
+
+    def _devices(self, spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
+        devices = super()._devices(spec, param, group)
+        if not self._sharing.shares(param, group):
+            return devices
+        here = self._sharing.held(param, self.param_groups).here
+        meta = torch.device("meta")
+        return {key: at if here or key == "step" else meta for key, at in devices.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `RootFreeOptimizer.state_dict`; a collective of the ranks that share matrices.
+
+        Raises:
+            RuntimeError: not all of them have called it.
+        """
+        if self._is_shared:
+            self._sharing.meet("state_dict()")
+        return super().state_dict()
+
+    def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
+        if self._is_shared and is_sharded(state.get("factor_0")):
+            own = super()._saved_state(param, local_state(state))
+            return {k: as_part_of(state[k], v) for k, v in own.items()}
+        return self._sharing.saved(param, super()._saved_state(param, state))
+
+    def _whole_state(
+        self, param: Tensor, group: Group, saved: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        if self._sharing.shares(param, group):
+            return {key: full(value) for key, value in saved.items()}
+        if not self._sharing.has_members(param, group):
+            return saved
+        spec = self._full_spec(param, group)
+        laid = {
+            key: as_laid_out(value, param) if key in spec and key != "step" else value
+            for key, value in saved.items()
+        }
+        own = separated(local_state(laid), spec)
+        return {
+            key: as_part_of(laid[key.removesuffix("_residual")], value)
+            if is_sharded(laid[key.removesuffix("_residual")])
+            else value
+            for key, value in own.items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_shared:
+            raise TypeError(
+                f"a {type(self).__name__} whose matrices ranks share cannot be pickled or copied: "
+                "each rank has a part of its state; save state_dict()"
+            )
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._is_shared = False
+        self._sharing = Sharing(None, "share", None, lambda *_: Cost(0, 0))
+        super().__setstate__(state)
+
+    def _check_and_plan(self, scaling: Scaling) -> list[Any]:
+        if self._is_shared:
+            return self._agree_and_plan(scaling)
+        try:
+            return super()._check_and_plan(scaling)
+        except NowShared:
+            return self._agree_and_plan(scaling)
+
+    def _agree_and_plan(self, scaling: Scaling) -> list[Any]:
+        """Checked by every rank, and what a step needs of others brought here."""
+        self._agree()
+        try:
+            planned = super()._check_and_plan(scaling)
+        except Exception as fault:
+            self._sharing.begin(self.param_groups, fault)
+            raise
+        self._sharing.begin(self.param_groups)
+        return planned
+
+    def _agree(self) -> None:
+        if self._sharing.agree(type(self).__name__, self.param_groups):
+            for index in range(len(self.param_groups)):
+                self._prepared.forget(index)
+
+    def _started_first(
+        self, group: Group, params: list[Tensor], states: list[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        if not self._is_shared:
+            return params, states
+        here = [
+            i
+            for i, param in enumerate(params)
+            if not self._sharing.shares(param, group)
+            and not self._sharing.has_members(param, group)
+        ]
+        return [params[i] for i in here], [states[i] for i in here]
+
+    def _state_here(self, param: Tensor, state: State, group: Group) -> State:
+        """What of a parameter's state this rank's part of a step works on."""
+        return self._sharing.state_here(param, state, group) if self._is_shared else state
