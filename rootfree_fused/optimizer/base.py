@@ -26,7 +26,7 @@ from .amp_and_graphs import (
     steps_taken,
 )
 from .checks import check_devices, check_gradient, check_state, memory, name_of
-from .groups import DeclaringOptimizer, Group
+from .groups import DeclaringOptimizer, Group, devices_of
 from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
 from .stacks import Counts, restack
 from .starts import AUTO, Waiting, start_
@@ -167,8 +167,8 @@ class RootFreeOptimizer(DeclaringOptimizer):
             params.append(param)
         check_devices(index, group, params)
         for param, (name, spec) in zip(params, self._declare(index, group, params), strict=True):
-            state, devices = self.state[param], self._devices(spec, param, group)
-            check_state(name, param, state, spec, devices)
+            state, devices = self.state[param], devices_of(spec, param, group)
+            check_state(name, param, state, spec)
             for key, device in devices.items():
                 if state[key].device != device:  # the parameter has gone there
                     state[key] = state[key].to(device)

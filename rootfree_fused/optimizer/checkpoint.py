@@ -26,7 +26,7 @@ from .checkpoint_checks import (
     takes,
 )
 from .checks import check_state
-from .groups import DeclaringOptimizer, Group, trains
+from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
 from .state import Initial, State, copied, is_own, unused_state
 
@@ -44,9 +44,9 @@ def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
             positions.setdefault(param, len(positions))
         groups.append({**saved_group(group), "params": [positions[p] for p in group["params"]]})
     states = by_position(dict(dict.items(optimizer.state)), positions)
-    params = dict(zip(positions.values(), positions, strict=True))
+    owners = {positions[p]: (p, group) for group in optimizer.param_groups for p in group["params"]}
     saved = {
-        key: optimizer._saved_state(params[key], state) if key in params else copied(state)
+        key: optimizer._saved_state(*owners[key], state) if key in owners else copied(state)
         for key, state in states.items()
     }
 
@@ -90,8 +90,7 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
 def _declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:
     params = [p for p in group["params"] if trains(p) or dict.get(optimizer.state, p)]
     for param, (name, spec) in zip(params, optimizer._declare(index, group, params), strict=True):
-        devices = optimizer._devices(spec, param, group)
-        check_state(name, param, optimizer.state[param], spec, devices)
+        check_state(name, param, optimizer.state[param], spec)
 
 
 def _merge_groups(optimizer: DeclaringOptimizer, saved_groups: list[Group]) -> list[Group]:
@@ -150,11 +149,15 @@ def _check_loaded(
             f"{type(optimizer).__name__} that was saved with the same settings"
         )
     present = {name: initial for name, initial in spec.items() if name in saved}
-    devices = optimizer._devices(spec, param, group)
+    devices = devices_of(spec, param, group)
     loaded = {
         name: fresh(spec[name], value, devices[name])
         for name, value in check_saved(where, present, saved).items()
     }
+    if not optimizer._keeps(param, group):
+        loaded = {
+            name: value if name == "step" else value.new_empty(0) for name, value in loaded.items()
+        }
     # What a wrapper keeps here is its own: as it was saved, on the parameter's device.
     others = {name: copied(value) for name, value in saved.items() if name not in own}
     for name, value in others.items():
@@ -186,7 +189,11 @@ def _write_states(
                 state[key].copy_(value)
             else:
                 state[key] = value
-    written = [optimizer.state[param] for param, _ in loaded if param.numel()]
+    written = [
+        optimizer.state[param]
+        for param, _ in loaded
+        if param.numel() and optimizer._keeps(param, group)
+    ]
     batch_axes = group.get("batch_axes", 0)
     waits = group.get("initial_square_avg") == AUTO
     if waits and optimizer._starts.forget(index, written, batch_axes):

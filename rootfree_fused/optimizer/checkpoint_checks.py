@@ -195,7 +195,7 @@ def takes(held: Any, value: Tensor) -> bool:
     """Whether a loaded value can be written into what the state holds."""
     return (
         isinstance(held, Tensor)
-        and (not _no_data(held) or (held.is_meta and value.is_meta))
+        and not _no_data(held)
         and (held.shape, held.dtype, held.device) == (value.shape, value.dtype, value.device)
         and (0 not in held.stride() or held.numel() < 2)
         and not held.is_inference()

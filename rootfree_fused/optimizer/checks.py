@@ -160,12 +160,9 @@ def lacks(name: str, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> l
     return missing
 
 
-def has_no_values(
-    param: Tensor, state: Mapping[str, Any], devices: Mapping[str, torch.device]
-) -> bool:
+def has_no_values(param: Tensor, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> bool:
     """Whether state that took no step was left on meta, where its parameter is no longer."""
-    kept = [key for key, device in devices.items() if device.type != "meta"]
-    tensors = [state[key] for key in kept if isinstance(state.get(key), Tensor)]
+    tensors = [state[key] for key in spec if isinstance(state.get(key), Tensor)]
     if param.is_meta or not any(tensor.is_meta for tensor in tensors):
         return False
     step = state.get("step")
@@ -173,16 +170,9 @@ def has_no_values(
 
 
 def check_state(
-    name: str,
-    param: Tensor,
-    state: Mapping[Any, Any],
-    spec: Mapping[str, Initial],
-    devices: Mapping[str, torch.device],
+    name: str, param: Tensor, state: Mapping[Any, Any], spec: Mapping[str, Initial]
 ) -> None:
-    """Raise unless the state is what the settings and the parameter's present shape need.
-
-    devices: where it is kept, meta for what another rank has.
-    """
+    """Raise unless the state is what the settings and the parameter's present shape need."""
     for key, initial in spec.items():
         value = state[key]
         if not isinstance(value, Tensor):
@@ -206,7 +196,7 @@ def check_state(
             _check_spread(f"{key} of {name}", value, param)
         elif not value.is_contiguous():
             raise ValueError(f"{key} of {name} is not contiguous; {_ANEW}")
-        if value.is_meta and not param.is_meta and devices[key].type != "meta":
+        if value.is_meta and not param.is_meta:
             raise ValueError(f"{key} of {name} is on meta, where it has no values; {_ANEW}")
         if key == "step" and value.is_cpu and not 0 <= value.item() < math.inf:
             raise ValueError(f"step of {name} is {value.item()}, which counts nothing; {_ANEW}")
@@ -218,7 +208,7 @@ def memory(name: str, param: Tensor, state: Mapping[Any, Any]) -> Iterator[Named
     if param.grad is not None:
         yield f"the gradient of {name}", local(param.grad), False
     for key, value in state.items():
-        if is_own(key) and not (value.is_meta and not param.is_meta):
+        if is_own(key):
             yield f"{key} of {name}", local(value), True
 
 

@@ -248,29 +248,33 @@ class Ranks:
 
         return DeviceMesh.from_group(self.group, self.device.type)
 
-    def by_rows(self, whole: Tensor, owner: int) -> Tensor:
-        """A tensor that its owner has whole, and others on meta, as a DTensor cut by rows."""
+    def by_rows(self, whole: Tensor, shape: tuple[int, ...], owner: int) -> Tensor:
+        """A tensor of a shape that its owner has, as a DTensor cut by rows."""
         from torch.distributed.tensor import DTensor, Shard
 
-        counts = _rows(len(whole), self.size)
-        each = math.prod(whole.shape[1:]) * whole.dtype.itemsize
-        shape = counts[self.rank], *whole.shape[1:]
-        rows = torch.empty(shape, dtype=whole.dtype, device=self.device)
+        counts = _rows(shape[0], self.size)
+        each = math.prod(shape[1:]) * whole.dtype.itemsize
+        own = counts[self.rank], *shape[1:]
+        rows = torch.empty(own, dtype=whole.dtype, device=self.device)
         mine = self.rank == owner
         sent = whole.contiguous().view(-1) if mine else rows.new_empty(0)
         sizes = [each * counts[self.rank] if rank == owner else 0 for rank in range(self.size)]
         own_sizes = [each * count if mine else 0 for count in counts]
         self.exchange(rows.view(-1).view(torch.uint8), sent.view(torch.uint8), sizes, own_sizes)
-        strides = torch.empty(whole.shape, device="meta").stride()
         return DTensor.from_local(
-            rows, self.mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=strides
+            rows,
+            self.mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
         )
 
-    def broadcast(self, whole: Tensor, owner: int) -> Tensor:
-        """A copy of what the owner has, on every rank."""
+    def broadcast(self, whole: Tensor, shape: tuple[int, ...], owner: int) -> Tensor:
+        """A copy of what the owner has, of a shape, on every rank."""
         import torch.distributed as dist
 
-        copy = torch.empty(whole.shape, dtype=whole.dtype, device=self.device)
+        copy = torch.empty(shape, dtype=whole.dtype, device=self.device)
         if self.rank == owner:
             copy.copy_(whole)
         dist.broadcast(copy, group_src=owner, group=self.group)

@@ -80,11 +80,11 @@ class DeclaringOptimizer(Optimizer):
         """How each state tensor of a parameter starts, by key; `step` is the base's own."""
         raise NotImplementedError
 
-    def _devices(self, spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
-        """Where state tensors live; on meta what another rank has."""
-        return devices_of(spec, param, group)
+    def _keeps(self, param: Tensor, group: Group) -> bool:
+        """Whether the state of a parameter is here, and not on another rank."""
+        return True
 
-    def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
+    def _saved_state(self, param: Tensor, group: Group, state: Mapping[str, Any]) -> Any:
         """A copy of the state of a parameter, as a checkpoint has it."""
         return copied(state)
 
@@ -211,11 +211,11 @@ class DeclaringOptimizer(Optimizer):
                 spec = self._spec(param, group, held)
             except ValueError as error:
                 raise ValueError(f"{name} does not fit its settings: {error}") from None
-            devices = self._devices(spec, param, group)
+            devices = devices_of(spec, param, group)
             needed.append((name, spec))
             take_apart(state, spec)
             missing = lacks(name, state, spec)
-            if len(missing) == len(spec) or has_no_values(param, state, devices):
+            if len(missing) == len(spec) or has_no_values(param, state, spec):
                 fresh.append((state, spec, devices))
             else:
                 for key in missing:

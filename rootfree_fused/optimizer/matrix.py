@@ -175,8 +175,7 @@ class MatrixOptimizer(SharingOptimizer):
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         for param, state in zip(work.params, work.states, strict=True):
-            spec = self._spec(param, group)
-            check_state("a parameter", param, state, spec, self._devices(spec, param, group))
+            check_state("a parameter", param, state, self._spec(param, group))
         if self._is_shared:
             shared = self._portions(index, work)
             self._step_portions(index, work, shared, [KnownCalls() for _ in shared])

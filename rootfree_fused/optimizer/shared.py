@@ -91,13 +91,21 @@ class SharingOptimizer(RootFreeOptimizer):
             for position, param in enumerate(group["params"]):
                 self._check_shared(name_of(index, position, group), param, group)
 
-    def _devices(self, spec: Iterable[str], param: Tensor, group: Group) -> dict[str, torch.device]:
-        devices = super()._devices(spec, param, group)
-        if not self._sharing.shares(param, group):
-            return devices
-        here = self._sharing.held(param, self.param_groups).here
-        meta = torch.device("meta")
-        return {key: at if here or key == "step" else meta for key, at in devices.items()}
+    def _spec(self, param: Tensor, group: Group, held: Iterable[str] = ()) -> dict[str, Initial]:
+        spec = super()._spec(param, group, held)
+        if self._keeps(param, group):
+            return spec
+        # The same keys on every rank, and nothing in them where another has it.
+        return {
+            key: initial
+            if key == "step"
+            else Initial((0,), initial.dtype, optional=initial.optional)
+            for key, initial in spec.items()
+        }
+
+    def _keeps(self, param: Tensor, group: Group) -> bool:
+        shared = self._sharing.shares(param, group)
+        return not shared or self._sharing.held(param, self.param_groups).here
 
     def state_dict(self) -> dict[str, Any]:
         """As `RootFreeOptimizer.state_dict`; a collective of the ranks that share matrices.
@@ -109,11 +117,12 @@ class SharingOptimizer(RootFreeOptimizer):
             self._sharing.meet("state_dict()")
         return super().state_dict()
 
-    def _saved_state(self, param: Tensor, state: Mapping[str, Any]) -> Any:
+    def _saved_state(self, param: Tensor, group: Group, state: Mapping[str, Any]) -> Any:
         if self._is_shared and is_sharded(state.get("factor_0")):
-            own = super()._saved_state(param, local_state(state))
-            return {k: as_part_of(state[k], v) for k, v in own.items()}
-        return self._sharing.saved(param, super()._saved_state(param, state))
+            own = super()._saved_state(param, group, local_state(state))
+            return {key: as_part_of(state[key], value) for key, value in own.items()}
+        saved = super()._saved_state(param, group, state)
+        return self._sharing.saved(param, saved, self._full_spec(param, group))
 
     def _whole_state(
         self, param: Tensor, group: Group, saved: Mapping[str, Any]

@@ -25,7 +25,7 @@ from .groups import Group, trains
 from .joint import unit_of
 from .owners import Cost, owners_of
 from .shards import local, local_state
-from .state import State, is_own
+from .state import Initial, State
 
 Replicas = Literal["share", "repeat"]
 REPLICAS = get_args(Replicas)
@@ -279,7 +279,7 @@ class Sharing:
                     "each of which has a part of the state; call it on all of them"
                 )
 
-    def saved(self, param: Tensor, state: Mapping[str, Any]) -> Any:
+    def saved(self, param: Tensor, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> Any:
         """A copy of the state of a parameter as all ranks save it, a collective.
 
         Of a DTensor each tensor that its owner has whole is a DTensor of rows, so that a checkpoint
@@ -290,7 +290,9 @@ class Sharing:
         held: Held = self._held[param]
         spread = held.ranks.by_rows if is_sharded(param) else held.ranks.broadcast
         return {
-            key: spread(value, held.owner) if _is_owned(key, value) else value
+            key: value
+            if key == "step" or key not in spec
+            else spread(value, spec[key].shape, held.owner)
             for key, value in state.items()
         }
 
@@ -325,10 +327,6 @@ class Sharing:
 def full(value: Any) -> Any:
     """A DTensor as the whole that it is, a collective; anything else as it is."""
     return value.full_tensor() if is_sharded(value) else value
-
-
-def _is_owned(key: str, value: Any) -> bool:
-    return is_own(key) and key != "step" and isinstance(value, Tensor)
 
 
 def _matrices(group: Mapping[str, Any]) -> list[Tensor]:

@@ -74,7 +74,6 @@ class Starts:
     def forget(self, index: int, states: list[State], batch_axes: int) -> bool:
         """See whether states that were written have started; whether some have not."""
         owned = [state for state in states if not state.keys() <= {"step", MOMENTUM}]
-        owned = [state for state in owned if not _second_moment(state).is_meta]  # another rank's
         unknown = [state for state in owned if not _all_started(state, batch_axes)]
         for state in unknown:
             self._started.pop(_second_moment(state), None)

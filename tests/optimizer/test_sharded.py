@@ -101,9 +101,10 @@ def test_parameters_exchanged_for_dtensors_save_and_are_stepped_where_elements_a
     )
 
 
-def test_a_compiled_step_on_dtensors_is_the_same():
+@pytest.mark.parametrize("name", ["adamw", "ifshampoo", "shampoo"])
+def test_a_compiled_step_on_dtensors_is_the_same(name):
     (model_of, optimizer), (twin, compiled) = (
-        (m := sharded(), build("adamw", m.parameters(), initial_square_avg=1.0)) for _ in range(2)
+        (m := sharded(), build(name, m.parameters(), initial_square_avg=1.0)) for _ in range(2)
     )
     step = torch.compile(compiled.step)
     for seed in range(2):
@@ -117,7 +118,7 @@ def test_a_compiled_step_on_dtensors_is_the_same():
         assert torch.equal(p.detach().to_local(), q.detach().to_local())
 
 
-@pytest.mark.parametrize("name", DIAGONAL)
+@pytest.mark.parametrize("name", [*DIAGONAL, "ifshampoo", "shampoo"])
 def test_dtensors_and_plain_tensors_share_a_group_and_take_whole_states(name):
     values = [torch.randn(6, 4), torch.randn(5)]
 
@@ -137,14 +138,15 @@ def test_dtensors_and_plain_tensors_share_a_group_and_take_whole_states(name):
             q.grad = as_laid_out(grad, q) if isinstance(q, DTensor) and p.grad is not None else grad
         for optimizer in optimizers:
             optimizer.step()
-    assert torch.equal(both[0].full_tensor(), plain[0])
+    nearly = 0.0 if name in DIAGONAL else 1e-6  # an owner's update is rounded before it is applied
+    torch.testing.assert_close(both[0].full_tensor(), plain[0], rtol=nearly, atol=nearly)
     assert torch.equal(both[1], plain[1])
     taken = mixed()
     resumed = build(name, taken)
     resumed.load_state_dict(optimizers[0].state_dict())
     for key, value in optimizers[0].state[plain[0]].items():
         held = resumed.state[taken[0]][key]
-        assert torch.equal(held if key == "step" else held.full_tensor(), value)
+        assert torch.equal(held.full_tensor() if isinstance(held, DTensor) else held, value)
 
 
 def test_state_of_a_sharded_parameter_is_no_state_of_a_whole_one():

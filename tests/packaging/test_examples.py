@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 from torch.nn.modules.module import register_module_forward_hook
@@ -16,7 +18,7 @@ def run_example(name):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"checkpoint", "train", "plain_loop", "hf_trainer", "lightning_module"}
+    assert names == {"checkpoint", "fsdp2", "train", "plain_loop", "hf_trainer", "lightning_module"}
 
 
 def test_plain_loop():
@@ -38,6 +40,17 @@ def test_checkpoint():
     at_once, resumed = run_example("checkpoint")
     assert at_once == resumed
     assert sum(at_once[10:]) < 0.95 * sum(at_once[:10])
+
+
+def test_fsdp2():
+    """With two processes, which import it by its name."""
+    command = [sys.executable, str(EXAMPLES / "fsdp2.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    at_once, resumed = (line.split(":")[1].split() for line in printed.stdout.splitlines())
+    assert resumed == at_once[10:]
+    losses = list(map(float, at_once))
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_lightning_module():
