@@ -109,6 +109,10 @@ class IFShampoo(MatrixOptimizer):
         capturable: keep ``step`` on the parameter's device.
         amp_scaling: as in ``RootFreeRMSprop``. With an update_interval above 1 the host reads
             whether there were infs at every step, since a skipped step leaves the schedule.
+        process_group: of replicas of plain parameters (DistributedDataParallel), which share the
+            work and the state of matrices; None: each does all. DTensors need none.
+        replicas: "share" the work among all that have a DTensor, or "repeat" it in each replica.
+        update_dtype: in which updates of shared matrices travel; None for that of the state.
 
     State of a parameter: ``step`` (0-d float32), ``momentum_buffer`` (with momentum; the
     parameter's shape, float32, or float64 for float64 parameters), and per axis ``factor_N`` and
@@ -123,7 +127,7 @@ class IFShampoo(MatrixOptimizer):
         ValueError: a hyperparameter out of its range, no batch_size, a structure that is not
             supported or does not fit a shape, an axis too large for a dense factor, batch_axes
             that leave no axis.
-        TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
+        TypeError: a parameter that is not dense and floating, a flat shard of
             FullyShardedDataParallel, a sparse gradient, or an argument that torch.optim has and
             this class has not.
 

@@ -100,6 +100,10 @@ class RootFreeShampoo(MatrixOptimizer):
         capturable: keep ``step`` on the parameter's device.
         amp_scaling: as in ``RootFreeRMSprop``. With an update_interval above 1 the host reads
             whether there were infs at every step, since a skipped step leaves the schedule.
+        process_group: of replicas of plain parameters (DistributedDataParallel), which share the
+            work and the state of matrices; None: each does all. DTensors need none.
+        replicas: "share" the work among all that have a DTensor, or "repeat" it in each replica.
+        update_dtype: in which updates of shared matrices travel; None for that of the state.
 
     State of a matrix: ``step`` (0-d float32), ``momentum_buffer`` (M, of the parameter's shape),
     ``row_square_avg`` (of length m), and per axis ``gram_N`` (S) and ``factor_N`` (K), of shape
@@ -112,7 +116,7 @@ class RootFreeShampoo(MatrixOptimizer):
     Raises:
         ValueError: a hyperparameter out of its range, a structure that is not supported or does
             not fit a shape, an axis too large for a dense factor, batch_axes that leave no axis.
-        TypeError: a parameter that is not dense and floating, a DTensor, a flat shard of
+        TypeError: a parameter that is not dense and floating, a flat shard of
             FullyShardedDataParallel, a sparse gradient, or an argument that this class has not.
 
     Source: ours, on the root-free factors of Lin et al., "Can We Remove the Square-Root in Adaptive

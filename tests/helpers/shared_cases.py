@@ -57,7 +57,10 @@ def is_one_rank(name, layout, changes):
 
 
 def sends(name, wave_bytes):
-    """How many waves six matrices of 8 x 8 take, the bytes that a step sends, and its results."""
+    """How many waves six matrices of 8 x 8 take, the bytes that a step sends, and its results.
+
+    And the bytes of this rank's state.
+    """
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(6))).to(F64)
     fully_shard(model, mesh=mesh(4))
@@ -85,7 +88,8 @@ def sends(name, wave_bytes):
     waves = optimizer._sharing.waves(0)
     assert len(sent) == 2 * len(waves)
     assert sum(sent) == sum(wave.bytes_sent for wave in waves)
-    return len(waves), sum(sent), everything(model, optimizer)
+    held = sum(v.nbytes for state in optimizer.state.values() for v in state.values())
+    return len(waves), sum(sent), everything(model, optimizer), held
 
 
 def follows_with(name, layout, changes):

@@ -46,10 +46,13 @@ def test_gradients_that_are_equal_give_the_bits_of_one_rank(ranks, name, layout,
 def test_waves_change_no_bit_and_send_what_the_plan_says(ranks, name):
     """Two ranks own two matrices of the six, so that these go one after the other, or at once."""
     for limit, waves in ((1, 2), (2**26, 1)):
-        counts, sent, values = zip(*ranks.run("sends", name, limit), strict=True)
+        counts, sent, values, held = zip(*ranks.run("sends", name, limit), strict=True)
         assert set(counts) == {waves}
         # Of each matrix three ranks send two rows of 8 float64, and are sent as much; headers.
         assert sum(sent) == 6 * 2 * 3 * 2 * 8 * 8 + waves * 4 * 3 * 16
+        # Two ranks own two, and each counts six steps: float64 of a matrix, its rows, two axes.
+        each = 8 * (64 + (8 if name == "shampoo" else 0) + 2 * 2 * 64)
+        assert sorted(held) == [count * each + 6 * 4 for count in (1, 1, 2, 2)]
         if waves == 2:
             cut = values
     assert all(torch.equal(a, b) for a, b in zip(cut[0], values[0], strict=True))
