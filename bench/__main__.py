@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "products": "time each product of IF-Shampoo against torch.bmm, torch.compile and eigh",
     "step": "time whole steps on the layers of well-known networks, and what they cost",
     "layouts": "which factors large models have, their bytes and FLOPs; nothing is measured",
+    "distributed": "how the work of matrices is shared among ranks: from shapes, and their times",
     "host": "time the host's part of a step, with the launch stubbed out",
     "sass": "compile every kernel for GPUs, and show registers, spills and wide accesses",
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",

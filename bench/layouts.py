@@ -110,11 +110,16 @@ def state_bytes(cls: type[MatrixOptimizer], stacks: list[Stack], limit: int) -> 
     return factors, whole
 
 
-def _state(cls: type[MatrixOptimizer], stack: Stack, limit: int) -> Mapping[str, torch.Tensor]:
+def on_meta(cls: type[MatrixOptimizer], stack: Stack, **settings: Any) -> MatrixOptimizer:
+    """An optimizer of one parameter of a shape, with bfloat16 factors."""
     param = nn.Parameter(torch.empty(stack.shape, device="meta"))
-    settings = {"max_dense_dim": limit, "batch_axes": stack.batch_axes, **GIVEN[cls]}
-    optimizer = cls([param], factor_dtype=torch.bfloat16, **settings)
-    state: Mapping[str, torch.Tensor] = optimizer.state[param]
+    settings |= {"batch_axes": stack.batch_axes, **GIVEN[cls]}
+    return cls([param], factor_dtype=torch.bfloat16, **settings)
+
+
+def _state(cls: type[MatrixOptimizer], stack: Stack, limit: int) -> Mapping[str, torch.Tensor]:
+    optimizer = on_meta(cls, stack, max_dense_dim=limit)
+    (state,) = optimizer.state.values()
     return state
 
 

@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "matrix": tables.matrix,
     "products": tables.products,
     "step": tables.step,
+    "distributed": tables.distributed,
     "host": tables.host,
     "gpu": targets.table,
     "train": training.train,

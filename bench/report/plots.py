@@ -7,6 +7,7 @@ A row takes part by what it has, whatever benchmark it is from:
     steps       times of `bench matrix`, beside IFShampoo's in bfloat16
     loss        losses of `bench train` with their `curve`
     basin       losses of `bench sweep` at several learning rates
+    worlds      work and state a rank that `bench distributed` computed
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
 from .losses import basin, basin_rows
+from .tables import STATE, WORK
 from .training import TITLES, curves, goals
 
 # FLOPs a parameter of the plain PyTorch loop of an update; a root or a division counts as one.
@@ -237,6 +239,40 @@ def loss(rows: list[Row], path: Path) -> None:
     save(figure, rows, path, f"{TITLES[case]}: mean and range of {seeds} seeds")
 
 
+# Matrices that ranks share --------------------------------------------------------------------
+
+
+def worlds_rows(rows: list[Row]) -> list[Row]:
+    """Work and state of every world."""
+    own = select(rows, benchmark="distributed")
+    return [*select(own, metric=WORK), *select(own, metric=STATE)]
+
+
+def worlds(rows: list[Row], path: Path) -> None:
+    """How evenly work is shared, and the state that a rank holds at most, against the ranks."""
+    figure, (even, state) = subplots(2, height=4.4)
+    lines = list(dict.fromkeys((row["case"], row["provider"]) for row in rows))
+    looks = styles([f"{case}, {name}" for case, name in lines])
+    for (case, name), look in zip(lines, looks.values(), strict=True):
+        of_line = select(rows, case=case, provider=name)
+        for axis, metric in ((even, WORK), (state, STATE)):
+            own = select(of_line, metric=metric)
+            y = [row["value"] for row in own]
+            if metric == WORK:
+                y = [100 * row["detail"]["mean"] / row["value"] for row in own]
+            axis.plot([row["detail"]["ranks"] for row in own], y, **look)
+    ranks = sorted({row["detail"]["ranks"] for row in rows})
+    for axis in (even, state):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ranks, labels=map(str, ranks), minor=False)
+        axis.set_xlabel("ranks")
+    even.set(ylim=(0, 105), ylabel="mean work of a rank / most, %")
+    even.legend(frameon=False, fontsize=8, loc="lower left")
+    logarithmic(state, "y")
+    state.set_ylabel("state of the rank that has most, GB")
+    save(figure, rows, path, "Matrices that ranks share, computed from the shapes of models")
+
+
 PLOTS = {
     "roofline": Plot(
         "Rates beside what the machine reached",
@@ -265,5 +301,12 @@ PLOTS = {
         "its ratio to the first), on the tuning data.",
         basin_rows,
         basin,
+    ),
+    "worlds": Plot(
+        "Matrices that ranks share",
+        "Each matrix has its factors on one rank, chosen by work and memory; of experts each rank "
+        "has whole ones. Computed from shapes.",
+        worlds_rows,
+        worlds,
     ),
 }

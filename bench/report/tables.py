@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 
 from ..measuring.common import dtype_name
 from ..measuring.rows import Row, select, unique
@@ -277,3 +278,89 @@ def host(rows: list[Row]) -> str:
         "Shampoos' tensors are matrices of 8 x 8. DTensors are of one rank."
     )
     return page("# Host time of a step", provenance(rows), notes, markdown(header, lines))
+
+
+# bench distributed ----------------------------------------------------------------------------
+
+WORK, STATE, SENT = "work", "state", "sent"
+SLOWEST, SPEEDUP = "slowest rank", "speed-up"
+WORLDS = (
+    "model",
+    "optimizer",
+    "ranks",
+    "TFLOP an update, most",
+    "most / mean",
+    "GB sent a rank and step, most",
+    "with bfloat16 updates",
+    "GB of state a rank, most",
+    "most / mean",
+    "messages a pair and step",
+    "waves",
+)
+
+
+def distributed(rows: list[Row]) -> str:
+    """A table of all worlds that were computed, then one of those that were timed."""
+    about = (
+        "From shapes alone, at the defaults with bfloat16 factors: the matrices of layers, without "
+        "embedding and head, cut by rows, float32. One rank owns the factors of a matrix; it is "
+        "sent the gradient and sends the update. Of experts each rank has, and steps, whole ones "
+        "of its own as plain tensors, and sends nothing. Bytes count headers and padding, and a "
+        "pair's messages those of one direction."
+    )
+    timed_about = (
+        "Every rank by itself: a plain optimizer of the matrices that it would own, CPU time of "
+        "one thread (20 to 80 %), factors updated every step, all ranks of all worlds in turn. The "
+        "speed-up is that of the slowest rank over one rank with all; the predicted one is all "
+        "FLOPs over those of the rank that has most. Efficiency is speed-up over ranks. All ranks "
+        "together: the sum of their times over that of one rank with all. No messages are in it."
+    )
+    parts = ["# Matrices that ranks share", provenance(rows), about]
+    measured = [row for row in rows if row["metric"] in (SLOWEST, SPEEDUP)]
+    computed = [row for row in rows if row["metric"] in (WORK, STATE, SENT)]
+    parts += [markdown(WORLDS, _each_world(computed, _world_line))]
+    if measured:
+        header = ("of", "optimizer", "ranks", "ms, slowest rank", "speed-up", "predicted")
+        header += ("efficiency", "predicted", "measured / predicted", "all ranks together")
+        parts += ["## Timed", timed_about, markdown(header, _each_world(measured, _timed_line))]
+    return page(*parts)
+
+
+def _each_world(
+    rows: list[Row], line: Callable[[dict[str, Row], int], list[str]]
+) -> Iterator[list[str]]:
+    """A line of each case, optimizer and number of ranks."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        key = row["case"], row["provider"], row["detail"]["ranks"]
+        found.setdefault(key, {})[row["metric"]] = row
+    for (case, name, ranks), of in found.items():
+        yield [case, name, f"{ranks:,}", *line(of, ranks)]
+
+
+def _world_line(of: dict[str, Row], ranks: int) -> list[str]:
+    work, state, sent = of[WORK], of[STATE], of[SENT]
+    return [
+        number(work["value"], ".3g"),
+        number(work["value"] / work["detail"]["mean"], ".2f"),
+        number(sent["value"], ".3g"),
+        number(sent["detail"]["bfloat16"], ".3g"),
+        number(state["value"], ".3g"),
+        number(state["value"] / state["detail"]["mean"], ".2f"),
+        f"{sent['detail']['messages']}",
+        f"{sent['detail']['waves']}",
+    ]
+
+
+def _timed_line(of: dict[str, Row], ranks: int) -> list[str]:
+    speedup = of[SPEEDUP]
+    value, predicted = speedup["value"], speedup["detail"]["predicted"]
+    return [
+        timed(of[SLOWEST]),
+        number(value, ".2f"),
+        number(predicted, ".2f"),
+        number(value / ranks, ".1%"),
+        number(predicted / ranks, ".1%"),
+        number(value / predicted, ".3f"),
+        number(speedup["detail"]["together"], ".3f"),
+    ]

@@ -111,17 +111,22 @@ def llama_1b(
 def llama_8b(
     width: int = 4096, depth: int = 32, inner: int = 14336, words: int = 128256, context: int = 2048
 ) -> Iterator[Layer]:
-    """The parameters (8,030,261,248 elements) of Llama 3.1 8B."""
+    """The parameters (8,030,261,248 elements) of Llama 3.1 8B; 8 heads of 128 for keys."""
     yield Layer((words, width), context)
     for _ in range(depth):
         yield Layer((width,))
-        for rows in (width, width // 4, width // 4, width):
+        for rows in (width, 1024, 1024, width):
             yield Layer((rows, width), context)
         yield Layer((width,))
         for rows, columns in ((inner, width), (inner, width), (width, inner)):
             yield Layer((rows, columns), context)
     yield Layer((width,))
     yield Layer((words, width), context)
+
+
+def llama_70b() -> Iterator[Layer]:
+    """The parameters (70,553,706,496 elements) of Llama 3.1 70B."""
+    yield from llama_8b(8192, 80, 28672)
 
 
 def qwen3_30b_a3b_experts(depth: int = 48, experts: int = 128) -> Iterator[Shape]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import layouts
-from bench.workloads.networks import llama_8b, vit_l16
+from bench.workloads.networks import llama_8b, llama_70b, vit_l16
 from rootfree_fused import IFShampoo, RootFreeShampoo
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -27,6 +27,7 @@ def test_bytes_of_state_are_those_of_the_formula(name, cls):
 
 def test_the_models_are_whole():
     assert sum(math.prod(layer.shape) for layer in llama_8b()) == 8_030_261_248
+    assert sum(math.prod(layer.shape) for layer in llama_70b()) == 70_553_706_496
     assert sum(math.prod(layer.shape) for layer in vit_l16()) == 304_326_632
 
 
