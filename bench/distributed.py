@@ -127,7 +127,7 @@ def traffic(
 def boxes(shape: Shape, ranks: int) -> list[exchange.Box]:
     """What each rank has of a parameter that is cut by rows."""
     found, first = [], 0
-    for rows in exchange._rows(shape[0], ranks):
+    for rows in exchange.rows_of(shape[0], ranks):
         found.append(exchange.Box((first, *[0] * len(shape[1:])), (rows, *shape[1:])))
         first += rows
     return found
@@ -156,7 +156,7 @@ def by_members(stacks: Sequence[Shape]) -> Simulation:
         each, owners = [], []
         for shape in stacks:
             each += [of_shape[shape]] * shape[0]
-            for rank, members in enumerate(exchange._rows(shape[0], ranks)):
+            for rank, members in enumerate(exchange.rows_of(shape[0], ranks)):
                 owners += [rank] * members
         return World(loads_of(each, owners, ranks), 0, 0, 0)
 
@@ -246,12 +246,19 @@ def measure(
             )
 
 
+def at_least_one(text: str) -> int:
+    """A number of ranks."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} ranks; pass 1 or more")
+    return int(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench distributed`."""
     add_measurement_arguments(parser)
     parser.add_argument(
         "--simulate",
-        type=int,
+        type=at_least_one,
         nargs="+",
         default=[1, 2, 4, 8, 64],
         metavar="RANKS",

@@ -252,7 +252,7 @@ class Ranks:
         """A tensor of a shape that its owner has, as a DTensor cut by rows."""
         from torch.distributed.tensor import DTensor, Shard
 
-        counts = _rows(shape[0], self.size)
+        counts = rows_of(shape[0], self.size)
         each = math.prod(shape[1:]) * whole.dtype.itemsize
         own = counts[self.rank], *shape[1:]
         rows = torch.empty(own, dtype=whole.dtype, device=self.device)
@@ -281,7 +281,7 @@ class Ranks:
         return copy
 
 
-def _rows(length: int, ranks: int) -> list[int]:
+def rows_of(length: int, ranks: int) -> list[int]:
     """How many rows of a tensor each rank has, as torch.distributed.tensor.Shard(0) cuts it."""
     each = -(-length // ranks)
     return [min(each, max(length - rank * each, 0)) for rank in range(ranks)]

@@ -94,7 +94,7 @@ def test_costs_owners_and_parts_are_those_of_the_optimizer(cls):
         params = [
             torch.nn.Parameter(
                 DTensor.from_local(
-                    torch.zeros(exchange._rows(shape[0], 4)[1], shape[1]),
+                    torch.zeros(exchange.rows_of(shape[0], 4)[1], shape[1]),
                     mesh,
                     [Shard(0)],
                     run_check=False,

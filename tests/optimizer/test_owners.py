@@ -28,7 +28,8 @@ def loads_of(costs, owners, ranks):
 def test_the_largest_matrix_goes_first_to_the_rank_of_the_least_work():
     costs = [Cost(flops, 1) for flops in (1, 7, 3, 3, 5)]
     assert owners_of(costs, [NONE] * 2) == [1, 0, 1, 0, 1]  # 7 and 3, 5 and 3 and 1
-    assert owners_of(costs, [Cost(100, 0), NONE]) == [1] * 5
+    # The last ones go to the rank of more work, since three of five are a share of memory.
+    assert owners_of(costs, [Cost(100, 0), NONE]) == [0, 1, 1, 0, 1]
     assert owners_of([Cost(1, 1)] * 4, [NONE] * 4) == [0, 1, 2, 3]
     assert owners_of([], [NONE] * 3) == []
 
@@ -95,4 +96,4 @@ def test_parts_are_the_whole_or_are_refused():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_rows_are_cut_as_torch_cuts_them(length, ranks):
     cut = [Shard.local_shard_size_and_offset(length, ranks, rank)[0] for rank in range(ranks)]
-    assert exchange._rows(length, ranks) == cut
+    assert exchange.rows_of(length, ranks) == cut
