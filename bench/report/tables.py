@@ -305,8 +305,8 @@ def distributed(rows: list[Row]) -> str:
         "From shapes alone, at the defaults with bfloat16 factors: the matrices of layers, without "
         "embedding and head, cut by rows, float32. One rank owns the factors of a matrix; it is "
         "sent the gradient and sends the update. Of experts each rank has, and steps, whole ones, "
-        "as stacks that are cut between members, and sends nothing. Bytes count headers and padding, and a "
-        "pair's messages those of one direction."
+        "as stacks that are cut between members, and sends nothing. Bytes count headers and "
+        "padding, and a pair's messages those of one direction."
     )
     timed_about = (
         "Every rank by itself: a plain optimizer of the matrices that it would own, CPU time of "
