@@ -40,9 +40,10 @@ LIMITS = {
     "ncu": (40, 0.0),
     "large diagonal": (50, 8.0),
     "many tensors": (40, 8.0),
+    "one rank": (25, 3.0),
     "memcheck": (20, 0.0),
     "racecheck": (20, 0.0),
-    "tests": (120, 0.0),  # and all that others leave
+    "tests": (95, 0.0),  # and all that others leave
 }
 # Programs that watch a case, each with its options. Of `ncu`'s case a step has three launches of
 # these names, so this is the second step's momenta, and its factors of one axis.

@@ -7,8 +7,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+
+from rootfree_fused.optimizer.shards import local
 
 from . import diag
 from .matrix import checked_step, step_flops
@@ -35,6 +40,7 @@ AVERAGED = "RootFreeShampoo, bfloat16"
 # What is replayed as a graph too, and how it is built.
 CAPTURED = {OURS: ifshampoo, AVERAGED: rootfree_shampoo}
 WHOLE_STEPS = (OURS, AVERAGED, "IFShampoo, float32", "sirfshampoo, bfloat16", "torch Muon", EIGH)
+ROUNDED_TWICE = 1e-4  # of the way of two steps: a parameter of ranks is rounded once more
 CAPTURABLE = capturable("RootFreeRMSprop, momentum 0.9")
 
 
@@ -184,6 +190,43 @@ def add_launches(rows: Rows, runs: dict[str, Call], device: torch.device) -> Non
             rows.add("114 of 1024", f"{name}: {launch}", "time", 1e3 * seconds, "ms")
 
 
+def one_rank(rows: Rows, device: torch.device, seconds: float) -> None:
+    """DTensors of a world of one, whose messages go to itself, beside the same steps without."""
+    count, n = (3, 32) if small(device) else (16, 1024)
+    values, grads = (
+        random_tensors([(n, n)] * count, scale=0.1, dtype=torch.float32, device=device, seed=seed)
+        for seed in (0, 1)
+    )
+    backend = "gloo" if small(device) else "nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (1,))
+
+    def spread(value: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(value, mesh, [Shard(0)])
+
+    for name, build in CAPTURED.items():
+        runs, ends = {}, []
+        for of, laid in {name: torch.Tensor.clone, f"{name}, DTensors": spread}.items():
+            own = [Parameter(laid(value)) for value in values]
+            for parameter, grad in zip(own, grads, strict=True):
+                parameter.grad = laid(grad)
+            optimizer = build(own, 1, dtype=BF16)
+            for _ in range(2):
+                optimizer.step()
+            ends.append([local(parameter.detach()).clone() for parameter in own])
+            runs[of] = optimizer.step
+        pairs = zip(*ends, values, strict=True)
+        apart, way = zip(*((a - b, a - start) for a, b, start in pairs), strict=True)
+        error = (torch.stack(apart).norm() / torch.stack(way).norm()).item()
+        right = error <= ROUNDED_TWICE
+        rows.add("one rank", f"{name}, DTensors", "error", error, "of the way", right=right)
+        if right:
+            timings = interleave(runs, device_timer(device), seconds=seconds / 2, min_rounds=3)
+            for of, timing in timings.items():
+                rows.add_time("one rank", of, "time", timing)
+    dist.destroy_process_group()
+
+
 def watched_steps(rows: Rows, device: torch.device, seconds: float) -> None:
     """Two steps of a stack that is computed as one, for a profiler that looks at the second."""
     count, n = (2, 32) if small(device) else (32, 1024)
@@ -221,6 +264,7 @@ CASES: dict[str, Case] = {
     "products": products,
     "ncu": watched_steps,
     "many tensors": many_tensors,
+    "one rank": one_rank,
     "memcheck": small_matrices,
     "racecheck": small_matrices,
 }
