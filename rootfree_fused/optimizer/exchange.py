@@ -157,8 +157,8 @@ class Wave:
         both = (self._grads_sent.sizes, self._moved_sent.sizes)
         return sum(sum(sizes) - sizes[me] for sizes in both)
 
-    def gather(self, grads: dict[int, Tensor], header: tuple[int, int]) -> list[tuple[int, int]]:
-        """Bring the gradients to their owners; the headers of all ranks.
+    def gather(self, grads: dict[int, Tensor], header: tuple[int, int]) -> Tensor:
+        """Bring the gradients to their owners; the headers (ranks, 2) of all, int64.
 
         grads: this rank's parts by the id of the matrix; zeros are sent for others.
         """
@@ -176,8 +176,8 @@ class Wave:
             assert part.matrix.grad is not None
             part.box.of(part.matrix.grad).copy_(part.view(received))
         starts = self._grads_received.starts
-        heads = torch.stack([received[start : start + ALIGNMENT] for start in starts])
-        return [(word, status) for word, status in heads.view(torch.int64).tolist()]
+        heads = [received[start : start + ALIGNMENT] for start in starts]
+        return torch.stack(heads).view(torch.int64)
 
     def scatter(self) -> Iterator[tuple[Matrix, Tensor]]:
         """Each matrix, and what this rank's part of it moves by."""

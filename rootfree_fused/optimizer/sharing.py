@@ -254,8 +254,8 @@ class Sharing:
                 ranks = wave.ranks
                 if wave.is_first:
                     grads = {} if fault else wave.own_gradients()
-                    heads = wave.gather(grads, (word, int(fault is not None)))
-                    found.setdefault(id(ranks), (ranks, set()))[1].update(heads)
+                    heads = wave.gather(grads, (word, int(fault is not None))).tolist()
+                    found.setdefault(id(ranks), (ranks, set()))[1].update(map(tuple, heads))
         troubles = []
         for ranks, told in found.values():
             if told != {(word, 0)}:
