@@ -3,45 +3,67 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ..ops.checks import HYPERPARAMETERS
+from .amp_and_graphs import Scaling
 from .groups import Group
 
+# Of a header: this rank takes no step; its parameters are others than those that were agreed on.
+FAULT, ANEW = 1, 2
 LACKING = "parameters without a gradient"
+STEPS = "steps that this optimizer began"
+Told = list[dict[str, Any]]
 
 
-def word_of(groups: Sequence[Group]) -> int:
-    """64 bits that tell the settings of a step, and which parameters have a gradient."""
-    digest = hashlib.sha256(repr(settings_told(groups)).encode()).digest()
-    return int.from_bytes(digest[:8], "little", signed=True)
+def told(groups: Sequence[Group], shared: Container[int], steps: int, scaling: Scaling) -> Told:
+    """Of each group what must be the same on all ranks.
 
-
-def settings_told(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Of each group the settings that are no tensors, and which parameters lack a gradient."""
+    shared: by their ids, the parameters of which several ranks must have a gradient, or none.
+    steps: how many this optimizer began, since a rank that left one out is a step behind.
+    """
+    found = bool(scaling["found_inf"].item()) if "found_inf" in scaling else False
     return [
         {
-            **{key: value for key, value in group.items() if _is_told(key, value)},
-            LACKING: [i for i, p in enumerate(group["params"]) if _lacks_gradient(p)],
+            **{key: _plain(group[key]) for key in sorted(HYPERPARAMETERS & group.keys())},
+            LACKING: [
+                i for i, p in enumerate(group["params"]) if id(p) in shared and p.grad is None
+            ],
+            "found_inf": found,
+            STEPS: steps,
         }
         for group in groups
     ]
 
 
-def _lacks_gradient(param: Any) -> bool:
-    return getattr(param, "grad", None) is None
+def _plain(value: Any) -> Any:
+    """A setting as equal ones are written alike; a tensor of a device is not read."""
+    if isinstance(value, Tensor):
+        return value.item() if value.is_cpu and value.numel() == 1 else None
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return value if isinstance(value, (bool, str, torch.dtype)) else None
 
 
-def _is_told(key: str, value: Any) -> bool:
-    return key not in ("params", "param_names") and isinstance(value, (int, float, str, tuple))
+def word_of(what: Told) -> int:
+    """64 bits that tell it."""
+    digest = hashlib.sha256(repr(what).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def check_told(everyones: list[list[str]]) -> None:
+    """Raise a RuntimeError where ranks do not have the same matrices."""
     first = everyones[0]
-    for rank, told in enumerate(everyones):
-        if told != first:
-            pairs = zip_longest(first, told, fillvalue="nothing")
+    for rank, own in enumerate(everyones):
+        if own != first:
+            pairs = zip_longest(first, own, fillvalue="nothing")
             one, other = next((a, b) for a, b in pairs if a != b)
             raise RuntimeError(
                 f"rank 0 has {one} where rank {rank} of the {len(everyones)} that share it has "
@@ -50,14 +72,21 @@ def check_told(everyones: list[list[str]]) -> None:
             )
 
 
-def trouble_of(everyones: list[tuple[str | None, list[dict[str, Any]]]]) -> str:
-    """What differs between the ranks."""
-    for rank, (fault, _) in enumerate(everyones):
+def trouble_of(everyones: Sequence[tuple[str | None, bool, Told]]) -> str | None:
+    """What differs between the ranks: of each its fault, whether it has others, what it told."""
+    for rank, (fault, _, _) in enumerate(everyones):
         if fault is not None:
             return f"rank {rank} took no step ({fault}), so nothing was changed on any rank"
-    first = everyones[0][1]
-    for rank, (_, state) in enumerate(everyones):
-        for index, (one, other) in enumerate(zip(first, state, strict=False)):
+    anew = [rank for rank, (_, others, _) in enumerate(everyones) if others]
+    if 0 < len(anew) < len(everyones):
+        return (
+            f"rank {anew[0]} of the {len(everyones)} that share matrices has other parameters that "
+            "train, or other groups, than at the last step, and others have not; nothing was "
+            "changed on any rank: change them on all"
+        )
+    first = everyones[0][2]
+    for rank, (_, _, own) in enumerate(everyones):
+        for index, (one, other) in enumerate(zip(first, own, strict=False)):
             for key in one:
                 if one[key] != other.get(key):
                     return (
@@ -65,4 +94,4 @@ def trouble_of(everyones: list[tuple[str | None, list[dict[str, Any]]]]) -> str:
                         f"rank {rank} of those that share its matrices; nothing was changed on any "
                         "rank: make it the same on all"
                     )
-    return "the ranks step on other groups; nothing was changed on any rank"
+    return None

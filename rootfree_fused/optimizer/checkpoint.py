@@ -39,7 +39,7 @@ def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
     positions: dict[Tensor, int] = {}
     groups = []
     for index, group in enumerate(optimizer.param_groups):
-        _declare_and_check(optimizer, index, group)
+        declare_and_check(optimizer, index, group)
         for param in group["params"]:
             positions.setdefault(param, len(positions))
         groups.append({**saved_group(group), "params": [positions[p] for p in group["params"]]})
@@ -87,7 +87,8 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
         post_hook(optimizer)
 
 
-def _declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:
+def declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:
+    """Allocate what state a group lacks, and raise where some does not fit."""
     params = [p for p in group["params"] if trains(p) or dict.get(optimizer.state, p)]
     for param, (name, spec) in zip(params, optimizer._declare(index, group, params), strict=True):
         check_state(name, param, optimizer.state[param], spec)

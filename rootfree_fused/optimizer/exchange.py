@@ -221,6 +221,14 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so on some rank, a collective."""
+        import torch.distributed as dist
+
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag.item())
+
     def meet(self, patience: float) -> int:
         """How many ranks have come here within so many seconds; unlike a barrier it can fail.
 

@@ -242,7 +242,7 @@ class DeclaringOptimizer(Optimizer):
     def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
         self._check_named(index, self._check_group, group)
         self._check_kept(index, group)
-        if known is not None and unused_state(group) != unused_state(known):
+        if known is None or unused_state(group) != unused_state(known):
             self._prepared.forget(index)
         self._checked[index] = dict(group)
 

@@ -145,6 +145,7 @@ class MatrixOptimizer(SharingOptimizer):
                 call(None, group if portion.wave is None else of_owner, work.scaling)
             if portion.wave is not None:
                 write_(portion.wave, group, work.scaling)
+            portion.release_()
 
     # Step --------------------------------------------------------------------------------------
 
@@ -163,8 +164,8 @@ class MatrixOptimizer(SharingOptimizer):
 
     @_disable_dynamo
     def _agree_traced(self) -> None:
-        self._agree()
-        self._sharing.begin(self.param_groups)
+        self._agree({})
+        self._sharing.begin(self.param_groups, {})
 
     @_disable_dynamo
     def _check_joined(self) -> None:

@@ -42,6 +42,11 @@ class Portion:
                 assert matrix.moved is not None
                 matrix.moved.zero_()
 
+    def release_(self) -> None:
+        """Keep no gradient alive."""
+        for _, part in self.local:
+            part.grad = None
+
 
 def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Portion]:
     """The work of this rank on its own, then wave by wave what it does for others."""
@@ -107,8 +112,9 @@ def move_(params: list[Tensor], moves: list[Tensor], group: Group, scaling: Scal
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.is_cpu else lr.reshape(())
-    if "found_inf" in scaling:
-        lr = lr * (scaling["found_inf"] == 0).to(moves[0]).reshape(())
+    if "found_inf" in scaling:  # in float64, which no 0-d tensor makes of the parameters
+        kept_on = (scaling["found_inf"] == 0).to(moves[0].device, torch.float64)
+        lr = lr * kept_on.reshape(())
     kept = 1 - lr * group["weight_decay"]
     wide = [p if p.dtype == m.dtype else p.to(m.dtype) for p, m in zip(params, moves, strict=True)]
     torch._foreach_mul_(wide, kept)

@@ -14,13 +14,14 @@ from torch import Tensor
 from ..ops.checks import is_sharded
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer
-from .checkpoint import separated
+from .checkpoint import declare_and_check, separated
 from .checks import name_of
 from .groups import Group
+from .holders import Replicas
 from .joint import unit_of
 from .owners import Cost, update_flops
 from .shards import as_laid_out, as_part_of, local_state
-from .sharing import Replicas, Sharing, full
+from .sharing import Sharing, full
 from .state import Initial, State
 
 
@@ -114,6 +115,9 @@ class SharingOptimizer(RootFreeOptimizer):
             RuntimeError: not all of them have called it.
         """
         if self._is_shared:
+            self._sharing.assign(self.param_groups)
+            for index, group in enumerate(self.param_groups):
+                declare_and_check(self, index, group)  # before any rank waits for another
             self._sharing.meet("state_dict()")
         return super().state_dict()
 
@@ -167,19 +171,39 @@ class SharingOptimizer(RootFreeOptimizer):
 
     def _agree_and_plan(self, scaling: Scaling) -> list[Any]:
         """Checked by every rank, and what a step needs of others brought here."""
-        self._agree()
+        fault: Exception | None = None
         try:
+            for index, group in enumerate(self.param_groups):
+                self._check_if_changed(index, group)
+        except Exception as error:
+            fault = error
+        self._agree(scaling, fault)
+        try:
+            if fault is not None:
+                raise fault
             planned = super()._check_and_plan(scaling)
-        except Exception as fault:
-            self._sharing.begin(self.param_groups, fault)
+        except Exception as error:
+            self._sharing.begin(self.param_groups, scaling, error)
             raise
-        self._sharing.begin(self.param_groups)
+        self._sharing.begin(self.param_groups, scaling)
         return planned
 
-    def _agree(self) -> None:
-        if self._sharing.agree(type(self).__name__, self.param_groups):
-            for index in range(len(self.param_groups)):
-                self._prepared.forget(index)
+    def _agree(self, scaling: Scaling, fault: Exception | None = None) -> None:
+        """Have a plan for the parameters that there are, the same on all ranks."""
+        if not self._sharing.has_changed(self.param_groups):
+            return
+        if self._sharing.has_plan:
+            self._sharing.begin(self.param_groups, scaling, fault, anew=True)
+            if fault is not None:
+                raise fault
+        try:
+            self._sharing.agree(type(self).__name__, self.param_groups, fault)
+        except Exception:
+            if fault is not None:
+                raise fault from None
+            raise
+        for index in range(len(self.param_groups)):
+            self._prepared.forget(index)
 
     def _started_first(
         self, group: Group, params: list[Tensor], states: list[State]

@@ -9,46 +9,31 @@ settings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.checks import DTYPES, is_sharded, state_dtype
-from .agreement import check_told, settings_told, trouble_of, word_of
+from .agreement import ANEW, FAULT, check_told, told, trouble_of, word_of
+from .amp_and_graphs import Scaling
 from .exchange import Box, Matrix, Ranks, Wave, are_parts_of, senders_of, waves_of
 from .groups import Group, trains
-from .joint import unit_of
-from .owners import Cost, owners_of
+from .holders import Held, Holders, Replicas
+from .owners import Cost
 from .shards import local, local_state
 from .state import Initial, State
 
-Replicas = Literal["share", "repeat"]
-REPLICAS = get_args(Replicas)
 PATIENCE = 60.0  # seconds that a rank that saves waits for the others
 
 
-@dataclass(frozen=True)
-class Held:
-    """Who shares a matrix, and which of them owns its factors."""
-
-    ranks: Ranks
-    owner: int
-
-    @property
-    def here(self) -> bool:
-        return self.owner == self.ranks.rank
-
-
-class Sharing:
+class Sharing(Holders):
     """Which matrices are shared, by whom, and what they exchange.
 
-    process_group: of replicas that are no DTensors, as DistributedDataParallel has them; None where
-        each of them does all. cost: of a parameter of a group.
+    update_dtype: in which updates travel, None for that of the state.
     """
 
     def __init__(
@@ -58,45 +43,18 @@ class Sharing:
         update_dtype: torch.dtype | None,
         cost: Callable[[Tensor, Group], Cost],
     ) -> None:
-        if replicas not in REPLICAS:
-            raise ValueError(f"replicas is {replicas!r}; pass 'share' or 'repeat'")
         if update_dtype is not None and update_dtype not in DTYPES:
             raise ValueError(
                 f"update_dtype is {update_dtype!r}; pass torch.bfloat16 to send half the bytes, or "
                 "None for the dtype of the state"
             )
-        self._process_group, self._replicas = process_group, replicas
-        self._update_dtype, self._cost = update_dtype, cost
-        self._held = WeakTensorKeyDictionary()
+        super().__init__(process_group, replicas, cost)
+        self._update_dtype = update_dtype
         self._local = WeakTensorKeyDictionary()
-        self._ranks: dict[Any, Ranks] = {}
-        self._alone: Any = None  # the group of this rank
-        self._agreed: list[Tensor] = []
+        self._agreed: list[tuple[int, Tensor]] | None = None
         self._waves: dict[int, list[Wave]] = {}
-
-    # Who ---------------------------------------------------------------------------------------
-
-    def shares(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the factors of a parameter are one rank's."""
-        if not is_sharded(param) and self._process_group is None:
-            return False
-        if self.has_members(param, group):
-            return False
-        return unit_of(param, group).layout is not None
-
-    def has_members(self, param: Any, group: Mapping[str, Any]) -> bool:
-        """Whether a DTensor is cut between members alone, each of which is stepped where it is."""
-        axes = group["batch_axes"]
-        if not axes or not is_sharded(param):
-            return False
-        cut = [p for p in param.placements if not p.is_replicate()]
-        return bool(cut) and all(getattr(p, "dim", axes) < axes for p in cut)
-
-    def any_in(self, groups: Iterable[Group]) -> bool:
-        """Whether a step is more than what each process does on its own."""
-        return any(
-            is_sharded(p) or self.shares(p, group) for group in groups for p in _matrices(group)
-        )
+        self._shared: set[int] = set()  # ids of the matrices in these
+        self._begun = 0
 
     def state_here(self, param: Tensor, state: State, group: Mapping[str, Any]) -> State:
         """Of a state what this rank steps: nothing where another does, or its own members.
@@ -115,92 +73,46 @@ class Sharing:
             self._local[param] = tuple(state.values()), own
         return own
 
-    def held(self, param: Tensor, groups: Sequence[Group]) -> Held:
-        """Where a shared parameter of these groups has its factors."""
-        if param not in self._held:
-            self._assign(groups)
-        held: Held = self._held[param]
-        return held
-
-    def _assign(self, groups: Sequence[Group]) -> None:
-        """Give an owner to what has none; what has one keeps it."""
-        new: dict[int, tuple[Ranks, list[tuple[Tensor, Cost]]]] = {}
-        loads: dict[int, list[Cost]] = {}
-        for group in groups:
-            for param in _matrices(group):
-                if not self.shares(param, group):
-                    continue
-                ranks, cost = self._ranks_of(param), self._cost(param, group)
-                of = loads.setdefault(id(ranks), [Cost(0, 0)] * ranks.size)
-                if param in self._held:
-                    owner = self._held[param].owner
-                    had = of[owner]
-                    of[owner] = Cost(had.flops + cost.flops, had.bytes + cost.bytes)
-                else:
-                    new.setdefault(id(ranks), (ranks, []))[1].append((param, cost))
-        for key, (ranks, found) in new.items():
-            owners = owners_of([cost for _, cost in found], loads[key])
-            for (param, _), owner in zip(found, owners, strict=True):
-                self._held[param] = Held(ranks, owner)
-
-    def _ranks_of(self, param: Any) -> Ranks:
-        import torch.distributed as dist
-
-        if not is_sharded(param):
-            count = dist.get_world_size(self._process_group)
-            return self._known(self._process_group, param.device, [(r,) for r in range(count)])
-        mesh, shared = param.device_mesh, list(range(param.device_mesh.ndim))
-        if self._replicas == "repeat":
-            shared = [d for d in shared if not param.placements[d].is_replicate()]
-        if len(shared) < mesh.ndim:
-            if not shared:
-                self._alone = self._alone or _alone()
-                return self._known(self._alone, param.device, [(0,)])
-            mesh = mesh[tuple(_names(mesh)[d] for d in shared)]
-        if mesh.ndim > 1:
-            _names(mesh)
-        group = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
-        where = {int(mesh.mesh[at]): tuple(map(int, at)) for at in _places(mesh.mesh.shape)}
-        ranks = dist.get_process_group_ranks(group)
-        return self._known(group, param.device, [where[rank] for rank in ranks])
-
-    def _known(self, group: Any, device: torch.device, coordinates: list[tuple[int, ...]]) -> Ranks:
-        key = id(group), device, tuple(coordinates)
-        if key not in self._ranks:
-            self._ranks[key] = Ranks(group, device, coordinates)
-        return self._ranks[key]
-
     # What --------------------------------------------------------------------------------------
 
-    def agree(self, name: str, groups: Sequence[Group]) -> bool:
-        """Where the matrices are others than at the last step, tell all ranks what there is.
+    def has_changed(self, groups: Sequence[Group]) -> bool:
+        """Whether what trains is other than what ranks agreed on, or in other groups."""
+        now, agreed = _trained(groups), self._agreed
+        if agreed is None or len(now) != len(agreed):
+            return True
+        return any(a is not b or i != j for (i, a), (j, b) in zip(now, agreed, strict=True))
 
-        Returns whether they were others.
+    @property
+    def has_plan(self) -> bool:
+        """Whether ranks have agreed before, and on some matrix."""
+        return any(self._waves.values())
+
+    def agree(self, name: str, groups: Sequence[Group], fault: Exception | None = None) -> None:
+        """Tell all ranks which matrices there are, and plan what they exchange.
+
+        fault: why this rank takes no step.
 
         Raises:
-            RuntimeError: the ranks do not have the same; on all of them.
+            RuntimeError: the ranks do not have the same, or one has a fault; on all of them.
         """
-        shared = [
-            (index, param)
-            for index, group in enumerate(groups)
-            for param in _matrices(group)
-            if self.shares(param, group)
-        ]
-        params = [param for _, param in shared]
-        if len(params) == len(self._agreed) and all(map(_is, params, self._agreed)):
-            return False
+        now, self._agreed = _trained(groups), None
+        self.assign(groups)
         of: dict[int, tuple[Ranks, list[tuple[int, Any]]]] = {}
-        for index, param in shared:
-            ranks = self.held(param, groups).ranks
-            of.setdefault(id(ranks), (ranks, []))[1].append((index, param))
-        self._waves = {index: [] for index in range(len(groups))}
+        for index, param in now:
+            if self.shares(param, groups[index]):
+                ranks = self._held[param].ranks
+                of.setdefault(id(ranks), (ranks, []))[1].append((index, param))
+        planned: dict[int, list[Wave]] = {index: [] for index in range(len(groups))}
+        own_fault = None if fault is None else f"{type(fault).__name__}: {fault}"
         for ranks, own in of.values():
-            told = [self._told(param, index, name) for index, param in own]
-            everyones = ranks.everyones((told, [_box(param) for _, param in own]))
-            check_told([told for told, _ in everyones])
-            for index in self._waves:
+            what = [self._told(param, index, name, groups) for index, param in own]
+            everyones = ranks.everyones((own_fault, what, [_box(param) for _, param in own]))
+            if trouble := trouble_of([(each, False, []) for each, *_ in everyones]):
+                raise RuntimeError(trouble)
+            check_told([what for _, what, _ in everyones])
+            for index in planned:
                 matrices = [
-                    self._matrix(param, ranks, [boxes[i] for _, boxes in everyones])
+                    self._matrix(param, ranks, [boxes[i] for *_, boxes in everyones])
                     for i, (at, param) in enumerate(own)
                     if at == index
                 ]
@@ -208,15 +120,18 @@ class Sharing:
                 for first, wave in enumerate(waves):
                     wave.is_first = first == 0
                 _allocate(waves)
-                self._waves[index] += waves
-        self._agreed = params
-        return True
+                planned[index] += waves
+        self._waves, self._agreed = planned, now
+        self._shared = {id(param) for _, own in of.values() for _, param in own}
 
-    def _told(self, param: Any, index: int, name: str) -> str:
-        owner = self._held[param].owner
+    def _told(self, param: Any, index: int, name: str, groups: Sequence[Group]) -> str:
+        owner, dtype = self._held[param].owner, groups[index]["factor_dtype"]
         placements = param.placements if is_sharded(param) else "whole"
-        shape = tuple(param.shape)
-        return f"{name} {shape} {param.dtype} {placements} in group {index}, owned by {owner}"
+        return (
+            f"{name} {tuple(param.shape)} {param.dtype} {placements} in group {index}, owned by "
+            f"{owner}, with factor_dtype {dtype}, update_dtype {self._update_dtype}, replicas "
+            f"{self._replicas!r}"
+        )
 
     def _matrix(self, param: Any, ranks: Ranks, boxes: list[Box]) -> Matrix:
         owner, dtype = self._held[param].owner, state_dtype(param)
@@ -239,30 +154,43 @@ class Sharing:
         """Of a group."""
         return self._waves.get(index, [])
 
-    def begin(self, groups: Sequence[Group], fault: Exception | None = None) -> None:
+    def begin(
+        self,
+        groups: Sequence[Group],
+        scaling: Scaling,
+        fault: Exception | None = None,
+        anew: bool = False,
+    ) -> None:
         """Bring the gradients of the first waves to their owners.
 
-        fault: why this rank takes no step, which the others are told.
+        fault: why this rank takes no step, which the others are told. anew: whether it has other
+        parameters than those that were agreed on, and takes none before all agree on new ones.
 
         Raises:
-            RuntimeError: another rank takes none, or steps on other gradients or settings.
+            RuntimeError: another rank has a fault, or other gradients, settings or parameters.
         """
-        word = word_of(groups)
-        found: dict[int, tuple[Ranks, set[tuple[int, int]]]] = {}
-        for index in self._waves:
-            for wave in self._waves[index]:
-                ranks = wave.ranks
-                if wave.is_first:
-                    grads = {} if fault else wave.own_gradients()
-                    heads = wave.gather(grads, (word, int(fault is not None))).tolist()
-                    found.setdefault(id(ranks), (ranks, set()))[1].update(map(tuple, heads))
-        troubles = []
-        for ranks, told in found.values():
-            if told != {(word, 0)}:
-                own = None if fault is None else f"{type(fault).__name__}: {fault}"
-                troubles.append(trouble_of(ranks.everyones((own, settings_told(groups)))))
-        if troubles and fault is None:
-            raise RuntimeError(troubles[0])
+        self._begun += 1
+        what = told(groups, self._shared, self._begun, scaling)
+        word, status = word_of(what), FAULT if fault else ANEW if anew else 0
+        found: dict[int, tuple[Ranks, bool]] = {}
+        for wave in (wave for waves in self._waves.values() for wave in waves if wave.is_first):
+            heads = wave.gather({} if anew else _gradients(wave, fault), (word, status)).tolist()
+            alike = all(state == status and (anew or of == word) for of, state in heads)
+            known = found.get(id(wave.ranks), (wave.ranks, False))[1]
+            found[id(wave.ranks)] = wave.ranks, known or fault is not None or not alike
+        unlike = any(own for _, own in found.values())
+        # Ranks of several meshes tell those of one what they know of another.
+        for ranks, _ in [*found.values()] * len(found) if len(found) > 1 else []:
+            unlike = ranks.any(unlike)
+        if not unlike:
+            return
+        own_fault = None if fault is None else f"{type(fault).__name__}: {fault}"
+        everyones = [ranks.everyones((own_fault, anew, what)) for ranks, _ in found.values()]
+        if fault is None:
+            troubles = list(filter(None, map(trouble_of, everyones)))
+            raise RuntimeError(
+                (troubles or ["a rank that shares other matrices took no step, and so did none"])[0]
+            )
 
     # Checkpoints -------------------------------------------------------------------------------
 
@@ -311,8 +239,16 @@ class Sharing:
                 f"{name} is {where} and combine is {group['combine']!r}, which joins it to another "
                 "that may lie otherwise; pass combine='none'"
             )
+        if self.has_members(param, group):
+            return
         if is_sharded(param) and not self.shares(param, group):
-            if not by_element and not self.has_members(param, group):
+            if group["batch_axes"] and group.get("initial_square_avg") == "auto":
+                raise ValueError(
+                    f"{name} is {where} of shape {tuple(param.shape)} without factors, cut across "
+                    "members that batch_axes names, each of which would start at its own gradient; "
+                    "pass initial_square_avg=1.0, or give it a group with batch_axes=0"
+                )
+            if not by_element:
                 raise ValueError(
                     f"{name} is {where} without factors and vector_method is "
                     f"{group['vector_method']!r}, which sees a vector as a whole; pass another one"
@@ -329,8 +265,17 @@ def full(value: Any) -> Any:
     return value.full_tensor() if is_sharded(value) else value
 
 
-def _matrices(group: Mapping[str, Any]) -> list[Tensor]:
-    return list(filter(trains, group["params"]))
+def _trained(groups: Sequence[Group]) -> list[tuple[int, Tensor]]:
+    return [(i, p) for i, group in enumerate(groups) for p in group["params"] if trains(p)]
+
+
+def _gradients(wave: Wave, fault: Exception | None) -> dict[int, Tensor]:
+    """This rank's parts; with a fault none, but others may need it to lay theirs out."""
+    if fault is None:
+        return wave.own_gradients()
+    with suppress(Exception):
+        wave.own_gradients()
+    return {}
 
 
 def _box(param: Any) -> Box:
@@ -361,27 +306,6 @@ def _allocate(waves: Sequence[Wave]) -> None:
             matrix.moved = moves[first : first + count].view(matrix.shape)
             matrix.moved.grad = matrix.grad
             at[key] = first + count
-
-
-def _names(mesh: Any) -> tuple[str, ...]:
-    names = mesh.mesh_dim_names
-    if names is None:
-        raise ValueError(
-            f"a parameter lies on {mesh}, a mesh of {mesh.ndim} axes without names; pass "
-            "mesh_dim_names to init_device_mesh"
-        )
-    found: tuple[str, ...] = names
-    return found
-
-
-def _alone() -> Any:
-    import torch.distributed as dist
-
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)
-
-
-def _places(shape: Sequence[int]) -> Iterable[tuple[int, ...]]:
-    return product(*map(range, shape))
 
 
 def _is(a: Any, b: Any) -> bool:
