@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Por
         params[i], states[i] = param, sharing.state_here(param, state, group)
         if is_sharded(param):
             params[i] = local(param.detach())
-            (params[i].grad,) = usable_gradients([param])
+            params[i].grad = _like_gradient(param, params[i])
             parts.append((param, params[i]))
             if sharing.has_members(param, group) and states[i]:
                 members.append(i)
@@ -76,6 +77,13 @@ def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Por
         indices = [at[id(matrix.param)] for matrix in own]
         found.append(_portion(work, params, states, wave, [], group, indices))
     return found
+
+
+def _like_gradient(param: Any, part: Tensor) -> Tensor:
+    """What tells how this rank's part of the gradient lies, without asking other ranks for it."""
+    if param.grad.placements == param.placements:
+        return usable_gradients([param])[0]
+    return torch.zeros_like(part, dtype=param.grad.dtype)
 
 
 def _portion(

@@ -28,8 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from rootfree_fused.optimizer import exchange, sharing
-from rootfree_fused.optimizer.shards import local
+from rootfree_fused.optimizer import exchange
 
 
 def alone(model):
@@ -222,87 +221,6 @@ def _dtypes(value):
     if isinstance(value, dict):
         return set().union(*map(_dtypes, value.values()))
     return set()
-
-
-def disagrees(name, case):
-    """What a rank raises where another steps on other things; nothing moves on any."""
-    model = LAYOUTS["FSDP2 of 4"](whole())
-    changes = {"factor_dtype": F64}
-    optimizer = optimizer_of(name, model, **changes)
-    rank = dist.get_rank()
-    if case == "another order" and rank == 2:
-        optimizer.param_groups[0]["params"].reverse()
-    elif case != "another order":
-        backward(model, 0)
-        optimizer.step()
-        optimizer.zero_grad()
-    backward(model, 1)
-    first = next(model.parameters())
-    if (case == "no gradient on one" and rank == 2) or case == "no gradient on all":
-        first.grad = None
-    elif case == "another lr" and rank == 1:
-        optimizer.param_groups[0]["lr"] = 0.125
-    elif case == "a setting out of range" and rank == 1:
-        optimizer.param_groups[0]["damping"] = -1.0
-    elif case == "a plain gradient" and rank == 3:
-        # As wrappers do it that know nothing of DTensors.
-        grad = torch.zeros(first.shape, dtype=F64)
-        first.grad = None
-        torch.Tensor.grad.__set__(first, grad)
-    elif case == "a lost state" and rank == 3:
-        key = next(k for k in optimizer.state[first] if k != "step")
-        del optimizer.state[first][key]
-    before = [p.detach().to_local().clone() for p in model.parameters()]
-    kept = [v.clone() for s in optimizer.state.values() for v in s.values()]
-    try:
-        optimizer.step()
-    except (RuntimeError, TypeError, ValueError) as error:
-        after = [p.detach().to_local() for p in model.parameters()]
-        states = [v for s in optimizer.state.values() for v in s.values()]
-        assert all(map(torch.equal, after, before))
-        assert all(map(torch.equal, map(local, states), map(local, kept)))
-        return f"{type(error).__name__}: {error}"
-    after = [p.detach().to_local() for p in model.parameters()]
-    return [torch.equal(a, b) for a, b in zip(after, before, strict=True)]
-
-
-def saves_on_one_rank():
-    """What it raises there, and whether all of them save afterwards."""
-    model = LAYOUTS["FSDP2 of 4"](whole())
-    optimizer = optimizer_of("shampoo", model)
-    backward(model, 0)
-    optimizer.step()
-    kept, sharing.PATIENCE = sharing.PATIENCE, 0.5
-    said = ""
-    dist.barrier()
-    try:
-        if dist.get_rank() == 0:
-            optimizer.state_dict()
-    except RuntimeError as error:
-        said = str(error)
-    finally:
-        sharing.PATIENCE = kept
-    dist.barrier()
-    assert len(optimizer.state_dict()["state"]) == 6
-    return said
-
-
-def is_killed(rank):
-    """A rank ends in the midst of a step; the others raise in time."""
-    import os
-
-    model = LAYOUTS["FSDP2 of 4"](whole())
-    optimizer = optimizer_of("ifshampoo", model, factor_dtype=F64)
-    for seed in range(3):
-        optimizer.zero_grad()
-        backward(model, seed)
-        if seed == 2 and dist.get_rank() == rank:
-            os._exit(1)
-        try:
-            optimizer.step()
-        except RuntimeError as error:
-            return str(error)
-    return "no error"
 
 
 def experts(name, placement, dtype=F64):

@@ -124,6 +124,11 @@ def test_a_full_state_on_the_host_is_what_all_load(ranks, name, broadcast):
         ("a plain gradient", (0, 1, 2), "rank 3 took no step (TypeError: the gradient of param"),
         ("a lost state", (0, 1, 2), "rank 3 took no step (ValueError: the state of parameter 0"),
         ("another order", (0, 1, 2, 3), "where rank 2 of the 4 that share it has"),
+        ("a tensor lr", (0, 1, 2, 3), "lr of group 0 is 0.05 on rank 0 and 0.25 on rank 1"),
+        ("no such structure", (0, 2, 3), "rank 1 took no step (ValueError: in group 0, structu"),
+        ("one trains no more", (0, 1, 2, 3), "rank 1 of the 4 that share matrices has other par"),
+        ("a group more", (0, 1, 2, 3), "rank 3 of the 4 that share matrices has other parameters"),
+        ("sums of parts", (0, 1, 3), "rank 2 took no step (ValueError: in group 0, lr is -1.0"),
     ],
 )
 @pytest.mark.parametrize("name", NAMES)
@@ -141,8 +146,30 @@ def test_a_parameter_without_a_gradient_on_all_ranks_stays(ranks, name):
         assert not all(stayed)
 
 
-def test_a_save_on_one_rank_is_told(ranks):
-    said, *others = ranks.run("saves_on_one_rank")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fault_is_told_to_ranks_that_share_nothing_with_it(ranks, name):
+    first, *others = ranks.run("a_fault_is_told_over_two_meshes", name)
+    assert len(first) == 1
+    assert "lr is -1.0" in first[0]
+    (near,), (beside,), (across,) = others
+    assert "rank 0 took no step" in near
+    assert "rank 0 took no step" in beside
+    assert "a rank that shares other matrices took no step" in across
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_matrix_may_go_to_another_group(ranks, name):
+    assert max(ranks.run("moves_to_another_group", name)) < 1e-14
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_is_kept(ranks, name):
+    assert ranks.run("gradients_go", name) == [[]] * 4
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_save_on_one_rank_is_told(ranks, stepped):
+    said, *others = ranks.run("saves_on_one_rank", stepped)
     assert "state_dict() was called on 1 of the 4 ranks" in said
     assert others == [""] * 3
 
