@@ -1,7 +1,7 @@
 """FSDP2: each rank has a part of every parameter, and one of them the factors of each matrix.
 
-python examples/fsdp2.py [a folder for checkpoints]
-torchrun --nproc-per-node 8 examples/fsdp2.py /a/folder/of/all/nodes
+python examples/fsdp2.py                               two processes of this machine's CPU
+torchrun --nproc-per-node 8 examples/fsdp2.py FOLDER    FOLDER takes checkpoints, of all nodes
 """
 
 from __future__ import annotations
@@ -102,8 +102,10 @@ def main(world: int = 2) -> tuple[list[float], list[float]]:
 
 
 if __name__ == "__main__":
-    folder = sys.argv[1] if len(sys.argv) > 1 else None
-    at_once, resumed = run(folder) if "RANK" in os.environ and folder else main()
+    by_torchrun = "RANK" in os.environ
+    if by_torchrun != (len(sys.argv) == 2):
+        sys.exit(__doc__)
+    at_once, resumed = run(sys.argv[1]) if by_torchrun else main()
     if os.environ.get("RANK", "0") == "0":
         print("loss of each step:", *(f"{loss:.3f}" for loss in at_once))
         print("resumed half way: ", *(f"{loss:.3f}" for loss in resumed))

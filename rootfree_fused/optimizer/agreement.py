@@ -32,13 +32,21 @@ def told(groups: Sequence[Group], shared: Container[int], steps: int, scaling: S
         {
             **{key: _plain(group[key]) for key in sorted(HYPERPARAMETERS & group.keys())},
             LACKING: [
-                i for i, p in enumerate(group["params"]) if id(p) in shared and p.grad is None
+                _short_name(i, group)
+                for i, p in enumerate(group["params"])
+                if id(p) in shared and p.grad is None
             ],
             "found_inf": found,
             STEPS: steps,
         }
         for group in groups
     ]
+
+
+def _short_name(position: int, group: Group) -> int | str:
+    """What messages call a parameter of a group that they name."""
+    names = group.get("param_names", ())
+    return names[position] if position < len(names) else position
 
 
 def _plain(value: Any) -> Any:
@@ -89,9 +97,10 @@ def trouble_of(everyones: Sequence[tuple[str | None, bool, Told]]) -> str | None
         for index, (one, other) in enumerate(zip(first, own, strict=False)):
             for key in one:
                 if one[key] != other.get(key):
+                    cure = "give all ranks a gradient, zeros if there is none, or no rank"
                     return (
                         f"{key} of group {index} is {one[key]} on rank 0 and {other.get(key)} on "
                         f"rank {rank} of those that share its matrices; nothing was changed on any "
-                        "rank: make it the same on all"
+                        f"rank: {cure if key == LACKING else 'make it the same on all'}"
                     )
     return None

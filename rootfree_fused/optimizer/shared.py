@@ -151,8 +151,8 @@ class SharingOptimizer(RootFreeOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._is_shared:
             raise TypeError(
-                f"a {type(self).__name__} whose matrices ranks share cannot be pickled or copied: "
-                "each rank has a part of its state; save state_dict()"
+                "an optimizer whose matrices ranks share cannot be pickled or copied, since each "
+                "rank has a part of its state; save state_dict()"
             )
         return super().__getstate__()
 

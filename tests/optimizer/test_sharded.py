@@ -72,7 +72,7 @@ def test_what_parts_of_a_matrix_cannot_be_stepped_with_is_refused(name, changes,
 def test_an_optimizer_whose_matrices_ranks_share_is_not_copied():
     optimizer = build("shampoo", sharded().parameters())
     for copy_ in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match=r"cannot be pickled or copied: .* save state_dict\(\)"):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied, .* save state_dict\(\)"):
             copy_(optimizer)
 
 
