@@ -18,7 +18,14 @@ def run_example(name):
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"checkpoint", "fsdp2", "train", "plain_loop", "hf_trainer", "lightning_module"}
+    of_ranks = {"fsdp2", "lightning_fsdp2"}
+    assert names == of_ranks | {
+        "checkpoint",
+        "train",
+        "plain_loop",
+        "hf_trainer",
+        "lightning_module",
+    }
 
 
 def test_plain_loop():
@@ -42,11 +49,27 @@ def test_checkpoint():
     assert sum(at_once[10:]) < 0.95 * sum(at_once[:10])
 
 
+def printed_by(name):
+    """The numbers of each line that an example of two processes prints, which import it."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    lines = [
+        line.split(": ")[1]
+        for line in run.stdout.splitlines()
+        if "loss" in line or "resumed" in line
+    ]
+    return [line.split() for line in lines]
+
+
+def test_lightning_fsdp2():
+    (losses,) = printed_by("lightning_fsdp2")
+    losses = list(map(float, losses))
+    assert len(losses) == 40
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
 def test_fsdp2():
-    """With two processes, which import it by its name."""
-    command = [sys.executable, str(EXAMPLES / "fsdp2.py")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    at_once, resumed = (line.split(":")[1].split() for line in printed.stdout.splitlines())
+    at_once, resumed = printed_by("fsdp2")
     assert resumed == at_once[10:]
     losses = list(map(float, at_once))
     assert len(losses) == 20
