@@ -114,6 +114,7 @@ class SharingOptimizer(RootFreeOptimizer):
         Raises:
             RuntimeError: not all of them have called it.
         """
+        self._is_shared = self._is_shared or self._sharing.any_in(self.param_groups)
         if self._is_shared:
             self._sharing.assign(self.param_groups)
             for index, group in enumerate(self.param_groups):
