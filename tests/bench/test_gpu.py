@@ -160,7 +160,10 @@ def test_targets_are_the_end_of_what_a_disaster_prints(tmp_path, monkeypatch, ca
     monkeypatch.setattr(gpu, "pytest_command", pytest_command)
     monkeypatch.setattr(gpu, "small", lambda _: False)
     monkeypatch.setattr(gpu, "WORKERS", 2)
-    limits = {name: (10 if name == "products" else 120, 0.1) for name in gpu.LIMITS}
+    parts = ("smoke", "whole steps", "tests", *scripts)
+    limits = {
+        name: (10 if name == "products" else 120, 0.1) for name in gpu.LIMITS if name in parts
+    }
     monkeypatch.setattr(gpu, "LIMITS", limits)
     arguments = ["gpu", "--device", "cpu", "--quick", "--dirty", "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
