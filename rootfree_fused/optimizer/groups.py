@@ -120,6 +120,7 @@ class DeclaringOptimizer(Optimizer):
     def _reset_caches(self) -> None:
         """Drop everything derived; the next step rebuilds it from groups and state."""
         self._forget()
+        self._unused: dict[int, frozenset[str]] = {}  # of each group as it was checked last
         self._starts = Starts()
         self._prepared = PreparedSteps()
         self._captured_by_kind = False  # by CapturedStep
@@ -235,15 +236,17 @@ class DeclaringOptimizer(Optimizer):
             or len(values) != len(known)
             or not all(map(operator.is_, values, known.values()))
         ):
-            self._check_changed(index, group, known)
+            self._check_changed(index, group)
         elif isinstance(group["lr"], Tensor):  # which may have been filled
             self._check_named(index, check_hyperparameters, {"lr": group["lr"]})
 
-    def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
+    def _check_changed(self, index: int, group: Group) -> None:
         self._check_named(index, self._check_group, group)
         self._check_kept(index, group)
-        if known is None or unused_state(group) != unused_state(known):
+        unused = unused_state(group)
+        if self._unused.setdefault(index, unused) != unused:
             self._prepared.forget(index)
+        self._unused[index] = unused
         self._checked[index] = dict(group)
 
     def _check_named(self, index: int, check: Callable[[Group], object], values: Group) -> None:

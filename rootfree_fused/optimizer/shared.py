@@ -86,8 +86,8 @@ class SharingOptimizer(RootFreeOptimizer):
     def _check_shared(self, name: str, param: Tensor, group: Group) -> None:
         self._sharing.check(name, param, group, by_element=not self._sees_whole_vectors(group))
 
-    def _check_changed(self, index: int, group: Group, known: Group | None) -> None:
-        super()._check_changed(index, group, known)
+    def _check_changed(self, index: int, group: Group) -> None:
+        super()._check_changed(index, group)
         if self._is_shared:
             for position, param in enumerate(group["params"]):
                 self._check_shared(name_of(index, position, group), param, group)
