@@ -45,6 +45,7 @@ LIMITS = {
     "racecheck": (20, 0.0),
     "tests": (95, 0.0),  # and all that others leave
 }
+LEAST = 10.0  # seconds; with less left a part is not started
 # Programs that watch a case, each with its options. Of `ncu`'s case a step has three launches of
 # these names, so this is the second step's momenta, and its factors of one axis.
 WATCHED = "regex:_factor_momenta_kernel|_factors_kernel|_stacked_factors_kernel"
@@ -123,7 +124,7 @@ def log_of(rows: Rows, name: str) -> Path:
 
 def run_part(rows: Rows, name: str, command: list[str], seconds: float) -> str:
     """A process; a row says if it failed, or was stopped, and with what last words."""
-    if seconds < 10:
+    if seconds < LEAST:
         rows.add(name, "process", "skipped", None, "", why="no time left")
         return ""
     log = log_of(rows, name)

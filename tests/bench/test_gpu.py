@@ -49,11 +49,12 @@ def collected(tmp_path):
     ("script", "seconds", "why"),
     [
         ("import sys; print('x'); sys.exit('RuntimeError: out of luck')", 60.0, "out of luck"),
-        ("import time; time.sleep(60)", 10.0, "stopped after 10 s"),
+        ("import time; time.sleep(60)", 1.0, "stopped after 1 s"),
         ("import os; os.kill(os.getpid(), 11)", 60.0, "exit status -11"),
     ],
 )
-def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
+def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
     found = collected(tmp_path)
     gpu.run_part(found, "whole steps", [sys.executable, "-c", script], seconds)
     (row,) = rows.read_rows(found.path)
@@ -62,11 +63,12 @@ def test_a_part_that_fails_is_a_row(tmp_path, script, seconds, why):
     assert why in targets.table([row])
 
 
-def test_a_part_that_hangs_takes_its_children_with_it(tmp_path):
+def test_a_part_that_hangs_takes_its_children_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
     child = "import time; time.sleep(300)"
     script = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}])"
     script += "; print(c.pid, flush=True); c.wait()"
-    printed = gpu.run_part(collected(tmp_path), "limits", [sys.executable, "-c", script], 10.0)
+    printed = gpu.run_part(collected(tmp_path), "limits", [sys.executable, "-c", script], 2.0)
     status = Path(f"/proc/{int(printed)}/status")
     for _ in range(50):
         if not status.exists() or "State:\tZ" in status.read_text():
@@ -160,17 +162,16 @@ def test_targets_are_the_end_of_what_a_disaster_prints(tmp_path, monkeypatch, ca
     monkeypatch.setattr(gpu, "pytest_command", pytest_command)
     monkeypatch.setattr(gpu, "small", lambda _: False)
     monkeypatch.setattr(gpu, "WORKERS", 2)
+    monkeypatch.setattr(gpu, "LEAST", 0.0)
     parts = ("smoke", "whole steps", "tests", *scripts)
-    limits = {
-        name: (10 if name == "products" else 120, 0.1) for name in gpu.LIMITS if name in parts
-    }
+    limits = {name: (3 if name == "products" else 120, 0.1) for name in gpu.LIMITS if name in parts}
     monkeypatch.setattr(gpu, "LIMITS", limits)
     arguments = ["gpu", "--device", "cpu", "--quick", "--dirty", "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
     streams = capfd.readouterr()
     end = (streams.err + streams.out)[-12_000:]
     assert all(target.what in end[-4000:] for target in targets.TARGETS)
-    assert "products, failed: stopped after 10 s: compiles" in end
+    assert "products, failed: stopped after 3 s: compiles" in end
     assert "many tensors, failed: exit status -11" in end
     assert "tests, failed test" in end
     assert "more: see the rows" in end
