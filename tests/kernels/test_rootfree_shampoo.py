@@ -179,7 +179,7 @@ def test_runs_agree_to_the_bit(dtype, device):
     for _ in range(2):
         torch.manual_seed(1)
         model = Model(device, dtype, FEW)
-        for update in (True, False, True):
+        for update in (True, False):
             model.launch(model.fresh_grads(), update=update)
         models.append(model)
     for one, other in zip(*(model.written() for model in models), strict=True):
