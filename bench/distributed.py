@@ -84,8 +84,7 @@ def loads_of(each: Sequence[Cost], owners: Sequence[int], ranks: int) -> list[Co
     """What each rank has, from who owns what."""
     loads = [Cost(0, 0)] * ranks
     for cost, owner in zip(each, owners, strict=True):
-        had = loads[owner]
-        loads[owner] = Cost(had.flops + cost.flops, had.bytes + cost.bytes)
+        loads[owner] += cost
     return loads
 
 
@@ -113,7 +112,7 @@ def traffic(
     params = {shape: torch.empty(shape, device="meta") for shape in cuts}
     dtypes, senders = (torch.float32, wire), list(range(ranks))
     planned = [
-        exchange.Matrix(params[shape], shape, *dtypes, owner, cuts[shape], senders)
+        exchange.Matrix(params[shape], *dtypes, owner, cuts[shape], senders)
         for shape, owner in zip(shapes, owners, strict=True)
     ]
     most = count = 0

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.checks import usable_gradients
@@ -53,7 +54,6 @@ class Matrix:
     """
 
     param: Tensor
-    shape: tuple[int, ...]
     dtype: torch.dtype
     wire: torch.dtype
     owner: int
@@ -67,7 +67,6 @@ class _Part(NamedTuple):
     """Where a matrix' part lies in the messages from, or to, a rank."""
 
     matrix: Matrix
-    rank: int
     first: int
     bytes: int
     dtype: torch.dtype
@@ -92,7 +91,7 @@ class Messages:
             self.sizes[rank] += -(-box.numel * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.starts = [sum(self.sizes[:rank]) for rank in range(ranks)]
         self.parts = [
-            _Part(m, rank, self.starts[rank] + at, box.numel * dtype.itemsize, dtype, box)
+            _Part(m, self.starts[rank] + at, box.numel * dtype.itemsize, dtype, box)
             for rank, at, m, dtype, box in placed
         ]
 
@@ -141,7 +140,7 @@ class Wave:
         found: dict[tuple[torch.dtype, torch.device], int] = {}
         for matrix in self.owned():
             key = matrix.dtype, self.ranks.device
-            found[key] = found.get(key, 0) + math.prod(matrix.shape)
+            found[key] = found.get(key, 0) + matrix.param.numel()
         return found
 
     def own_gradients(self) -> dict[int, Tensor]:
@@ -200,8 +199,6 @@ class Ranks:
     def __init__(
         self, group: Any, device: torch.device, coordinates: Sequence[tuple[int, ...]]
     ) -> None:
-        import torch.distributed as dist
-
         self.group, self.device = group, device
         self.coordinates = list(coordinates)
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -209,22 +206,16 @@ class Ranks:
     def exchange(
         self, received: Tensor, sent: Tensor, sizes: list[int], own_sizes: list[int]
     ) -> None:
-        import torch.distributed as dist
-
         dist.all_to_all_single(received, sent, sizes, own_sizes, group=self.group)
 
     def everyones(self, value: Any) -> list[Any]:
         """What each rank gives, a collective."""
-        import torch.distributed as dist
-
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
 
     def any(self, value: bool) -> bool:
         """Whether it is so on some rank, a collective."""
-        import torch.distributed as dist
-
         flag = torch.tensor(int(value), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         return bool(flag.item())
@@ -234,8 +225,6 @@ class Ranks:
 
         What a rank does that was alone here is as if it had not come.
         """
-        import torch.distributed as dist
-
         store = dist.distributed_c10d._get_default_store()
         ranks = str(dist.get_process_group_ranks(self.group))
         key = f"rootfree_fused/{ranks}/{_MET[ranks]}"
@@ -280,8 +269,6 @@ class Ranks:
 
     def broadcast(self, whole: Tensor, shape: tuple[int, ...], owner: int) -> Tensor:
         """A copy of what the owner has, of a shape, on every rank."""
-        import torch.distributed as dist
-
         copy = torch.empty(shape, dtype=whole.dtype, device=self.device)
         if self.rank == owner:
             copy.copy_(whole)
@@ -322,7 +309,7 @@ def waves_of(matrices: Sequence[Matrix], ranks: Ranks) -> list[Wave]:
     pieces: dict[int, list[list[Matrix]]] = {}
     filled: dict[int, int] = {}
     for matrix in matrices:
-        size = math.prod(matrix.shape) * matrix.dtype.itemsize
+        size = matrix.param.numel() * matrix.dtype.itemsize
         own = pieces.setdefault(matrix.owner, [])
         if not own or filled[matrix.owner] + size > WAVE_BYTES:
             own.append([])

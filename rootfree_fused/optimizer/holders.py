@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -96,18 +97,16 @@ class Holders:
                 ranks, cost = self._ranks_of(param), self._cost(param, group)
                 of = loads.setdefault(id(ranks), [Cost(0, 0)] * ranks.size)
                 if param in self._held:
-                    _add(of, self._held[param].owner, cost)
+                    of[self._held[param].owner] += cost
                 else:
                     new.setdefault(id(ranks), (ranks, []))[1].append((param, cost))
             for key, (ranks, found) in new.items():
                 owners = owners_of([cost for _, cost in found], loads[key])
                 for (param, cost), owner in zip(found, owners, strict=True):
                     self._held[param] = Held(ranks, owner)
-                    _add(loads[key], owner, cost)
+                    loads[key][owner] += cost
 
     def _ranks_of(self, param: Any) -> Ranks:
-        import torch.distributed as dist
-
         if not is_sharded(param):
             count = dist.get_world_size(self._process_group)
             return self._known(self._process_group, param.device, [(r,) for r in range(count)])
@@ -122,7 +121,8 @@ class Holders:
         if mesh.ndim > 1:
             _names(mesh)
         group = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
-        where = {int(mesh.mesh[at]): tuple(map(int, at)) for at in _places(mesh.mesh.shape)}
+        places = product(*map(range, mesh.mesh.shape))
+        where = {int(mesh.mesh[at]): at for at in places}
         ranks = dist.get_process_group_ranks(group)
         return self._known(group, param.device, [where[rank] for rank in ranks])
 
@@ -133,16 +133,9 @@ class Holders:
         return self._ranks[key]
 
 
-def _add(loads: list[Cost], rank: int, cost: Cost) -> None:
-    had = loads[rank]
-    loads[rank] = Cost(had.flops + cost.flops, had.bytes + cost.bytes)
-
-
 def _check_group(group: Any) -> None:
     if group is None:
         return
-    import torch.distributed as dist
-
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"process_group is a {type(group).__name__}; pass torch.distributed.group.WORLD, "
@@ -164,10 +157,4 @@ def _names(mesh: Any) -> tuple[str, ...]:
 
 
 def _alone() -> Any:
-    import torch.distributed as dist
-
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
-
-
-def _places(shape: Sequence[int]) -> Iterable[tuple[int, ...]]:
-    return product(*map(range, shape))

@@ -19,6 +19,9 @@ class Cost:
     flops: float
     bytes: float
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
 
 def update_flops(layout: Layout, of_blocks: int) -> float:
     """FLOPs of an update of all factors, symmetric products at half price, and of the gradient.

@@ -52,7 +52,7 @@ class Portion:
 def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Portion]:
     """The work of this rank on its own, then wave by wave what it does for others."""
     pairs = list(zip(work.params, work.states, strict=True))
-    nothing = [torch.empty(0) for _ in pairs]
+    nothing = [torch.empty(0)] * len(pairs)
     params, states = list(nothing), [State() for _ in pairs]
     parts, members = [], []
     for i, (param, state) in enumerate(pairs):

@@ -8,7 +8,7 @@ settings.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -67,7 +67,7 @@ class Sharing(Holders):
             return state
         own: State
         values, own = self._local.get(param, ((), {}))
-        if len(values) != len(state) or not all(map(_is, values, state.values())):
+        if len(values) != len(state) or not all(map(operator.is_, values, state.values())):
             empty = not local(param).numel()
             own = {} if empty else local_state(state)
             self._local[param] = tuple(state.values()), own
@@ -103,10 +103,9 @@ class Sharing(Holders):
                 ranks = self._held[param].ranks
                 of.setdefault(id(ranks), (ranks, []))[1].append((index, param))
         planned: dict[int, list[Wave]] = {index: [] for index in range(len(groups))}
-        own_fault = None if fault is None else f"{type(fault).__name__}: {fault}"
         for ranks, own in of.values():
             what = [self._told(param, index, name, groups) for index, param in own]
-            everyones = ranks.everyones((own_fault, what, [_box(param) for _, param in own]))
+            everyones = ranks.everyones((_text_of(fault), what, [_box(param) for _, param in own]))
             if trouble := trouble_of([(each, False, []) for each, *_ in everyones]):
                 raise RuntimeError(trouble)
             check_told([what for _, what, _ in everyones])
@@ -146,7 +145,7 @@ class Sharing(Holders):
             same = [d for d, p in enumerate(param.placements) if p.is_replicate()]
         senders = senders_of(boxes, owner, ranks.coordinates, same)
         wire = self._update_dtype or dtype
-        return Matrix(param, tuple(param.shape), dtype, wire, owner, boxes, senders)
+        return Matrix(param, dtype, wire, owner, boxes, senders)
 
     # A step ------------------------------------------------------------------------------------
 
@@ -184,8 +183,7 @@ class Sharing(Holders):
             unlike = ranks.any(unlike)
         if not unlike:
             return
-        own_fault = None if fault is None else f"{type(fault).__name__}: {fault}"
-        everyones = [ranks.everyones((own_fault, anew, what)) for ranks, _ in found.values()]
+        everyones = [ranks.everyones((_text_of(fault), anew, what)) for ranks, _ in found.values()]
         if fault is None:
             troubles = list(filter(None, map(trouble_of, everyones)))
             raise RuntimeError(
@@ -269,6 +267,10 @@ def _trained(groups: Sequence[Group]) -> list[tuple[int, Tensor]]:
     return [(i, p) for i, group in enumerate(groups) for p in group["params"] if trains(p)]
 
 
+def _text_of(fault: Exception | None) -> str | None:
+    return None if fault is None else f"{type(fault).__name__}: {fault}"
+
+
 def _gradients(wave: Wave, fault: Exception | None) -> dict[int, Tensor]:
     """This rank's parts; with a fault none, but others may need it to lay theirs out."""
     if fault is None:
@@ -291,22 +293,17 @@ def _allocate(waves: Sequence[Wave]) -> None:
     for wave in waves:
         for key, count in wave.counts().items():
             needed[key] = max(needed.get(key, 0), count)
-    flat = {
-        (dtype, device): (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
+    made = {
+        (dtype, device): [torch.zeros(count, dtype=dtype, device=device) for _ in range(2)]
         for (dtype, device), count in needed.items()
     }
-    made = {key: tuple(pair) for key, pair in flat.items()}
     for wave in waves:
         at = dict.fromkeys(made, 0)
         for matrix in wave.owned():
             key = matrix.dtype, wave.ranks.device
-            first, count = at[key], math.prod(matrix.shape)
-            grads, moves = made[key]
-            matrix.grad = grads[first : first + count].view(matrix.shape)
-            matrix.moved = moves[first : first + count].view(matrix.shape)
+            first, last = at[key], at[key] + matrix.param.numel()
+            matrix.grad, matrix.moved = (
+                flat[first:last].view(matrix.param.shape) for flat in made[key]
+            )
             matrix.moved.grad = matrix.grad
-            at[key] = first + count
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+            at[key] = last

@@ -176,12 +176,12 @@ def gradients_in_another_layout(name):
     return far([full(spread.detach())], [plain.detach()])
 
 
-def an_inf_on_one_rank_skips_all(name):
+def an_inf_on_one_rank_skips_all(name, changes=None):
     """Whether nothing moved, and the step after it does as in one process."""
     plain, spread = whole(F32), LAYOUTS["FSDP2 of 4"](whole(F32))
     found = []
     for model in (plain, spread):
-        optimizer = optimizer_of(name, model, amp_scaling=True)
+        optimizer = optimizer_of(name, model, amp_scaling=True, **(changes or {}))
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         for seed in range(4):
             optimizer.zero_grad()

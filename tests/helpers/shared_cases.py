@@ -126,10 +126,17 @@ def replicas_share(name, dtype):
         for optimizer in optimizers:
             optimizer.step()
     saved = optimizers[1].state_dict()
+    # One process takes what they save, and they take what it saved.
     resumed = optimizer_of(name, plain, factor_dtype=dtype)
-    resumed.load_state_dict(saved)  # one process takes what they save
+    resumed.load_state_dict(saved)
     again = optimizer_of(name, shared, factor_dtype=dtype, process_group=world)
-    again.load_state_dict(optimizers[0].state_dict())
+    again.load_state_dict(resumed.state_dict())
+    for optimizer in (resumed, again):
+        for one, other in zip(
+            saved["state"].values(), optimizer.state_dict()["state"].values(), strict=True
+        ):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[key], other[key]) for key in one)
     held = [v.nbytes for state in optimizers[1].state.values() for v in state.values()]
     return far(everything(shared, optimizers[1]), everything(plain, optimizers[0])), sum(held)
 

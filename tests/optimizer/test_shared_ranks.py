@@ -34,11 +34,9 @@ def test_factors_start_at_the_gradients_that_were_gathered(ranks, start):
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "FSDP2, one frozen"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_that_are_equal_give_the_bits_of_one_rank(ranks, name, layout, dtype):
-    if layout == "FSDP2, one frozen":
-        pytest.skip("the whole model would train what is frozen here")
     assert all(ranks.run("is_one_rank", name, layout, {"factor_dtype": dtype}))
 
 
@@ -60,7 +58,7 @@ def test_waves_change_no_bit_and_send_what_the_plan_says(ranks, name):
 
 @pytest.mark.parametrize(
     ("changes", "error"),
-    [({"replicas": "repeat"}, 1e-15), ({"update_dtype": torch.bfloat16}, 1e-2)],
+    [({"replicas": "repeat"}, 1e-15), ({"update_dtype": torch.bfloat16}, 2.0**-9)],
     ids=str,
 )
 @pytest.mark.parametrize("layout", ["HSDP", "replicated"])
@@ -83,7 +81,9 @@ def test_replicas_of_a_process_group_share_the_work(ranks, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_inf_on_one_rank_skips_the_step_on_all(ranks, name):
-    assert max(ranks.run("an_inf_on_one_rank_skips_all", name)) < 2e-2
+    """Nearly as in one process, as gradients are of weights that were rounded once more."""
+    errors = ranks.run("an_inf_on_one_rank_skips_all", name, {"factor_dtype": F32})
+    assert max(errors) < 5e-5
 
 
 SAME_RANKS = [("FSDP2 of 4", "HSDP"), ("HSDP", "FSDP2 of 4")]
