@@ -25,11 +25,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .matrix import join, split
+
 BLOCK = 256
 # A random number that rounds to nearest.
 HALF = 1 << 31
-# Streams of random numbers: states by their place in a method's order, and the weight.
-WEIGHT = 2
 
 _WORD = 0xFFFFFFFF
 _NAN, _INFINITY = 0x7FC00000, 0x7F800000
@@ -53,7 +53,8 @@ def mix(x: Tensor) -> Tensor:
 def random_bits(seed: int, step: Tensor, stream: int, first: int, like: Tensor) -> Tensor:
     """A random number of 32 bits, in int64, for each element of a tensor.
 
-    seed: of the parameter, 32 bits. step: the step's count, one number. first: the index of the
+    seed: of the parameter, 32 bits. step: the step's count, one number. stream: which
+        of the parameter's tensors is rounded. first: the index of the
         tensor's first element in the whole of which it is a part; indices count modulo 2^32.
     """
     count = step.to(like.device, torch.int64).reshape(())
@@ -69,17 +70,14 @@ def random_bits(seed: int, step: Tensor, stream: int, first: int, like: Tensor) 
 def split_weight(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A float32 tensor as bfloat16, rounded to nearest, and a residual of this dtype.
 
-    int16 keeps every bit; int8 keeps the value rounded to 16 significant bits. Ties round away from
-    zero.
+    int16 keeps every bit, as `split` does; int8 those of the value rounded to 16 significant bits.
+    Ties round away from zero.
     """
+    if dtype == torch.int16:
+        return split(value)
     bits = value.view(torch.int32).masked_fill(value.isnan(), _NAN)
-    if dtype == torch.int8:
-        bits = (bits + 0x80) & ~0xFF
-    high = (bits + 0x8000) >> 16
-    residual = bits - (high << 16)
-    if dtype == torch.int8:
-        residual = residual >> 8
-    return high.to(torch.int16).view(torch.bfloat16), residual.to(dtype)
+    high, residual = split(((bits + 0x80) & ~0xFF).view(torch.float32))
+    return high, (residual >> 8).to(torch.int8)
 
 
 def join_weight(high: Tensor, residual: Tensor) -> Tensor:
@@ -87,33 +85,8 @@ def join_weight(high: Tensor, residual: Tensor) -> Tensor:
 
     Where someone else has written a zero the residual that is left does not count below it.
     """
-    bits = high.view(torch.int16).to(torch.int32)
-    rest = residual.to(torch.int32)
-    if residual.dtype == torch.int8:
-        rest = rest << 8
-    magnitude = (((bits & 0x7FFF) << 16) + rest).clamp_min(0)
-    return (magnitude | ((bits >> 15) << 31)).view(torch.float32)
-
-
-def widened(param: Tensor, residual: Tensor | None) -> Tensor:
-    """A weight as an update computes it: float32 for narrower ones; a float32 weight itself."""
-    if residual is not None:
-        return join_weight(param, residual)
-    return param.to(torch.promote_types(param.dtype, torch.float32))
-
-
-def store_weight_(
-    value: Tensor, param: Tensor, residual: Tensor | None, random: Tensor | None
-) -> None:
-    """Write a weight back; random: for one that is rounded stochastically."""
-    if residual is not None:
-        high, low = split_weight(value, residual.dtype)
-        param.copy_(high)
-        residual.copy_(low)
-    elif random is not None:
-        param.copy_(to_bfloat16(value, random))
-    elif param is not value:
-        param.copy_(value)
+    rest = residual.to(torch.int16) << (8 if residual.dtype == torch.int8 else 0)
+    return join(high, torch.where(high == 0, rest.clamp_min(0), rest))
 
 
 # State --------------------------------------------------------------------------------------------
