@@ -53,9 +53,9 @@ def mix(x: Tensor) -> Tensor:
 def random_bits(seed: int, step: Tensor, stream: int, first: int, like: Tensor) -> Tensor:
     """A random number of 32 bits, in int64, for each element of a tensor.
 
-    seed: of the parameter, 32 bits. step: the step's count, one number. stream: which
-        of the parameter's tensors is rounded. first: the index of the
-        tensor's first element in the whole of which it is a part; indices count modulo 2^32.
+    seed: of the parameter, 32 bits. step: the step's count, one number. stream: which of the
+        parameter's tensors is rounded. first: the index of the tensor's first element in the whole
+        of which it is a part; indices count modulo 2^32.
     """
     count = step.to(like.device, torch.int64).reshape(())
     salt = mix(torch.tensor(stream * 0x85EBCA6B + 1, device=like.device))
