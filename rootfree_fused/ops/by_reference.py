@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import matrix, rootfree_shampoo
+from ..reference.formats import random_bits, update_in_formats_
 from ..reference.structures import Structure
 from .axes import known_sizes, structures_of
 from .methods import DiagonalMethod
@@ -76,6 +78,46 @@ def diagonal(method: DiagonalMethod) -> Callable[..., None]:
         scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
         for row in zip(params, unscaled(grads, grad_scale), *columns, strict=True):
             method.reference(*row, **scalars)
+
+    return run
+
+
+def lowbit(method: DiagonalMethod) -> Callable[..., None]:
+    """The operator of a diagonal method on weights and states in formats of fewer bytes."""
+
+    def run(
+        params: list[Tensor],
+        grads: list[Tensor],
+        *others: Any,  # lists of states, of residuals and of each state's scales, steps and lr
+        seeds: list[int],
+        firsts: list[int],
+        stochastic: bool,
+        batch_size: Tensor,
+        bias_correction: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **scalars: Any,
+    ) -> None:
+        if skips(found_inf):
+            return
+        *lists, steps, lr = others
+        none = [None] * len(params)
+        columns = [values or none for values in lists]
+        count = len(method.states)
+        scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
+        rows = zip(params, unscaled(grads, grad_scale), steps, seeds, firsts, *columns, strict=True)
+        for param, grad, step, seed, first, *own in rows:
+            counted = [step if bias_correction else None] if method.counts else []
+            update_in_formats_(
+                lambda *tensors, counted=counted: method.reference(*tensors, *counted, **scalars),
+                param,
+                grad,
+                own[:count],
+                residual=own[count],
+                scales=own[count + 1 :],
+                random=partial(random_bits, seed, step, first=first, like=param),
+                stochastic=stochastic,
+            )
 
     return run
 

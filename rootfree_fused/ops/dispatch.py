@@ -52,12 +52,14 @@ class MatrixKernels(Protocol):
 
 
 def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
-    """Give the operator of a diagonal method its bodies; C++ registers its own when imported."""
-    name = method.name
+    """Give the operators of a diagonal method their bodies; C++ registers its own when imported."""
     slowly = _warned("diag", by_reference.diagonal(method))
-    library.impl(name, slowly, "CompositeExplicitAutograd")
-    library.impl(name, _on_cuda(method, slowly), "CUDA")
-    torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
+    library.impl(method.name, slowly, "CompositeExplicitAutograd")
+    library.impl(method.name, _on_cuda(method, slowly), "CUDA")
+    specified = by_reference.lowbit(method)
+    library.impl(method.lowbit_name, specified, "CompositeExplicitAutograd")
+    for name in (method.name, method.lowbit_name):
+        torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
     extensions.cpp()
 
 

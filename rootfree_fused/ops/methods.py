@@ -54,28 +54,55 @@ class DiagonalMethod:
     @property
     def schema(self) -> str:
         """Lists of parameters, gradients and states; lr and batch_size are 0-d tensors."""
-        lists = ["params", *(f"{key}s" for key in self.states)]
+        steps = ["Tensor? steps"] if self.counts else []
+        return self._schema(self.name, ["params", *_lists(self.states)], [*steps, "Tensor lr", "*"])
+
+    @property
+    def lowbit_name(self) -> str:
+        """The operator on weights and states in the formats of reference/formats.py."""
+        return f"lowbit_{self.name}"
+
+    @property
+    def lowbit_schema(self) -> str:
+        """As `schema`, with lists of residuals and of each state's scales, and with steps always.
+
+        A list of what the formats of a call do not have is empty. seeds, firsts: one a parameter,
+        as `reference.random_bits` takes them. stochastic: how bfloat16 weights without residuals
+        are rounded.
+        """
+        lists = ["params", *_lists(self.states), "param_residuals"]
+        lists += [f"{key}_scales" for key in self.states]
+        counted = ["bool bias_correction"] if self.counts else []
+        others = ["Tensor steps", "Tensor lr", "*", "int[] seeds", "int[] firsts"]
+        return self._schema(self.lowbit_name, lists, [*others, "bool stochastic", *counted])
+
+    def _schema(self, name: str, written: list[str], others: list[str]) -> str:
+        """Of an operator that writes these lists and has these arguments beside the settings."""
         tensors = [
-            f"Tensor({alias}!)[] {name}"
-            for alias, name in zip(string.ascii_lowercase, lists, strict=False)
+            f"Tensor({alias}!)[] {list_name}"
+            for alias, list_name in zip(string.ascii_lowercase, written, strict=False)
         ]
-        tensors.insert(1, "Tensor[] grads")
         arguments = [
-            *tensors,
-            *(["Tensor? steps"] if self.counts else []),
-            "Tensor lr",
-            "*",
-            *(f"float {name}" for name in self.numbers),
+            tensors[0],
+            "Tensor[] grads",
+            *tensors[1:],
+            *others,
+            *(f"float {number}" for number in self.numbers),
             "Tensor batch_size",
-            *(f"bool {name}" for name in self.switches),
+            *(f"bool {switch}" for switch in self.switches),
             "Tensor? grad_scale=None",
             "Tensor? found_inf=None",
         ]
-        return f"{self.name}({', '.join(arguments)}) -> ()"
+        return f"{name}({', '.join(arguments)}) -> ()"
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's settings as the operator takes them, but for lr and batch_size."""
         return settings_of(group, (*self.numbers, *self.switches))
+
+
+def _lists(keys: Iterable[str]) -> list[str]:
+    """What the operators call the lists of these states."""
+    return [f"{key}s" for key in keys]
 
 
 def _check(method: DiagonalMethod) -> None:

@@ -34,10 +34,11 @@ _library = torch.library.Library("rootfree_fused", "DEF")
 
 
 def register(method: DiagonalMethod) -> None:
-    """Make the operator of a diagonal method; C++ registers its body under the same name."""
+    """Make the operators of a diagonal method; C++ registers its bodies under the same names."""
     if method.name in METHODS:
         raise ValueError(f"there is a method {method.name} already; name this one otherwise")
     _library.define(method.schema)
+    _library.define(method.lowbit_schema)
     dispatch.give_bodies(_library, method)
     METHODS[method.name] = method
 

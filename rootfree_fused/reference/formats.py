@@ -22,14 +22,17 @@ numbers is equal to the bit everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from .matrix import join, split
 
 BLOCK = 256
-# A random number that rounds to nearest.
+# A random number that rounds to nearest, and the formats of state that are not rounded so.
 HALF = 1 << 31
+STOCHASTIC = (torch.bfloat16, torch.uint8)
 
 _WORD = 0xFFFFFFFF
 _NAN, _INFINITY = 0x7FC00000, 0x7F800000
@@ -87,6 +90,48 @@ def join_weight(high: Tensor, residual: Tensor) -> Tensor:
     """
     rest = residual.to(torch.int16) << (8 if residual.dtype == torch.int8 else 0)
     return join(high, torch.where(high == 0, rest.clamp_min(0), rest))
+
+
+# The update ---------------------------------------------------------------------------------------
+
+# The stream of the weight's random numbers; that of a state is its place in its method's order.
+WEIGHT_STREAM = 2
+
+
+def update_in_formats_(
+    update: Callable[..., None],
+    param: Tensor,
+    grad: Tensor,
+    states: Sequence[Tensor | None],
+    *,
+    residual: Tensor | None,
+    scales: Sequence[Tensor | None],
+    random: Callable[[int], Tensor],
+    stochastic: bool,
+) -> None:
+    """An update of one parameter, of (param, grad, *states), on what is stored in fewer bytes.
+
+    Everything is decoded to float32, updated, and encoded again, in place. residual: of the weight,
+    if it has one. scales: of each state, if its format has them. random: the numbers of a stream.
+    stochastic: whether a bfloat16 weight without a residual is rounded by them, or to nearest.
+    """
+    values = [None if s is None else decoded(s, c) for s, c in zip(states, scales, strict=True)]
+    weight = param.float() if residual is None else join_weight(param, residual)
+    update(weight, grad, *values)
+    for stream, (value, stored, scale) in enumerate(zip(values, states, scales, strict=True)):
+        if value is None or stored is None:
+            continue
+        drawn = random(stream) if stored.dtype in STOCHASTIC else HALF
+        rounded, new_scale = encoded(value, stored.dtype, drawn)
+        stored.copy_(rounded)
+        if scale is not None and new_scale is not None:
+            scale.copy_(new_scale.view(scale.shape))
+    if residual is not None:
+        high, low = split_weight(weight, residual.dtype)
+        param.copy_(high)
+        residual.copy_(low)
+    else:
+        param.copy_(to_bfloat16(weight, random(WEIGHT_STREAM)) if stochastic else weight)
 
 
 # State --------------------------------------------------------------------------------------------
