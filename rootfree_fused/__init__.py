@@ -3,6 +3,7 @@
 from .batch_size import BatchSizeCounter
 from .capture import CapturedStep
 from .diag import RootFreeAdamW, RootFreeRMSprop
+from .lowbit import to_bfloat16_
 from .matrix import IFShampoo
 from .shampoo import RootFreeShampoo
 
@@ -13,5 +14,6 @@ __all__ = [
     "RootFreeAdamW",
     "RootFreeRMSprop",
     "RootFreeShampoo",
+    "to_bfloat16_",
 ]
 __version__ = "0.1.0"

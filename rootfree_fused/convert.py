@@ -21,7 +21,9 @@ from .diag import RootFreeAdamW, RootFreeRMSprop
 from .matrix import IFShampoo
 from .ops import structure_names
 from .ops.checks import state_dtype
+from .optimizer import formats
 from .optimizer.base import RootFreeOptimizer
+from .optimizer.checkpoint_checks import check_sizes
 from .optimizer.conversion import Converted, Entry, assembled, entries_of, state_dict_of
 from .optimizer.groups import Group
 from .optimizer.layouts import layout_of
@@ -232,6 +234,42 @@ def from_ifshampoo(
         return Converted(settings, state)
 
     return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])
+
+
+def to_format(
+    source: RootFreeOptimizer | Mapping[str, Any], optimizer: RootFreeOptimizer
+) -> dict[str, Any]:
+    """A `state_dict` for `optimizer`, in its formats, of one that was saved in others.
+
+    What they hold less is rounded to nearest: `load_state_dict` refuses to lose it unasked. A
+    residual of float32 weights that became bfloat16 is in no checkpoint; see `to_bfloat16_`.
+
+    Args:
+        source: an optimizer of the class of `optimizer` on as many parameters, or its
+            `state_dict()`. Either stays as it is.
+        optimizer: whose `param_residual` and `state_format` the result has. It is not changed.
+
+    Raises:
+        ValueError: other groups, or no state of this class.
+        TypeError: `optimizer` has no formats.
+    """
+    if not isinstance(optimizer, RootFreeOptimizer) or not formats.have_settings(
+        optimizer.defaults
+    ):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; pass one that has a state_format"
+        )
+    saved = state_dict_of(source)
+    check_sizes(optimizer.param_groups, saved["param_groups"])
+    states = dict(saved["state"])
+    groups = []
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        groups.append({**old, **{name: group[name] for name in formats.SETTINGS}})
+        for key, param in zip(old["params"], group["params"], strict=True):
+            if own := states.get(key):
+                spec = optimizer._full_spec(param, group)
+                states[key] = formats.converted(own, spec, param.device)
+    return {"state": states, "param_groups": groups}
 
 
 def _from_released_shampoo(source: Any, optimizer: IFShampoo) -> dict[str, Any]:

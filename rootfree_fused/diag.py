@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 from .ops import WeightDecayMode
 from .ops.methods import ADAMW, RMSPROP
 from .optimizer.diagonal import DiagonalOptimizer
+from .optimizer.formats import ParamResidual, StateFormat
 
 
 class RootFreeRMSprop(DiagonalOptimizer):
@@ -53,6 +54,14 @@ class RootFreeRMSprop(DiagonalOptimizer):
             by the scale and, where there were infs, changes nothing. The host then waits for
             nothing, float16 parameters are served, and ``step`` is on the parameter's device. To
             clip gradients call ``scaler.unscale_`` first; Lightning's clipping needs False.
+        param_residual: what is kept of a bfloat16 weight's update beyond its rounding: None,
+            nothing, so that small updates are lost; 8 or 16 bits beside the weight, of which 16 are
+            all that float32 has; "stochastic", nothing, but the weight is rounded at random.
+        state_format: "float32"; "bfloat16", rounded stochastically, in half the memory; or "8bit",
+            codes with a scale for 256 of them, in a quarter. Vectors and tensors of fewer than 4096
+            elements keep float32. docs/memory.md says when to take which.
+        rounding_seed: of the random numbers, which depend on step and place alone: a run that
+            resumes rounds as one that goes on.
 
     State of a parameter: ``step`` (0-d float32), ``square_avg`` (s) and, with momentum,
     ``momentum_buffer``, both of the parameter's shape, in float32 (float64 for float64
@@ -60,8 +69,10 @@ class RootFreeRMSprop(DiagonalOptimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, a sparse gradient, or an
-            argument that torch.optim has and this class has not.
+        TypeError: a parameter that is not dense and floating, a sparse gradient, an argument that
+            torch.optim has and this class has not, or ``param_residual`` for other weights than
+            bfloat16.
+        NotImplementedError: "8bit" for a DTensor whose shards cut blocks of 256.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     Fig. 4 and Fig. 7.
@@ -85,6 +96,9 @@ class RootFreeRMSprop(DiagonalOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        param_residual: ParamResidual = None,
+        state_format: StateFormat = "float32",
+        rounding_seed: int = 0,
         **unknown: NoReturn,
     ) -> None:
         defaults = {
@@ -99,6 +113,9 @@ class RootFreeRMSprop(DiagonalOptimizer):
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
+            "param_residual": param_residual,
+            "state_format": state_format,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults, unknown)
 
@@ -142,14 +159,24 @@ class RootFreeAdamW(DiagonalOptimizer):
             by the scale and, where there were infs, changes nothing. The host then waits for
             nothing, float16 parameters are served, and ``step`` is on the parameter's device. To
             clip gradients call ``scaler.unscale_`` first; Lightning's clipping needs False.
+        param_residual: what is kept of a bfloat16 weight's update beyond its rounding: None,
+            nothing, so that small updates are lost; 8 or 16 bits beside the weight, of which 16 are
+            all that float32 has; "stochastic", nothing, but the weight is rounded at random.
+        state_format: "float32"; "bfloat16", rounded stochastically, in half the memory; or "8bit",
+            codes with a scale for 256 of them, in a quarter. Vectors and tensors of fewer than 4096
+            elements keep float32. docs/memory.md says when to take which.
+        rounding_seed: of the random numbers, which depend on step and place alone: a run that
+            resumes rounds as one that goes on.
 
     State of a parameter: ``step`` (0-d float32), ``exp_avg`` (m) and ``exp_avg_sq`` (s), both of
     the parameter's shape, in float32 (float64 for float64 parameters).
 
     Raises:
         ValueError: a hyperparameter out of its range, or no batch_size.
-        TypeError: a parameter that is not dense and floating, a sparse gradient, or an
-            argument that torch.optim has and this class has not.
+        TypeError: a parameter that is not dense and floating, a sparse gradient, an argument that
+            torch.optim has and this class has not, or ``param_residual`` for other weights than
+            bfloat16.
+        NotImplementedError: "8bit" for a DTensor whose shards cut blocks of 256.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
     and its released code.
@@ -172,6 +199,9 @@ class RootFreeAdamW(DiagonalOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        param_residual: ParamResidual = None,
+        state_format: StateFormat = "float32",
+        rounding_seed: int = 0,
         **unknown: NoReturn,
     ) -> None:
         defaults = {
@@ -185,5 +215,8 @@ class RootFreeAdamW(DiagonalOptimizer):
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
+            "param_residual": param_residual,
+            "state_format": state_format,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults, unknown)

@@ -52,6 +52,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "update_schedule": ("constant", "log4"),
     "vector_method": ("rmsprop", "factor", "adam", "rootfree"),
     "factor_dtype": (None, torch.bfloat16, torch.float32, torch.float64),
+    "param_residual": (None, "stochastic", 8, 16),
+    "state_format": ("float32", "bfloat16", "8bit"),
     "maximize": (False, True),
     "capturable": (False, True),
     "amp_scaling": (False, True),
@@ -59,7 +61,13 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 _OPTIONAL = ("max_update", "row_beta")
 NUMBERS = _DOMAINS.keys()
 SWITCHES = {name for name, choices in _CHOICES.items() if choices == (False, True)}
-_LEAST = {"update_interval": 1, "max_dense_dim": 1, "block_size": 1, "batch_axes": 0}
+_LEAST = {
+    "update_interval": 1,
+    "max_dense_dim": 1,
+    "block_size": 1,
+    "batch_axes": 0,
+    "rounding_seed": 0,
+}
 _SHAPED = ("structures", "hierarchical_sizes", "merge_axes", "combine")
 HYPERPARAMETERS = {*_DOMAINS, *_CHOICES, *_LEAST, *_SHAPED}
 

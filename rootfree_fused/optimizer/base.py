@@ -28,9 +28,10 @@ from .amp_and_graphs import (
 from .checks import check_devices, check_gradient, check_state, memory, name_of
 from .groups import DeclaringOptimizer, Group, devices_of
 from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
+from .shards import local
 from .stacks import Counts, restack
 from .starts import AUTO, Waiting, start_
-from .state import DeclaredState, State
+from .state import RESIDUAL, DeclaredState, State
 
 
 class Work(NamedTuple):
@@ -108,6 +109,18 @@ class RootFreeOptimizer(DeclaringOptimizer):
         for group, step, own_scaling in planned:
             step.run(group, own_scaling)
         return loss
+
+    @torch.no_grad()
+    def forget_residuals(self) -> None:
+        """Take bfloat16 weights for what they are, without what their residuals add.
+
+        For weights that something else wrote than `step`: an average of weights that was swapped
+        in, a model's checkpoint that was loaded alone. A residual that is kept there adds up to
+        half a bfloat16 step to each.
+        """
+        for state in dict.values(self.state):
+            if RESIDUAL in state:
+                local(state[RESIDUAL]).zero_()
 
     def _check_and_plan(
         self, scaling: Scaling

@@ -26,6 +26,7 @@ from .checkpoint_checks import (
     takes,
 )
 from .checks import check_state
+from .formats import check_kept
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
 from .state import Initial, State, copied, is_own, unused_state
@@ -103,7 +104,8 @@ def _merge_groups(optimizer: DeclaringOptimizer, saved_groups: list[Group]) -> l
         owner = type(optimizer)
         saved = owner._as_of_today(saved)
         check_settings(where, owner.__name__, owner._converters, group, saved)
-        merged = {**group, **loaded_group(group, saved), "params": group["params"]}
+        kept = {**check_kept(index, group, saved), "params": group["params"]}
+        merged = {**group, **loaded_group(group, saved), **kept}
         try:
             optimizer._check_group(merged)
         except (TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,40 +13,75 @@ from ..ops.checks import gradients_suit, usable_gradients
 from ..ops.dispatch import diagonal_kernels
 from ..ops.methods import SECOND_MOMENT, DiagonalMethod
 from ..ops.schemas import as_scalar_tensor
+from . import formats
 from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
+from .checks import name_of
 from .groups import Group
 from .known_tensors import PreparedUpdate, reader
 from .shards import local, local_state
 from .starts import declared_start
-from .state import MOMENTUM, Initial, State, full_like, momentum_buffers
+from .state import MOMENTUM, RESIDUAL, Initial, State, full_like, momentum_buffers
 
 
 class DiagonalOptimizer(RootFreeOptimizer):
     """Base of the optimizers whose update is a diagonal method; a subclass names it."""
 
     _method: DiagonalMethod
-    _shaping = ("initial_square_avg",)
+    _shaping = ("initial_square_avg", *formats.BEFORE)
+    _added_later = formats.BEFORE
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         start = declared_start(group)
-        return {
+        spec = {
             key: full_like(
                 param, start if value is SECOND_MOMENT else value, optional=key == MOMENTUM
             )
             for key, value in self._method.states.items()
         }
+        return formats.in_formats(param, group, spec)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        formats.check_decay(group)
+
+    def _check_taken(self, index: int, position: int, group: Group) -> None:
+        super()._check_taken(index, position, group)
+        formats.check_formats(name_of(index, position, group), group["params"][position], group)
 
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
+        if formats.are_used(group):
+            for update in self._lowbit_updates(index, work):
+                update(group, work.scaling)
+            return
         states = state_lists(self._method, list(map(local_state, work.states)), group)
         tensors = list(map(local, work.params)), usable_gradients(work.params), *states
         update_(self._method, group, work.scaling, *tensors, work.steps)
+
+    def _lowbit_updates(self, index: int, work: Work) -> list[LowbitUpdate]:
+        """The updates of a group, one of all parameters whose state is in the same formats."""
+        group = self.param_groups[index]
+        alike = defaultdict(list)
+        for i, state in enumerate(work.states):
+            kept = [(key, value.dtype) for key, value in state.items() if formats.is_kept(key)]
+            alike[tuple(sorted(kept, key=str))].append(i)
+        return [
+            LowbitUpdate(self._method, indices, index, work, group) for indices in alike.values()
+        ]
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         # The parts of the work, and not the work, which would keep the scaler's tensors.
         states, steps = list(map(local_state, work.states)), work.steps
         group = self.param_groups[index]
+        if formats.are_used(group):
+            updates = self._lowbit_updates(index, work._replace(scaling={}))
+
+            def run(_: None, group: Group, scaling: Scaling) -> None:
+                for update in updates:
+                    update(group, scaling)
+
+            return PreparedUpdate(None, run, None)
         params, grads = list(map(local, work.params)), reader(work.params)
         suit = gradients_suit(work.params)
         known = KnownUpdate(self._method, params, states, group, lambda: steps, grads, suit)
@@ -90,6 +126,56 @@ class KnownUpdate:
         """One step by the operator."""
         tensors = self._params, self._grads(), *self._states
         update_(self._method, group, scaling, *tensors, self._steps())
+
+
+class LowbitUpdate:
+    """The update by a diagonal method of the parameters at these indices of a step's work, whose
+    weights and states are in the same formats.
+    """
+
+    def __init__(
+        self, method: DiagonalMethod, indices: list[int], index: int, work: Work, group: Group
+    ) -> None:
+        self._method = method
+        positions = {id(param): i for i, param in enumerate(group["params"])}
+        owned = [work.params[i] for i in indices]
+        states = [local_state(work.states[i]) for i in indices]
+        self._params, self._grads = list(map(local, owned)), reader(owned)
+        self._states = state_lists(method, states, group)
+        self._beside = [
+            [state[key] for state in states if key in state]
+            for key in (RESIDUAL, *map(formats.scale_of, method.states))
+        ]
+        self._steps = steps_of(indices, work.steps)
+        self._rounding = {
+            "seeds": [formats.seed_of(index, positions[id(p)], group) for p in owned],
+            "firsts": [formats.first_of(p) for p in owned],
+            "stochastic": group["param_residual"] == "stochastic",
+        }
+
+    def __call__(self, group: Group, scaling: Scaling) -> None:
+        counted = {"bias_correction": group.get("bias_correction", True)}
+        getattr(torch.ops.rootfree_fused, self._method.lowbit_name)(
+            self._params,
+            self._grads(),
+            *self._states,
+            *self._beside,
+            self._steps(),
+            as_scalar_tensor(group["lr"]),
+            **self._rounding,
+            **(counted if self._method.counts else {}),
+            **self._method.settings(group),
+            batch_size=as_scalar_tensor(group.get("batch_size", 1.0)),
+            **scaling,
+        )
+
+
+def steps_of(indices: list[int], steps: Tensor) -> Callable[[], Tensor]:
+    """How to read the counts of the parameters at these indices, which change in place."""
+    if indices == list(range(len(steps))):
+        return lambda: steps
+    chosen = torch.tensor(indices, dtype=torch.long, device=steps.device)
+    return lambda: steps.index_select(0, chosen)
 
 
 def number_or_tensor(lr: float | Tensor) -> float | Tensor:

@@ -26,6 +26,7 @@ from .checks import (
     refuse_misspelt,
     refuse_unknown,
 )
+from .formats import received, sent
 from .known_tensors import PreparedSteps
 from .stacks import allocate
 from .starts import AUTO, Starts
@@ -86,13 +87,13 @@ class DeclaringOptimizer(Optimizer):
 
     def _saved_state(self, param: Tensor, group: Group, state: Mapping[str, Any]) -> Any:
         """A copy of the state of a parameter, as a checkpoint has it."""
-        return copied(state)
+        return sent(copied(state))
 
     def _whole_state(
         self, param: Tensor, group: Group, saved: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Saved state of a parameter as this optimizer's own state is laid out."""
-        return saved
+        return received(saved, self._full_spec(param, group), param.device)
 
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""

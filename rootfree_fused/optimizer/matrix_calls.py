@@ -22,7 +22,7 @@ from ..reference.structures import Blocks
 from .amp_and_graphs import Scaling
 from .base import Work
 from .buckets import Bucket, BucketPlan, Stacks
-from .diagonal import KnownUpdate, number_or_tensor
+from .diagonal import KnownUpdate, number_or_tensor, steps_of
 from .groups import Group
 from .joint import Joints
 from .known_tensors import reader
@@ -129,14 +129,6 @@ class _Members:
         return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def _steps_of(indices: list[int], steps: Tensor) -> Callable[[], Tensor]:
-    """How to read the counts of the parameters at these indices, which change in place."""
-    if indices == list(range(len(steps))):
-        return lambda: steps
-    chosen = torch.tensor(indices, dtype=torch.long, device=steps.device)
-    return lambda: steps.index_select(0, chosen)
-
-
 class _PlanAtGradients:
     """A plan of Triton's launches, for the gradients of some parameters wherever they are.
 
@@ -186,7 +178,7 @@ class _Vectors:
     ) -> None:
         own = _Members(indices, work, group.get("batch_axes", 0) if method.by_tensor else 0)
         states = own.own_states(method.states) if method.by_tensor else own.states
-        steps = _steps_of(own.owners, work.steps)
+        steps = steps_of(own.owners, work.steps)
         suit = gradients_suit(own.params)
         self._known = known = KnownUpdate(method, own.params, states, group, steps, own.grads, suit)
         self._plan = _PlanAtGradients(known.kernels, known.plan, own.owners, own.grads(), addresses)
@@ -227,7 +219,7 @@ class _Matrices:
             name: [tensor for bucket in buckets for tensor in getattr(bucket, name)]
             for name in ("factors", "residuals", "averages", "products")
         }
-        self._steps = _steps_of(members.owners, work.steps)
+        self._steps = steps_of(members.owners, work.steps)
         self._grads = members.grads
         self._axes = method.axes(buckets)
         self._specified: Callable[..., None] | None = None

@@ -57,9 +57,12 @@ def as_part(own: Tensor, shape: tuple[int, ...], like: Any) -> Tensor:
     )
 
 
-def as_part_of(spread: Any, own: Any) -> Any:
-    """This rank's part of what lies as a DTensor; of anything else what it has instead."""
-    return as_part(own, tuple(spread.shape), spread) if is_sharded(spread) else own
+def as_part_of(spread: Any, own: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """This rank's part of what lies as a DTensor; of anything else what it has instead.
+
+    shape: of the whole, where it is not that of `spread`.
+    """
+    return as_part(own, shape or tuple(spread.shape), spread) if is_sharded(spread) else own
 
 
 def as_laid_out(value: Tensor, like: Any) -> Tensor:

@@ -20,8 +20,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..ops.checks import is_sharded, usable_gradients
 from ..ops.methods import second_moments
 from ..reference import initial_scale, mean_square, split
+from ..reference.formats import encoded
 from ..reference.structures import structure_of
 from .amp_and_graphs import Scaling
+from .formats import scale_of
 from .joint import joined, unit_of
 from .layouts import Layout
 from .shards import local, over_ranks
@@ -154,21 +156,24 @@ def start_(
     factors.
     """
     held = _second_moment(state)
-    started = local(_diagonal(state)).any()
+    started = (local(_diagonal(state)) != 0).any()
     square = mean_square(grad, group["batch_size"])
     if is_sharded(held):
         found = torch.stack([started.to(square.dtype), square * grad.numel()])
         any_started, total = over_ranks(found, held)
-        started, square = any_started > 0, total / held.numel()
+        key = _second_moment_key(state)
+        started, square = any_started > 0, total / state[key or "factor_0"].numel()
     if "grad_scale" in scaling:
         square = square / scaling["grad_scale"].to(grad.device).reshape(()).square()
+    parts = {} if layout else _held_as(state, square)
     # As s will hold it: what is 0 there starts nothing. Factors start from the damping too.
-    held_square = square.to(held.dtype) if layout is None else square
-    starts = ~started & (held_square > 0) & square.isfinite()
+    is_zero = [value == 0 for value in parts.values()][-1] if parts else square == 0
+    starts = ~started & ~is_zero & square.isfinite()
     if "found_inf" in scaling:
         starts &= (scaling["found_inf"] == 0).to(grad.device).reshape(())
     if layout is None:
-        _add_(local(held), square.clamp(max=torch.finfo(held.dtype).max), starts)
+        for key, value in parts.items():
+            _add_(local(state[key]), value, starts)
         return started | starts
     scale = initial_scale(square, group["damping"], len(layout.sizes))
     for axis, (structure, size) in enumerate(zip(layout.structures, layout.sizes, strict=True)):
@@ -215,12 +220,30 @@ def _all_started(state: State, batch_axes: int) -> bool:
     return bool(held.reshape(*held.shape[:batch_axes], -1).any(-1).all())
 
 
+def _second_moment_key(state: State) -> str | None:
+    """That of s; None where factors are in its place."""
+    return next((key for key in second_moments() if key in state), None)
+
+
 def _second_moment(state: State) -> Tensor:
     """What is zero until it starts."""
-    for key in second_moments():
-        if key in state:
-            return state[key]
-    return state["factor_0"]
+    key = _second_moment_key(state)
+    if key is None:
+        return state["factor_0"]
+    return state.get(scale_of(key), state[key])
+
+
+def _held_as(state: State, square: Tensor) -> dict[str, Tensor]:
+    """What s and its scales hold for a number; last what is zero until it starts."""
+    key = _second_moment_key(state)
+    assert key is not None
+    dtype = state[key].dtype
+    if scale_of(key) in state:
+        bounded = square.clamp(max=torch.finfo(torch.float32).max).float()
+        code, scale = encoded(bounded.view(1), dtype)
+        assert scale is not None
+        return {key: code[0], scale_of(key): scale[0]}
+    return {key: square.clamp(max=torch.finfo(dtype).max).to(dtype)}
 
 
 def _diagonal(state: State) -> Tensor:

@@ -22,7 +22,9 @@ State = dict[str, Tensor]
 # after the first step.
 MOMENTUM = "momentum_buffer"
 ROWS = "row_square_avg"  # v of root-free Shampoo
-ADDED_LATER = frozenset({MOMENTUM})
+ADDED_LATER = frozenset({MOMENTUM, f"{MOMENTUM}_scale"})
+# Beside a bfloat16 weight.
+RESIDUAL = "param_residual"
 
 
 # What the keys of an axis start with, whose tensors are stacked over parameters.
@@ -33,7 +35,9 @@ def is_own(key: Any) -> bool:
     """Whether a key of `state[param]` is of an optimizer here, and not of a wrapper around it."""
     if not isinstance(key, str):
         return False
-    return key in ("step", ROWS) or key.startswith(STACKED) or key in state_keys()
+    if key in ("step", ROWS, RESIDUAL) or key.startswith(STACKED):
+        return True
+    return key.removesuffix("_scale") in state_keys()
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,12 @@ import traceback
 import torch
 import torch.distributed as dist
 
-CASES = ("helpers.rank_cases", "helpers.shared_cases", "helpers.shared_faults")
+CASES = (
+    "helpers.rank_cases",
+    "helpers.format_cases",
+    "helpers.shared_cases",
+    "helpers.shared_faults",
+)
 TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
 
 

@@ -116,6 +116,7 @@ FORMS = {
 
 # Settings that are not in every checkpoint.
 LATER = ("merge_axes", "batch_axes", "combine", "block_size", "hierarchical_sizes")
+LATER += ("param_residual", "state_format", "rounding_seed")
 
 
 def mutations(saved, data):

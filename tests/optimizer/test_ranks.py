@@ -66,3 +66,32 @@ def test_checkpoints_go_on_in_another_layout(ranks, name, before, after, how, tm
 def test_what_is_spread_otherwise_is_told_before_anything_moves(ranks, name, case, words):
     for answer in ranks.run("bad_input", name, case):
         assert words in answer
+
+
+FORMATS = [(8, "8bit"), (16, "bfloat16"), ("stochastic", "8bit")]
+
+
+@pytest.mark.parametrize(("residual", "state"), FORMATS)
+@pytest.mark.parametrize("layout", ["FSDP2 of 4", "HSDP"])
+def test_formats_have_the_bits_of_the_whole_model(ranks, layout, residual, state):
+    assert all(ranks.run("formats_have_the_bits_of_the_whole", layout, residual, state))
+
+
+@pytest.mark.parametrize(("residual", "state"), FORMATS)
+@pytest.mark.parametrize(
+    ("before", "after", "how"),
+    [
+        ("FSDP2 of 4", "HSDP", "nested"),
+        ("HSDP", "FSDP2 of 4", "flat"),
+        ("FSDP2 of 4", "one process", "full"),
+    ],
+)
+def test_checkpoints_of_formats_go_on(ranks, before, after, how, residual, state, tmp_path):
+    case = "formats_go_on_in_another_layout", before, after, how, residual, state
+    assert all(ranks.run(*case, str(tmp_path)))
+
+
+def test_ranks_do_not_cut_blocks(ranks):
+    (words,) = set(ranks.run("cut_blocks"))
+    assert "state_format='bfloat16'" in words
+    assert "multiple of 256" in words

@@ -1,0 +1,341 @@
+"""Weights and state in fewer bytes, through the optimizers: what is kept, saved and refused."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+import torch
+
+from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, convert, to_bfloat16_
+from rootfree_fused.reference.formats import BLOCK, decoded, join_weight
+
+BF16, F32 = torch.bfloat16, torch.float32
+RESIDUALS = (None, "stochastic", 8, 16)
+STATES = ("float32", "bfloat16", "8bit")
+CLASSES = {"adamw": RootFreeAdamW, "rmsprop": RootFreeRMSprop}
+SECOND = {"adamw": "exp_avg_sq", "rmsprop": "square_avg"}
+FIRST = {"adamw": "exp_avg", "rmsprop": "momentum_buffer"}
+# A matrix of whole blocks, one whose last block is short, one with few elements, a vector.
+SHAPES = ((64, 256), (67, 101), (8, 8), (5000,))
+
+
+def parameters(shapes=SHAPES, dtype=BF16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def optimizer_of(name, params, residual=None, state="float32", **settings):
+    settings = {"batch_size": 1, "param_residual": residual, "state_format": state, **settings}
+    return CLASSES[name](params, **settings)
+
+
+def run(optimizer, params, steps, first=0):
+    """Steps on gradients that are the same for every run."""
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+
+
+def bits(optimizer, params):
+    """All that a step writes, as bytes."""
+    tensors = [p.detach() for p in params]
+    tensors += [v for p in params for _, v in sorted(optimizer.state[p].items())]
+    return [t.contiguous().view(-1).view(torch.uint8).clone() for t in tensors]
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def average(state, key):
+    return decoded(state[key], state.get(f"{key}_scale"))
+
+
+def saved(optimizer):
+    """A state_dict that went through a file."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_run_that_resumes_has_the_bits_of_one_that_goes_on(name, residual, state):
+    params, others = parameters(), parameters(seed=1)
+    optimizer = optimizer_of(name, params, residual, state)
+    twin = optimizer_of(name, others, residual, state, rounding_seed=5)
+    run(optimizer, params, 3)
+    checkpoint = saved(optimizer)
+    with torch.no_grad():
+        for param, other in zip(params, others, strict=True):
+            other.copy_(param)
+    twin.load_state_dict(checkpoint)
+    for one, own in ((optimizer, params), (twin, others)):
+        run(one, own, 3, first=3)
+    assert equal(bits(optimizer, params), bits(twin, others))
+
+
+@pytest.mark.parametrize(("residual", "state"), list(itertools.product(RESIDUALS, STATES)))
+def test_memory_and_checkpoints_have_the_bytes_of_the_formats(residual, state):
+    params = parameters(((256, 512),))
+    optimizer = optimizer_of("adamw", params, residual, state)
+    run(optimizer, params, 1)
+    own = optimizer.state[params[0]]
+    kept = sum(v.nbytes for k, v in own.items() if k != "step")
+    of_state = {"float32": 8, "bfloat16": 4, "8bit": 2 + 5 / BLOCK}[state]
+    of_residual = {8: 1, 16: 2}.get(residual, 0)
+    assert kept == params[0].numel() * (of_state + of_residual)
+    (checkpoint,) = optimizer.state_dict()["state"].values()
+    assert sum(v.nbytes for k, v in checkpoint.items() if k != "step") == kept
+    assert torch.int16 not in {v.dtype for v in checkpoint.values()}
+
+
+@pytest.mark.parametrize("state", ["bfloat16", "8bit"])
+def test_vectors_and_small_tensors_keep_float32(state):
+    params = parameters(((63, 65), (64, 64), (5000,), ()))
+    optimizer = optimizer_of("adamw", params, 8, state)
+    run(optimizer, params, 1)
+    dtypes = [optimizer.state[p]["exp_avg_sq"].dtype for p in params]
+    assert dtypes == [F32, {"bfloat16": BF16, "8bit": torch.uint8}[state], F32, F32]
+    assert all(optimizer.state[p]["param_residual"].dtype == torch.int8 for p in params)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_residual_of_16_bits_trains_as_float32_weights_do(name):
+    params, others = parameters(), parameters()
+    others = [torch.nn.Parameter(p.detach().float()) for p in others]
+    optimizer, twin = optimizer_of(name, params, 16), optimizer_of(name, others)
+    for step in range(10):
+        generator = torch.Generator().manual_seed(step)
+        for param, other in zip(params, others, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator).to(BF16)
+            other.grad = param.grad.float()
+        optimizer.step()
+        twin.step()
+    for param, other in zip(params, others, strict=True):
+        joined = join_weight(param, optimizer.state[param]["param_residual"])
+        torch.testing.assert_close(joined, other, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(param.float(), other)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_second_moments_come_down_from_1(name, state):
+    """Beside entries that stay at 1, whose block they share: to nearest they would freeze."""
+    (param,) = params = parameters(((64, 64),), F32)
+    decay = {"adamw": {"betas": (0.9, 0.99)}, "rmsprop": {"alpha": 0.99}}[name]
+    optimizer = optimizer_of(name, params, None, state, initial_square_avg=1.0, lr=1e-4, **decay)
+    small = torch.zeros(64, 64, dtype=torch.bool)
+    small[:, ::2] = True
+    param.grad = torch.where(small, 1e-2, 1.0)
+    for _ in range(1100):
+        optimizer.step()
+    s = average(optimizer.state[param], SECOND[name])
+    expected = 1e-4 + 0.99**1100
+    assert s[small].mean() == pytest.approx(expected, rel=0.05)
+    assert s[~small].mean() == pytest.approx(1, rel=0.05)
+    # The step that such an s gives is on the mean that of s itself, and not far from it.
+    step = expected / s[small]
+    assert step.mean() == pytest.approx(1, rel=0.1)
+    assert step.std() < 0.3
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_weights_move_by_less_than_a_step_of_bfloat16(residual):
+    (param,) = params = [torch.nn.Parameter(torch.ones(64, 64, dtype=BF16))]
+    settings = {"alpha": 1.0, "momentum": 0.0, "damping": 0.0, "initial_square_avg": 1.0}
+    optimizer = optimizer_of("rmsprop", params, residual, lr=2.0**-12, **settings)
+    param.grad = torch.ones(64, 64, dtype=BF16)
+    for _ in range(64):
+        optimizer.step()
+    moved = 1 - param.float().mean().item()
+    # 64 steps of 2^-12; each is 1/16 of what bfloat16 has below 1, where to nearest all are lost.
+    assert moved == (0 if residual is None else pytest.approx(2.0**-6, rel=0.1))
+
+
+@pytest.mark.parametrize(("residual", "state"), list(itertools.product(RESIDUALS, STATES[1:])))
+def test_a_skipped_step_leaves_every_bit(residual, state):
+    params = parameters()
+    optimizer = optimizer_of("adamw", params, residual, state, amp_scaling=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
+    run(optimizer, params, 2)
+    before = bits(optimizer, params)
+    optimizer.found_inf = torch.tensor(1.0)
+    run(optimizer, params, 1, first=2)
+    assert equal(bits(optimizer, params), before)
+    optimizer.found_inf = torch.tensor(0.0)
+    run(optimizer, params, 1, first=2)
+    assert not equal(bits(optimizer, params), before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_is_not_finite_stays_in_its_block(name, value):
+    params = parameters()
+    optimizer = optimizer_of(name, params, 8, "8bit")
+    run(optimizer, params, 1)
+    params[0].grad[1, 7] = value
+    optimizer.step()
+    run(optimizer, params, 1, first=1)
+    for param in params[1:]:
+        assert param.isfinite().all()
+        assert all(v.float().isfinite().all() for v in optimizer.state[param].values())
+    hurt = torch.zeros(64, 256, dtype=torch.bool)
+    hurt[1] = True
+    for what in (params[0], average(optimizer.state[params[0]], FIRST[name])):
+        assert what[~hurt].isfinite().all()
+        assert not what[1, 7].isfinite()
+    with pytest.raises(ValueError, match="holds nan"):
+        optimizer_of(name, parameters(), 8, "8bit").load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_state_of_8_bits_starts_at_the_first_gradient(name):
+    (param,) = params = parameters(((64, 101),))
+    optimizer = optimizer_of(name, params, 8, "8bit")
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert not average(optimizer.state[param], SECOND[name]).any()
+    param.grad = torch.full_like(param, 0.25)
+    optimizer.step()
+    s = average(optimizer.state[param], SECOND[name])
+    torch.testing.assert_close(s, torch.full_like(s, 0.0625))
+
+
+# Checkpoints in other formats ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_wider_formats_take_all_of_a_checkpoint(name):
+    params = parameters()
+    optimizer = optimizer_of(name, params, 8, "8bit")
+    run(optimizer, params, 2)
+    wide = optimizer_of(name, parameters(), 16, "float32")
+    wide.load_state_dict(saved(optimizer))
+    for param, other in zip(params, wide.param_groups[0]["params"], strict=True):
+        own, their = optimizer.state[param], wide.state[other]
+        for key in (FIRST[name], SECOND[name]):
+            assert torch.equal(their[key], average(own, key))
+        residuals = own["param_residual"], their["param_residual"]
+        assert torch.equal(*(join_weight(param, residual) for residual in residuals))
+    assert wide.param_groups[0]["state_format"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ((None, "float32"), (None, "8bit"), "state_format"),
+        ((None, "8bit"), (None, "bfloat16"), "state_format"),
+        ((16, "float32"), (8, "float32"), "param_residual"),
+        ((8, "float32"), (None, "float32"), "param_residual"),
+        ((8, "float32"), ("stochastic", "float32"), "param_residual"),
+    ],
+)
+def test_narrower_formats_take_a_checkpoint_on_purpose_alone(old, new, word):
+    params, others = parameters(), parameters()
+    optimizer, narrow = optimizer_of("adamw", params, *old), optimizer_of("adamw", others, *new)
+    run(optimizer, params, 2)
+    run(narrow, others, 1)
+    before, checkpoint = bits(narrow, others), saved(optimizer)
+    with pytest.raises(ValueError, match=rf"{word} of group 0.*convert.to_format"):
+        narrow.load_state_dict(checkpoint)
+    assert equal(bits(narrow, others), before)
+    narrow.load_state_dict(convert.to_format(checkpoint, narrow))
+    for param, other in zip(params, others, strict=True):
+        own, their = optimizer.state[param], narrow.state[other]
+        assert their["step"] == 2
+        for key, error in (("exp_avg", 0.01), ("exp_avg_sq", 2**-4)):
+            a, b = average(own, key).double(), average(their, key).double()
+            largest = a.abs().amax() if key == "exp_avg" else a
+            assert ((a - b).abs() <= error * largest).all()
+        if "param_residual" in own and "param_residual" in their:
+            a, b = (join_weight(param, s["param_residual"]).double() for s in (own, their))
+            # Half a bit of the residual, or where that would carry into the weight a whole one.
+            assert ((a - b).abs() <= 2**-15 * a.abs()).all()
+
+
+@pytest.mark.parametrize("residual", [8, 16])
+def test_a_float32_model_becomes_bfloat16_and_loses_nothing(residual):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 101), torch.nn.BatchNorm1d(101))
+    params = list(model.parameters())
+    optimizer = optimizer_of("adamw", params)
+    run(optimizer, params, 2)
+    before = [p.detach().clone() for p in params]
+    averages = [average(optimizer.state[p], "exp_avg").clone() for p in params]
+    to_bfloat16_(model, optimizer, residual)
+    assert {p.dtype for p in (*params, *model.buffers())} == {BF16, torch.int64}
+    for param, value, m in zip(params, before, averages, strict=True):
+        joined = join_weight(param.detach(), optimizer.state[param]["param_residual"])
+        error = (joined - value).abs().double()
+        assert (error <= (2**-16 if residual == 8 else 0) * value.abs().double()).all()
+        assert torch.equal(optimizer.state[param]["exp_avg"], m)
+    run(optimizer, params, 2)
+    assert optimizer.param_groups[0]["param_residual"] == residual
+    optimizer.load_state_dict(saved(optimizer))
+    optimizer.forget_residuals()
+    assert not any(optimizer.state[p]["param_residual"].any() for p in params)
+
+
+def test_what_cannot_become_bfloat16_is_refused():
+    model = torch.nn.Linear(3, 4)
+    optimizer = optimizer_of("adamw", model.parameters())
+    elsewhere = optimizer_of("adamw", parameters(((3, 4),), F32))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for error, words, arguments in (
+        (TypeError, "model is a list", ([model], optimizer)),
+        (TypeError, "optimizer is a SGD", (model, sgd)),
+        (ValueError, "pass 8 or 16", (model, optimizer, 32)),
+        (ValueError, "not one of the model", (model, elsewhere)),
+    ):
+        with pytest.raises(error, match=words):
+            to_bfloat16_(*arguments)
+    assert {p.dtype for p in model.parameters()} == {F32}
+    to_bfloat16_(model, optimizer)
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0 is torch\.bfloat16"):
+        to_bfloat16_(model, optimizer)
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "dtype", "settings"),
+    [
+        (TypeError, "is torch.float32 but param_residual.*to_bfloat16_", F32, {"residual": 8}),
+        (TypeError, "is torch.float16 but", torch.float16, {"residual": "stochastic"}),
+        (TypeError, "is float64 but state_format", torch.float64, {"state": "8bit"}),
+        (ValueError, "param_residual is 4; pass None or", BF16, {"residual": 4}),
+        (ValueError, "state_format is '4bit'; pass", BF16, {"state": "4bit"}),
+        (ValueError, "beta1 is 0.99.*bfloat16", BF16, {"state": "8bit", "betas": (0.99, 0.9)}),
+        (TypeError, "rounding_seed is 0.5", BF16, {"rounding_seed": 0.5}),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(error, words, dtype, settings):
+    with pytest.raises(error, match=words):
+        optimizer_of("adamw", parameters(dtype=dtype), **settings)
+
+
+def test_a_slow_momentum_is_refused_in_8_bits():
+    with pytest.raises(ValueError, match=r"momentum is 0\.99"):
+        optimizer_of("rmsprop", parameters(), None, "8bit", momentum=0.99)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("param_residual", 16), ("state_format", "8bit"), ("rounding_seed", 1)]
+)
+def test_formats_do_not_change_between_steps(name, value):
+    params = parameters()
+    optimizer = optimizer_of("adamw", params, 8, "bfloat16")
+    run(optimizer, params, 1)
+    before = bits(optimizer, params)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"{name} of group 0 was"):
+        run(optimizer, params, 1)
+    assert equal(bits(optimizer, params), before)
