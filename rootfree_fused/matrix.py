@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .ops import WeightDecayMode, structure_names
+from .optimizer import formats
 from .optimizer.factor_state import batched, default_dtype, factor_state
+from .optimizer.formats import ParamResidual, StateFormat
 from .optimizer.groups import Group
 from .optimizer.joint import unit_of
 from .optimizer.layouts import BLOCK_SIZE, HIERARCHICAL_SIZES
@@ -109,6 +111,9 @@ class IFShampoo(MatrixOptimizer):
         capturable: keep ``step`` on the parameter's device.
         amp_scaling: as in ``RootFreeRMSprop``. With an update_interval above 1 the host reads
             whether there were infs at every step, since a skipped step leaves the schedule.
+        param_residual, rounding_seed: as in ``RootFreeRMSprop``.
+        state_format: of the momentum, as in ``RootFreeRMSprop``; factors have their own dtypes.
+            With it or a param_residual, matrices are in float32 for the time of a step.
         process_group: of replicas of plain parameters (DistributedDataParallel), which share the
             work and the state of matrices; None: each does all. DTensors need none.
         replicas: "share" the work among all that have a DTensor, or "repeat" it in each replica.
@@ -155,6 +160,7 @@ class IFShampoo(MatrixOptimizer):
         "combine",
         "vector_method",
         "initial_square_avg",
+        *formats.BEFORE,
     )
 
     def __init__(
@@ -186,6 +192,9 @@ class IFShampoo(MatrixOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        param_residual: ParamResidual = None,
+        state_format: StateFormat = "float32",
+        rounding_seed: int = 0,
         process_group: ProcessGroup | None = None,
         replicas: Literal["share", "repeat"] = "share",
         update_dtype: torch.dtype | None = None,
@@ -217,6 +226,9 @@ class IFShampoo(MatrixOptimizer):
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
+            "param_residual": param_residual,
+            "state_format": state_format,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(
             params,
@@ -230,9 +242,10 @@ class IFShampoo(MatrixOptimizer):
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         (owner, *_), layout = unit_of(param, group)
         start, own = declared_start(group), {}
+        averages = {MOMENTUM: full_like(param, 0.0, optional=True)}
         if layout is None:
-            own = {"square_avg": full_like(param, start)}
+            averages = {"square_avg": full_like(param, start), **averages}
         elif owner is param:
             dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
             own = batched(factor_state(layout, dtype, start), param.shape, group)
-        return {**own, MOMENTUM: full_like(param, 0.0, optional=True)}
+        return {**own, **formats.in_formats(param, group, averages)}

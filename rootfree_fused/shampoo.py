@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .matrix import Combine, MergeAxes, Structure
+from .optimizer import formats
 from .optimizer.factor_state import batched, default_dtype, gram_state
+from .optimizer.formats import ParamResidual, StateFormat
 from .optimizer.groups import Group
 from .optimizer.joint import unit_of
 from .optimizer.layouts import BLOCK_SIZE
@@ -100,6 +102,9 @@ class RootFreeShampoo(MatrixOptimizer):
         capturable: keep ``step`` on the parameter's device.
         amp_scaling: as in ``RootFreeRMSprop``. With an update_interval above 1 the host reads
             whether there were infs at every step, since a skipped step leaves the schedule.
+        param_residual, rounding_seed: as in ``RootFreeRMSprop``.
+        state_format: of the momentum, as in ``RootFreeRMSprop``; factors have their own dtypes.
+            With it or a param_residual, matrices are in float32 for the time of a step.
         process_group: of replicas of plain parameters (DistributedDataParallel), which share the
             work and the state of matrices; None: each does all. DTensors need none.
         replicas: "share" the work among all that have a DTensor, or "repeat" it in each replica.
@@ -137,6 +142,7 @@ class RootFreeShampoo(MatrixOptimizer):
         "batch_axes",
         "combine",
         "vector_method",
+        *formats.BEFORE,
     )
 
     def __init__(
@@ -163,6 +169,9 @@ class RootFreeShampoo(MatrixOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
+        param_residual: ParamResidual = None,
+        state_format: StateFormat = "float32",
+        rounding_seed: int = 0,
         process_group: ProcessGroup | None = None,
         replicas: Literal["share", "repeat"] = "share",
         update_dtype: torch.dtype | None = None,
@@ -189,6 +198,9 @@ class RootFreeShampoo(MatrixOptimizer):
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
+            "param_residual": param_residual,
+            "state_format": state_format,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(
             params,
@@ -202,7 +214,8 @@ class RootFreeShampoo(MatrixOptimizer):
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         (owner, *_), layout = unit_of(param, group)
         if layout is None:
-            return {key: full_like(param, 0.0) for key in ("exp_avg", "exp_avg_sq")}
+            averages = {key: full_like(param, 0.0) for key in ("exp_avg", "exp_avg_sq")}
+            return formats.in_formats(param, group, averages)
         if len(layout.sizes) > 2:
             raise ValueError(
                 f"merge_axes is {group['merge_axes']!r} and leaves a parameter of shape "
@@ -215,4 +228,5 @@ class RootFreeShampoo(MatrixOptimizer):
         dtype = group["factor_dtype"] or default_dtype(param)  # unresolved on meta
         rows = Initial(layout.sizes[:1], momentum.dtype)
         own = {ROWS: rows, **gram_state(layout, dtype, group["damping"])}
-        return {MOMENTUM: momentum, **batched(own, param.shape, group)}
+        averages = formats.in_formats(param, group, {MOMENTUM: momentum})
+        return {**averages, **batched(own, param.shape, group)}

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import matrix, rootfree_shampoo
-from ..reference.formats import random_bits, update_in_formats_
+from ..reference import formats, matrix, rootfree_shampoo
+from ..reference.formats import random_bits, unpacked, update_in_formats_
 from ..reference.structures import Structure
 from .axes import known_sizes, structures_of
 from .methods import DiagonalMethod
@@ -120,6 +120,35 @@ def lowbit(method: DiagonalMethod) -> Callable[..., None]:
             )
 
     return run
+
+
+def unpack_(values: list[Tensor], stored: list[Tensor], beside: list[Tensor]) -> None:
+    """Weights with residuals, or states with scales, in float32."""
+    others: Sequence[Tensor | None] = beside or [None] * len(stored)
+    for value, own, other in zip(values, stored, others, strict=True):
+        value.copy_(unpacked(own, other))
+
+
+def pack_(
+    stored: list[Tensor],
+    beside: list[Tensor],
+    values: list[Tensor],
+    steps: Tensor,
+    *,
+    seeds: list[int],
+    firsts: list[int],
+    stream: int,
+    found_inf: Tensor | None = None,
+) -> None:
+    """What `unpack_` finds again, but for the roundings."""
+    if skips(found_inf):
+        return
+    others: Sequence[Tensor | None] = beside or [None] * len(stored)
+    rows = zip(stored, others, values, steps, seeds, firsts, strict=True)
+    for own, other, value, step, seed, first in rows:
+        formats.pack_(
+            own, other, value, partial(random_bits, seed, step, stream, first=first, like=value)
+        )
 
 
 def ifshampoo_(

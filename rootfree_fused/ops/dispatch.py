@@ -82,6 +82,13 @@ def give_matrix_bodies(library: torch.library.Library) -> None:
     extensions.cpp()
 
 
+def give_format_bodies(library: torch.library.Library) -> None:
+    """Give the operators between formats their bodies."""
+    for name, specified in (("unpack_", by_reference.unpack_), ("pack_", by_reference.pack_)):
+        library.impl(name, specified, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
+
+
 def backends() -> dict[str, str]:
     """What runs on each device, and on the host before a step's kernels."""
     extension, kernels = extensions.cpp(), extensions.triton("diag")

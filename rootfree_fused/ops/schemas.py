@@ -30,6 +30,13 @@ ROOTFREE_SHAMPOO = (
     "float weight_decay, float update_rms, float? row_beta, bool maximize, "
     "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
+# Weights with residuals, or states with scales, in float32 and back; all of a call in one format.
+# beside is empty where there is neither; the others are as the diagonal methods' have them.
+UNPACK = "unpack_(Tensor(a!)[] values, Tensor[] stored, Tensor[] beside) -> ()"
+PACK = (
+    "pack_(Tensor(a!)[] stored, Tensor(b!)[] beside, Tensor[] values, Tensor steps, *, "
+    "int[] seeds, int[] firsts, int stream, Tensor? found_inf=None) -> ()"
+)
 _library = torch.library.Library("rootfree_fused", "DEF")
 
 
@@ -63,4 +70,7 @@ register(VECTOR_ADAM)
 register(VECTOR_ROOTFREE)
 _library.define(IFSHAMPOO)
 _library.define(ROOTFREE_SHAMPOO)
+_library.define(UNPACK)
+_library.define(PACK)
 dispatch.give_matrix_bodies(_library)
+dispatch.give_format_bodies(_library)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .checks import name_of
 from .groups import Group
 from .known_tensors import PreparedUpdate, reader
 from .shards import local, local_state
+from .stacks import steps_of
 from .starts import declared_start
 from .state import MOMENTUM, RESIDUAL, Initial, State, full_like, momentum_buffers
 
@@ -52,30 +53,19 @@ class DiagonalOptimizer(RootFreeOptimizer):
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
         if formats.are_used(group):
-            for update in self._lowbit_updates(index, work):
+            for update in lowbit_updates(self._method, index, group, work):
                 update(group, work.scaling)
             return
         states = state_lists(self._method, list(map(local_state, work.states)), group)
         tensors = list(map(local, work.params)), usable_gradients(work.params), *states
         update_(self._method, group, work.scaling, *tensors, work.steps)
 
-    def _lowbit_updates(self, index: int, work: Work) -> list[LowbitUpdate]:
-        """The updates of a group, one of all parameters whose state is in the same formats."""
-        group = self.param_groups[index]
-        alike = defaultdict(list)
-        for i, state in enumerate(work.states):
-            kept = [(key, value.dtype) for key, value in state.items() if formats.is_kept(key)]
-            alike[tuple(sorted(kept, key=str))].append(i)
-        return [
-            LowbitUpdate(self._method, indices, index, work, group) for indices in alike.values()
-        ]
-
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         # The parts of the work, and not the work, which would keep the scaler's tensors.
         states, steps = list(map(local_state, work.states)), work.steps
         group = self.param_groups[index]
         if formats.are_used(group):
-            updates = self._lowbit_updates(index, work._replace(scaling={}))
+            updates = lowbit_updates(self._method, index, group, work)
 
             def run(_: None, group: Group, scaling: Scaling) -> None:
                 for update in updates:
@@ -128,13 +118,31 @@ class KnownUpdate:
         update_(self._method, group, scaling, *tensors, self._steps())
 
 
+def lowbit_updates(
+    method: DiagonalMethod,
+    index: int,
+    group: Group,
+    work: Work,
+    among: Iterable[int] | None = None,
+) -> list[LowbitUpdate]:
+    """The updates of a group with formats, one for all parameters whose state has the same.
+
+    index: of the group. among: at which positions of the work; None for all.
+    """
+    alike = defaultdict(list)
+    for i in range(len(work.params)) if among is None else among:
+        kept = [(k, v.dtype) for k, v in work.states[i].items() if formats.is_kept(k)]
+        alike[tuple(sorted(kept, key=str))].append(i)
+    return [LowbitUpdate(method, own, index, group, work) for own in alike.values()]
+
+
 class LowbitUpdate:
     """The update by a diagonal method of the parameters at these indices of a step's work, whose
     weights and states are in the same formats.
     """
 
     def __init__(
-        self, method: DiagonalMethod, indices: list[int], index: int, work: Work, group: Group
+        self, method: DiagonalMethod, indices: list[int], index: int, group: Group, work: Work
     ) -> None:
         self._method = method
         positions = {id(param): i for i, param in enumerate(group["params"])}
@@ -168,14 +176,6 @@ class LowbitUpdate:
             batch_size=as_scalar_tensor(group.get("batch_size", 1.0)),
             **scaling,
         )
-
-
-def steps_of(indices: list[int], steps: Tensor) -> Callable[[], Tensor]:
-    """How to read the counts of the parameters at these indices, which change in place."""
-    if indices == list(range(len(steps))):
-        return lambda: steps
-    chosen = torch.tensor(indices, dtype=torch.long, device=steps.device)
-    return lambda: steps.index_select(0, chosen)
 
 
 def number_or_tensor(lr: float | Tensor) -> float | Tensor:

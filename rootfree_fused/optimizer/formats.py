@@ -6,7 +6,6 @@ reference/formats.py has the bits.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -138,7 +137,8 @@ def _scale_shape(param: Tensor) -> tuple[int, ...]:
 
 def seed_of(index: int, position: int, group: Mapping[str, Any]) -> int:
     """Of a parameter, by its place, so that a run that resumes has the same."""
-    return (zlib.crc32(f"{index} {position}".encode()) + int(group["rounding_seed"])) % 2**32
+    spread: int = group["rounding_seed"] * 0x9E3779B1
+    return (position + (index << 20) + spread) % 2**32
 
 
 def first_of(param: Any) -> int:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..ops import dispatch
 from ..ops.by_reference import skips
 from ..ops.checks import check_hyperparameters, gradients_suit
+from . import formats
 from .amp_and_graphs import Scaling
 from .base import Work
 from .buckets import BucketPlan, Stacks
@@ -40,6 +41,7 @@ class MatrixOptimizer(SharingOptimizer):
         "batch_axes": 0,
         "combine": "none",
         "block_size": BLOCK_SIZE,
+        **formats.BEFORE,
     }
 
     @classmethod
@@ -70,6 +72,30 @@ class MatrixOptimizer(SharingOptimizer):
                 f"structures is {group['structures']!r} but {type(self).__name__} has "
                 f"{', '.join(sorted(self._matrix_method.structures))} alone: the inverse of an "
                 "average is not of the other structures; pass one of these, or use IFShampoo"
+            )
+
+        formats.check_decay(group)
+        self._check_formats(group)
+
+    def _check_formats(self, group: Group) -> None:
+        """Raise for what formats do not go together with."""
+        if not formats.are_used(group):
+            return
+        vectors = self._matrix_method.vectors[group["vector_method"]]
+        if group["combine"] != "none":
+            raise ValueError(
+                f"combine is {group['combine']!r} in a group with a param_residual or a "
+                "state_format, whose formats are of one parameter each; pass combine='none'"
+            )
+        if vectors.by_tensor and group["batch_axes"]:
+            raise ValueError(
+                f"vector_method is {group['vector_method']!r} and batch_axes {group['batch_axes']} "
+                "in a group with a param_residual or a state_format; pass vector_method='adam'"
+            )
+        if self._sharing.any_in([group]):
+            raise NotImplementedError(
+                "matrices that ranks share have no param_residual and no state_format yet; keep "
+                "float32 weights and state_format='float32', or take RootFreeAdamW"
             )
 
     def _complete(self, group: Group) -> None:
@@ -121,6 +147,7 @@ class MatrixOptimizer(SharingOptimizer):
         name, param = name_of(index, position, group), group["params"][position]
         check_whole(name, param)
         self._check_shared(name, param, group)
+        formats.check_formats(name, param, group)
 
     def _portions(self, index: int, work: Work) -> list[Portion]:
         """What of a step's work is this rank's, wave by wave; first what it shares with none."""
@@ -248,7 +275,7 @@ class MatrixOptimizer(SharingOptimizer):
             joints = known.joints if known.joints and known.joints.owners else None
             plan = stacks.plan(joints.planned if joints else work.states, updates_factors)
             calls = planned_calls(
-                self._matrix_method, group, updates_factors, work, plan, addresses, joints
+                self._matrix_method, index, group, updates_factors, work, plan, addresses, joints
             )
             known.stacks, known.by_kind[kind] = stacks, (plan, calls)
         self._plans[index], calls = known.by_kind[kind]

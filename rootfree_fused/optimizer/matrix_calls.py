@@ -19,16 +19,18 @@ from ..ops.methods import RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod,
 from ..ops.schemas import as_scalar_tensor
 from ..reference.matrix import largest_update
 from ..reference.structures import Blocks
+from . import formats
 from .amp_and_graphs import Scaling
 from .base import Work
 from .buckets import Bucket, BucketPlan, Stacks
-from .diagonal import KnownUpdate, number_or_tensor, steps_of
+from .diagonal import KnownUpdate, lowbit_updates, number_or_tensor
 from .groups import Group
 from .joint import Joints
 from .known_tensors import reader
 from .schedule import UpdatesFactors
-from .stacks import members_of
+from .stacks import members_of, steps_of
 from .state import ROWS, State, momentum_buffers
+from .unpacked import Unpacked
 
 # An operator's call on known tensors, with a group's settings and a scaler's. First where the
 # gradients of all parameters are (int64, on the host), or None where that is not known.
@@ -73,6 +75,7 @@ class MatrixMethod:
 
 def planned_calls(
     method: MatrixMethod,
+    index: int,
     group: Group,
     updates_factors: UpdatesFactors,
     work: Work,
@@ -80,14 +83,22 @@ def planned_calls(
     addresses: Tensor | None,
     joints: Joints | None,
 ) -> list[Call]:
-    """What a plan asks of the operators; addresses: of the gradients, as a `Call` takes them."""
+    """What a plan asks of the operators.
+
+    index: of the group. addresses: of the gradients, as a `Call` takes them.
+    """
     calls: list[Call] = []
     if joints:
         work = work._replace(params=joints.params, states=joints.states)
         calls.append(lambda *_: joints.read_())
+    in_formats = formats.are_used(group)
     if plan.vectors:
         vectors = method.vectors[group["vector_method"]]
-        calls.append(_Vectors(vectors, plan.vectors, work, group, addresses))
+        if in_formats:
+            updates = lowbit_updates(vectors, index, group, work, plan.vectors)
+            calls += [partial(_without_addresses, update) for update in updates]
+        else:
+            calls.append(_Vectors(vectors, plan.vectors, work, group, addresses))
     # One call for all buckets of a device that update their factors, and one for the others; on the
     # CPU they run one by one.
     together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
@@ -96,17 +107,35 @@ def planned_calls(
         key = device if device != "cpu" and bucket.layout.in_kernels else id(bucket)
         together[updates_factors[bucket.params[0]], key].append(bucket)
     for (update, _), buckets in together.items():
-        calls.append(_Matrices(method, buckets, update, work, group, addresses, joints))
+        if not in_formats:
+            calls.append(_Matrices(method, buckets, update, work, group, addresses, joints))
+            continue
+        unpacked = Unpacked(index, group, [i for bucket in buckets for i in bucket.params], work)
+        wide = work._replace(params=unpacked.params, states=unpacked.states)
+        calls.append(partial(_without_addresses, unpacked.read_))
+        calls.append(_Matrices(method, buckets, update, wide, group, addresses, unpacked))
+        calls.append(partial(_without_addresses, unpacked.write_))
     if joints:
         calls.append(lambda *_: joints.write_())
     return calls
+
+
+def _without_addresses(
+    run: Callable[[Group, Scaling], None], _: Tensor | None, group: Group, scaling: Scaling
+) -> None:
+    """As a `Call` of what asks for the gradients itself."""
+    run(group, scaling)
 
 
 class _Members:
     """The members of the parameters at these indices; owners: of which parameter each is."""
 
     def __init__(
-        self, indices: list[int], work: Work, batch_axes: int, joints: Joints | None = None
+        self,
+        indices: list[int],
+        work: Work,
+        batch_axes: int,
+        joints: Joints | Unpacked | None = None,
     ) -> None:
         self._batch_axes = batch_axes
         owned = [work.params[i] for i in indices]
@@ -202,14 +231,14 @@ class _Matrices:
         work: Work,
         group: Group,
         addresses: Tensor | None,
-        joints: Joints | None,
+        joints: Joints | Unpacked | None,
     ) -> None:
         self._method, self._buckets, self._update_factors = method, buckets, update_factors
         indices = [i for bucket in buckets for i in bucket.params]
         if joints and joints.owners.isdisjoint(indices):
             joints = None
         if joints:
-            addresses = None  # gradients are joined anew at every step
+            addresses = None  # what stands for parameters or gradients is made anew at every step
         members = _Members(indices, work, group.get("batch_axes", 0), joints)
         self.params, states = members.params, members.states
         self.buffers = members.of(momentum_buffers(states, group.get("momentum", 1.0)))

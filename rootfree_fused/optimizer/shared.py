@@ -135,7 +135,7 @@ class SharingOptimizer(RootFreeOptimizer):
         if self._sharing.shares(param, group):
             return {key: full(value) for key, value in saved.items()}
         if not self._sharing.has_members(param, group):
-            return saved
+            return super()._whole_state(param, group, saved)
         spec = self._full_spec(param, group)
         laid = {
             key: as_laid_out(value, param) if key in spec and key != "step" else value

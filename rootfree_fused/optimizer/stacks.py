@@ -120,6 +120,14 @@ def runs(items: Sequence[T], joined: Callable[[T, T], bool]) -> list[Sequence[T]
     return [items[first:last] for first, last in pairwise([0, *cuts, len(items)])]
 
 
+def steps_of(indices: list[int], steps: Tensor) -> Callable[[], Tensor]:
+    """How to read the counts of the parameters at these indices, which change in place."""
+    if indices == list(range(len(steps))):
+        return lambda: steps
+    chosen = torch.tensor(indices, dtype=torch.long, device=steps.device)
+    return lambda: steps.index_select(0, chosen)
+
+
 class Counts:
     """The step counts of some parameters; `steps` has them as one tensor, as `add` left them."""
 

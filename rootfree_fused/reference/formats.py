@@ -23,6 +23,7 @@ numbers is equal to the bit everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -115,23 +116,39 @@ def update_in_formats_(
     if it has one. scales: of each state, if its format has them. random: the numbers of a stream.
     stochastic: whether a bfloat16 weight without a residual is rounded by them, or to nearest.
     """
-    values = [None if s is None else decoded(s, c) for s, c in zip(states, scales, strict=True)]
-    weight = param.float() if residual is None else join_weight(param, residual)
+    values = [None if s is None else unpacked(s, c) for s, c in zip(states, scales, strict=True)]
+    weight = param.float() if residual is None else unpacked(param, residual)
     update(weight, grad, *values)
     for stream, (value, stored, scale) in enumerate(zip(values, states, scales, strict=True)):
-        if value is None or stored is None:
-            continue
-        drawn = random(stream) if stored.dtype in STOCHASTIC else HALF
-        rounded, new_scale = encoded(value, stored.dtype, drawn)
-        stored.copy_(rounded)
-        if scale is not None and new_scale is not None:
-            scale.copy_(new_scale.view(scale.shape))
-    if residual is not None:
-        high, low = split_weight(weight, residual.dtype)
-        param.copy_(high)
-        residual.copy_(low)
+        if value is not None and stored is not None:
+            pack_(stored, scale, value, partial(random, stream))
+    if residual is not None or stochastic:
+        pack_(param, residual, weight, partial(random, WEIGHT_STREAM))
     else:
-        param.copy_(to_bfloat16(weight, random(WEIGHT_STREAM)) if stochastic else weight)
+        param.copy_(weight)
+
+
+def unpacked(stored: Tensor, beside: Tensor | None) -> Tensor:
+    """A weight with its residual, or a state with its scales, in float32."""
+    if stored.dtype == torch.bfloat16 and beside is not None:
+        return join_weight(stored, beside)
+    return decoded(stored, beside)
+
+
+def pack_(
+    stored: Tensor, beside: Tensor | None, value: Tensor, random: Callable[[], Tensor]
+) -> None:
+    """Store a float32 tensor as `unpacked` finds it; random: for what is rounded stochastically."""
+    rounded: Tensor
+    other: Tensor | None
+    if beside is not None and stored.dtype == torch.bfloat16:
+        rounded, other = split_weight(value, beside.dtype)
+    else:
+        drawn = random() if stored.dtype in STOCHASTIC else HALF
+        rounded, other = encoded(value, stored.dtype, drawn)
+    stored.copy_(rounded)
+    if beside is not None and other is not None:
+        beside.copy_(other.view(beside.shape))
 
 
 # State --------------------------------------------------------------------------------------------
