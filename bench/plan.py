@@ -33,6 +33,27 @@ STRUCTURES: dict[str, list[Settings]] = {
         {"structures": "diagonal"},
     ],
 }
+# How weights and state are kept, on text: float32 weights, or bfloat16 ones (`WEIGHTS`).
+WEIGHTS = "weights"
+_ROUNDED: Settings = {WEIGHTS: "bfloat16"}
+_ALL: list[Settings] = [
+    {},
+    _ROUNDED,
+    {**_ROUNDED, "param_residual": "stochastic"},
+    {**_ROUNDED, "param_residual": 16},
+    {**_ROUNDED, "param_residual": 8},
+    {**_ROUNDED, "param_residual": 8, "state_format": "bfloat16"},
+    {**_ROUNDED, "param_residual": 8, "state_format": "8bit"},
+    {**_ROUNDED, "param_residual": "stochastic", "state_format": "8bit"},
+]
+# A shorter memory shows bad formats of the second moment.
+_SHORT: Settings = {"betas": (0.9, 0.9)}
+FORMATS: dict[str, list[Settings]] = {
+    "RootFreeAdamW": [*_ALL, *({**_SHORT, **own} for own in (_ALL[0], *_ALL[4:7]))],
+    "RootFreeRMSprop": [_ALL[0], _ALL[1], *_ALL[4:7]],
+    "IFShampoo": [_ALL[0], _ALL[1], _ALL[2], *_ALL[4:7]],
+    "RootFreeShampoo": [_ALL[0], _ALL[1], _ALL[2], *_ALL[4:7]],
+}
 SEARCHED = {"long text": "text"}  # where the settings of another problem are taken
 
 Losses = dict[str, dict[int, float]]  # by settings as JSON and seed; inf where a run diverged
@@ -147,6 +168,14 @@ def _structures(choice: Choice, rows: list[Row]) -> Iterator[Job]:
                 yield Job("structures", task, name, json.dumps(settings), seed)
 
 
+def _formats(choice: Choice, rows: list[Row]) -> Iterator[Job]:
+    for seed in SEEDS[: choice.seeds]:
+        for task, name in choice.cases:
+            for formats in FORMATS.get(name, []) if task == "text" else []:
+                settings = {**METHODS[task][name].defaults, **formats}
+                yield Job("formats", task, name, json.dumps(settings), seed)
+
+
 # In the order of their runs: the best of a search is trained as soon as it is known.
 PLANS = {
     "defaults": _defaults,
@@ -154,6 +183,7 @@ PLANS = {
     "search": _search,
     "basin": _basin,
     "structures": _structures,
+    "formats": _formats,
 }
 
 

@@ -5,6 +5,7 @@
     search     the 25 settings of every search, and the best five of them with two seeds more
     basin      the defaults at nine learning rates over two decades, on the tuning data
     structures   the defaults with factors of other structures, on text, on the comparison's data
+    formats    the defaults with weights and state in fewer bytes, on the same
 
 Runs are made in this order, or in that of --kinds. Each is a row as soon as it ends; the same
 command, or one with other choices, goes on with the runs that have none.
@@ -28,11 +29,12 @@ from .measuring.common import add_measurement_arguments, optional, pick_device, 
 from .measuring.rows import Rows, read_rows
 from .optimizers import METHODS
 from .optimizers.tuned import BASE, COMPARED
-from .plan import PLANS, Choice, Job, all_best, planned
+from .plan import PLANS, WEIGHTS, Choice, Job, all_best, planned
 from .report import losses
 from .train import add_choice, add_tasks
+from .workloads.lowbit import on_bfloat16_weights
 from .workloads.problems import PROBLEMS, rounded
-from .workloads.training import train
+from .workloads.training import state_bytes, train
 
 QUICK_ROUNDS = 2
 
@@ -133,6 +135,7 @@ def add_row(rows: Rows, job: Job, result: dict[str, Any]) -> None:
         seed=job.seed,
         steps=result.pop("steps"),
         process_seconds=result.pop("process_seconds"),
+        bytes_a_parameter=result.pop("bytes_a_parameter"),
         **{measure: rounded(curve) for measure, curve in result.items()},
     )
 
@@ -144,7 +147,11 @@ def train_job(job: Job, *, device: str, quick: bool) -> dict[str, Any]:
     """What a run measured at the end of each round; a NaN where it diverged."""
     start = time.process_time()
     problem, method = PROBLEMS[job.task], METHODS[job.task][job.method]
-    build = partial(method.optimizer, settings=job.chosen)
+    settings = dict(job.chosen)
+    in_bfloat16 = settings.pop(WEIGHTS, None) == "bfloat16"
+    build = partial(method.optimizer, settings=settings)
+    if in_bfloat16:
+        build = partial(on_bfloat16_weights, build)
     rounds = QUICK_ROUNDS if quick else problem.rounds
     runs = train(
         problem,
@@ -154,18 +161,26 @@ def train_job(job: Job, *, device: str, quick: bool) -> dict[str, Any]:
         seed=job.seed,
         rounds=rounds,
     )
-    found: dict[str, Any] = {"loss": [math.nan], "steps": 0}
+    found: dict[str, Any] = {"loss": [math.nan], "steps": 0, "bytes_a_parameter": None}
     try:
         for of_round in runs:
             (done,) = of_round.values()
             found = {**done.held_out, "training loss": done.training_loss}
             found["steps"] = len(done.training_step)
+            found["bytes_a_parameter"] = round(bytes_of(done.optimizer), 3)
             if not math.isfinite(done.training_loss[-1]):
                 found["loss"] = [*found["loss"][:-1], math.nan]
                 break
     except torch.linalg.LinAlgError:
         found["loss"] = [*found["loss"], math.nan]
     return {**found, "process_seconds": round(time.process_time() - start, 2)}
+
+
+def bytes_of(optimizer: torch.optim.Optimizer) -> float:
+    """Of weights and state, a parameter."""
+    weights = [param for group in optimizer.param_groups for param in group["params"]]
+    stored = state_bytes(optimizer) + sum(param.nbytes for param in weights)
+    return stored / sum(param.numel() for param in weights)
 
 
 @cache

@@ -42,6 +42,8 @@ def losses(rows: list[Row]) -> str:
             parts += [f"**{title}**", _table(own)]
     if by_structure := structures(rows):
         parts += ["**At the defaults, by the structure of factors**", by_structure]
+    if by_format := formats(rows):
+        parts += ["**At the defaults, weights and state in fewer bytes**", by_format]
     notes = (
         "The loss after the last step, mean and standard deviation over the seeds, lowest in bold: "
         "on text and digits of the test data, in nat, of the autoencoder on all images, squared "
@@ -71,6 +73,53 @@ def _structure(row: Row) -> str:
         return f"blocks up to {settings['max_dense_dim']}"
     size = f" of {settings['block_size']}, as released" if "block_size" in settings else ""
     return f"{settings['structures'].replace('_', ' ')}{size}"
+
+
+def formats(rows: list[Row]) -> str:
+    """Of each optimizer a line a format, with the difference to float32 of the same seeds."""
+    stored = [row for row in rows if _kind(row) == "formats"]
+    stored.sort(key=lambda row: -row["detail"]["bytes_a_parameter"])
+    lines = []
+    for name in unique(stored, "provider"):
+        by_memory: dict[str, dict[str, list[Row]]] = {}
+        for row in select(stored, provider=name):
+            settings = dict(row["detail"]["settings"])
+            format_of = {key: settings.pop(key) for key in _FORMAT if key in settings}
+            by_memory.setdefault(settings_text(settings), {}).setdefault(
+                settings_text(format_of), []
+            ).append(row)
+        for memory, found in by_memory.items():
+            exact = {row["detail"]["seed"]: row["value"] for row in found.get("", [])}
+            most = max(map(len, found.values()))
+            for own in found.values():
+                lines.append(
+                    [name, memory, *_format_cells(own), _cell(own, most), _off(own, exact)]
+                )
+    header = ["optimizer", "settings", "weights", "state", "bytes a parameter", "test loss"]
+    return markdown([*header, "beside float32"], lines) if lines else ""
+
+
+_FORMAT = ("weights", "param_residual", "state_format")
+
+
+def _format_cells(rows: list[Row]) -> list[str]:
+    """Weights, state and bytes."""
+    settings = rows[0]["detail"]["settings"]
+    weights = settings.get("weights", "float32")
+    if residual := settings.get("param_residual"):
+        weights += f", {residual}" if residual == "stochastic" else f" + {residual}"
+    size = f"{rows[0]['detail']['bytes_a_parameter']:.2f}"
+    return [weights, settings.get("state_format", "float32"), size]
+
+
+def _off(rows: list[Row], exact: dict[int, float | None]) -> str:
+    """Mean and standard deviation over the seeds of the difference."""
+    pairs = [(row["value"], exact.get(row["detail"]["seed"])) for row in rows]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    if rows[0]["detail"]["settings"].keys().isdisjoint(_FORMAT) or not differences:
+        return ""
+    spread = f" +- {statistics.stdev(differences):.3f}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):+.3f}{spread}"
 
 
 def _kind(row: Row) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..measuring.common import PROBE_BYTES
 from ..measuring.rows import ROOT, Row, select, unique
 from .cells import NOISY, markdown, noisy, page, provenance, timed
-from .losses import KINDS, in_order, losses, structures
+from .losses import KINDS, formats, in_order, losses, structures
 from .tables import FORWARD
 from .training import loss, reached, step_time
 
@@ -185,6 +185,14 @@ def structured(files: Files) -> str:
     return page(structures(rows), _measured(shown))
 
 
+def in_formats(files: Files) -> str:
+    """Losses on text with weights and state in fewer bytes."""
+    runs = [rows for name, rows in files.items() if name.endswith("/sweep")]
+    rows = in_order([row for own in runs for row in own])
+    shown = [row for row in rows if row["detail"]["kind"] == "formats"]
+    return page(formats(rows), _measured(shown))
+
+
 # Of the optimizers of `bench step`, those in the pages.
 NETWORK_PEERS = (OURS, SIRFSHAMPOO, SOAP, EIGH, "torch Muon", "torch AdamW, fused")
 
@@ -281,6 +289,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "text": text,
     "losses": trained,
     "structures": structured,
+    "formats": in_formats,
     "epyc": _of_machine("epyc"),
     "xeon": _of_machine("xeon-amx"),
 }

@@ -8,13 +8,23 @@ import itertools
 import pytest
 import torch
 
-from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, convert, to_bfloat16_
+from rootfree_fused import (
+    IFShampoo,
+    RootFreeAdamW,
+    RootFreeRMSprop,
+    RootFreeShampoo,
+    convert,
+    to_bfloat16_,
+)
+from rootfree_fused.optimizer.unpacked import _Packed
 from rootfree_fused.reference.formats import BLOCK, decoded, join_weight
 
 BF16, F32 = torch.bfloat16, torch.float32
 RESIDUALS = (None, "stochastic", 8, 16)
 STATES = ("float32", "bfloat16", "8bit")
 CLASSES = {"adamw": RootFreeAdamW, "rmsprop": RootFreeRMSprop}
+MATRICES = {"ifshampoo": IFShampoo, "shampoo": RootFreeShampoo}
+EVERY = {**CLASSES, **MATRICES}
 SECOND = {"adamw": "exp_avg_sq", "rmsprop": "square_avg"}
 FIRST = {"adamw": "exp_avg", "rmsprop": "momentum_buffer"}
 # A matrix of whole blocks, one whose last block is short, one with few elements, a vector.
@@ -27,8 +37,10 @@ def parameters(shapes=SHAPES, dtype=BF16, seed=0):
 
 
 def optimizer_of(name, params, residual=None, state="float32", **settings):
-    settings = {"batch_size": 1, "param_residual": residual, "state_format": state, **settings}
-    return CLASSES[name](params, **settings)
+    settings = {"param_residual": residual, "state_format": state, **settings}
+    if name != "shampoo":
+        settings["batch_size"] = 1
+    return EVERY[name](params, **settings)
 
 
 def run(optimizer, params, steps, first=0):
@@ -65,7 +77,7 @@ def saved(optimizer):
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_run_that_resumes_has_the_bits_of_one_that_goes_on(name, residual, state):
     params, others = parameters(), parameters(seed=1)
     optimizer = optimizer_of(name, params, residual, state)
@@ -124,6 +136,41 @@ def test_a_residual_of_16_bits_trains_as_float32_weights_do(name):
         assert not torch.equal(param.float(), other)
 
 
+@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("factor_dtype", [F32, BF16])
+def test_matrices_with_a_residual_of_16_bits_train_as_float32_does(name, factor_dtype):
+    params = parameters()
+    others = [torch.nn.Parameter(p.detach().float()) for p in params]
+    optimizer = optimizer_of(name, params, 16, factor_dtype=factor_dtype)
+    twin = optimizer_of(name, others, factor_dtype=factor_dtype)
+    for _ in range(3):
+        run(optimizer, params, 1)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad.float()
+        twin.step()
+    for param, other in zip(params, others, strict=True):
+        if param.dim() == 2:
+            own, their = optimizer.state[param], twin.state[other]
+            assert torch.equal(join_weight(param.detach(), own["param_residual"]), other)
+            assert all(torch.equal(own[key], value) for key, value in their.items())
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_matrices_are_in_float32_for_the_time_of_a_step_alone(name, monkeypatch):
+    sizes = []
+    original = _Packed.write_
+
+    def write_(packed, scaling):
+        sizes.append([value.untyped_storage().nbytes() for value in packed._values])
+        original(packed, scaling)
+        sizes.append([value.untyped_storage().nbytes() for value in packed._values])
+
+    monkeypatch.setattr(_Packed, "write_", write_)
+    params = parameters(((64, 256), (64, 256)))
+    run(optimizer_of(name, params, 8, "8bit"), params, 2)
+    assert sizes == [[4 * 64 * 256] * 2, [0] * 2] * 4
+
+
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("name", CLASSES)
 def test_second_moments_come_down_from_1(name, state):
@@ -160,9 +207,10 @@ def test_weights_move_by_less_than_a_step_of_bfloat16(residual):
 
 
 @pytest.mark.parametrize(("residual", "state"), list(itertools.product(RESIDUALS, STATES[1:])))
-def test_a_skipped_step_leaves_every_bit(residual, state):
+@pytest.mark.parametrize("name", ["adamw", *MATRICES])
+def test_a_skipped_step_leaves_every_bit(name, residual, state):
     params = parameters()
-    optimizer = optimizer_of("adamw", params, residual, state, amp_scaling=True)
+    optimizer = optimizer_of(name, params, residual, state, amp_scaling=True)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
     run(optimizer, params, 2)
     before = bits(optimizer, params)
@@ -339,3 +387,14 @@ def test_formats_do_not_change_between_steps(name, value):
     with pytest.raises(ValueError, match=f"{name} of group 0 was"):
         run(optimizer, params, 1)
     assert equal(bits(optimizer, params), before)
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_what_formats_do_not_go_together_with_is_refused(name):
+    joined = torch.nn.Linear(64, 101).bfloat16().named_parameters()
+    with pytest.raises(ValueError, match="combine is 'module'"):
+        optimizer_of(name, joined, 8, combine="module")
+    if name == "shampoo":
+        settings = {"vector_method": "rootfree", "batch_axes": 1}
+        with pytest.raises(ValueError, match="pass vector_method='adam'"):
+            optimizer_of(name, parameters(((2, 64, 64),)), 8, **settings)
