@@ -23,7 +23,6 @@ numbers is equal to the bit everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,9 +120,9 @@ def update_in_formats_(
     update(weight, grad, *values)
     for stream, (value, stored, scale) in enumerate(zip(values, states, scales, strict=True)):
         if value is not None and stored is not None:
-            pack_(stored, scale, value, partial(random, stream))
+            pack_(stored, scale, value, lambda own=stream: random(own))
     if residual is not None or stochastic:
-        pack_(param, residual, weight, partial(random, WEIGHT_STREAM))
+        pack_(param, residual, weight, lambda: random(WEIGHT_STREAM))
     else:
         param.copy_(weight)
 
