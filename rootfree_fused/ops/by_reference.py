@@ -146,9 +146,8 @@ def pack_(
     others: Sequence[Tensor | None] = beside or [None] * len(stored)
     rows = zip(stored, others, values, steps, seeds, firsts, strict=True)
     for own, other, value, step, seed, first in rows:
-        formats.pack_(
-            own, other, value, partial(random_bits, seed, step, stream, first=first, like=value)
-        )
+        random = partial(random_bits, seed, step, first=first, like=value)
+        formats.pack_(own, other, value, random, stream)
 
 
 def ifshampoo_(

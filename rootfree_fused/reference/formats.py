@@ -120,9 +120,9 @@ def update_in_formats_(
     update(weight, grad, *values)
     for stream, (value, stored, scale) in enumerate(zip(values, states, scales, strict=True)):
         if value is not None and stored is not None:
-            pack_(stored, scale, value, lambda own=stream: random(own))
+            pack_(stored, scale, value, random, stream)
     if residual is not None or stochastic:
-        pack_(param, residual, weight, lambda: random(WEIGHT_STREAM))
+        pack_(param, residual, weight, random, WEIGHT_STREAM)
     else:
         param.copy_(weight)
 
@@ -135,15 +135,19 @@ def unpacked(stored: Tensor, beside: Tensor | None) -> Tensor:
 
 
 def pack_(
-    stored: Tensor, beside: Tensor | None, value: Tensor, random: Callable[[], Tensor]
+    stored: Tensor,
+    beside: Tensor | None,
+    value: Tensor,
+    random: Callable[[int], Tensor],
+    stream: int,
 ) -> None:
-    """Store a float32 tensor as `unpacked` finds it; random: for what is rounded stochastically."""
+    """Store a float32 tensor as `unpacked` finds it, by a stream of random numbers if by any."""
     rounded: Tensor
     other: Tensor | None
     if beside is not None and stored.dtype == torch.bfloat16:
         rounded, other = split_weight(value, beside.dtype)
     else:
-        drawn = random() if stored.dtype in STOCHASTIC else HALF
+        drawn = random(stream) if stored.dtype in STOCHASTIC else HALF
         rounded, other = encoded(value, stored.dtype, drawn)
     stored.copy_(rounded)
     if beside is not None and other is not None:
