@@ -4,6 +4,7 @@
 // torch's stable ABI has no way from a Python object to a tensor. So this module is built for one
 // version of torch and of Python, which its name states; without it the optimizers ask from Python.
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <structmember.h>
 
@@ -15,7 +16,7 @@ namespace {
 
 // What an update depends on beside the values: what a tensor is, and where its elements lie.
 struct Entry {
-  const void *object, *impl, *storage, *data;
+  const void *object, *here, *impl, *storage, *data;  // here: of a DTensor what this rank has
   int64_t numel, type;  // type: dtype, device, whether contiguous; or the stride of an axis
   uint64_t shape;
   bool operator==(const Entry&) const = default;
@@ -28,10 +29,13 @@ constexpr c10::DispatchKeySet not_plain =
     c10::DispatchKeySet(
         {c10::DispatchKey::Conjugate, c10::DispatchKey::Negative, c10::DispatchKey::NestedTensor});
 
-void prefetch(const void* object, size_t size) {
-  for (size_t offset = 0; offset < size; offset += 64) {
-    __builtin_prefetch(static_cast<const char*>(object) + offset);
-  }
+// All cache lines of an object, which may begin inside one. Inlined: g++ drops calls of functions
+// that do nothing but prefetch.
+template <size_t size>
+[[gnu::always_inline]] inline void prefetch(const void* object) {
+  const char* const bytes = static_cast<const char*>(object);
+  for (size_t offset = 0; offset < size; offset += 64) __builtin_prefetch(bytes + offset);
+  __builtin_prefetch(bytes + size - 1);
 }
 
 // Takes entries and keeps them.
@@ -45,15 +49,18 @@ struct Record {
 
 // Takes entries while they are those of a record. Thousands of tensors do not stay in the caches
 // near a core, so it fetches ahead what the next entries, if nothing moved, will be read from.
+// Those of gradients, which move, name no place.
 struct Comparison {
   static constexpr Py_ssize_t ahead = 16;
+  static constexpr size_t slots = 2 * sizeof(PyObject*);  // what follows in a DTensor
   const Entry *next, *end;
   bool take(const Entry& entry) {
-    if (end - next > ahead) {
+    if (end - next > ahead && next[ahead].here) {
       const Entry& later = next[ahead];
-      prefetch(later.object, sizeof(THPVariable));
-      prefetch(later.impl, sizeof(at::TensorImpl));
-      prefetch(later.storage, 64);
+      prefetch<sizeof(THPVariable)>(later.here);
+      if (later.object != later.here) prefetch<sizeof(THPVariable) + slots>(later.object);
+      prefetch<sizeof(at::TensorImpl)>(later.impl);
+      prefetch<sizeof(c10::StorageImpl)>(later.storage);
     }
     return next < end && *next++ == entry;
   }
@@ -61,14 +68,15 @@ struct Comparison {
 
 // Tells shapes of one size apart: no axis below 2^31 makes up for another times this constant.
 uint64_t shape_of(const at::TensorImpl& impl) {
-  uint64_t shape = impl.dim();
-  for (const int64_t size : impl.sizes()) shape = shape * 0x9e3779b97f4a7c15 + size;
+  const at::IntArrayRef sizes = impl.sizes();
+  uint64_t shape = sizes.size();
+  for (const int64_t size : sizes) shape = shape * 0x9e3779b97f4a7c15 + size;
   return shape;
 }
 
 // False for a tensor that is no plain strided one, and where the taker says so.
 template <class Taker>
-bool describe(const at::Tensor& tensor, Entry entry, Taker& taker) {
+bool describe(const at::Tensor& tensor, Entry&& entry, Taker& taker) {
   const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
   const c10::Device device = impl.device();
   const bool contiguous = impl.is_contiguous();
@@ -127,10 +135,13 @@ PyObject* local_tensor(PyObject* object) {
   return local && THPVariable_CheckExact(local) ? local : nullptr;
 }
 
-// As THPVariable_Check, which asks a metaclass of what is no Tensor itself.
-bool is_tensor(PyObject* object) {
-  return THPVariable_CheckExact(object) || local_tensor(object) || THPVariable_Check(object);
+// The tensor itself, of a DTensor what this rank has, borrowed; null for any other object.
+PyObject* plain_tensor(PyObject* object) {
+  return THPVariable_CheckExact(object) ? object : local_tensor(object);
 }
+
+// As THPVariable_Check, which asks a metaclass of what is no Tensor itself.
+bool is_tensor(PyObject* object) { return plain_tensor(object) || THPVariable_Check(object); }
 
 // Whether two DTensors are laid out alike over the same ranks.
 bool lie_alike(PyObject* object, PyObject* other) {
@@ -150,32 +161,63 @@ bool lie_alike(PyObject* object, PyObject* other) {
   return true;
 }
 
-// Of a tensor that stays where it is, of a DTensor what of it is here.
+// Of a tensor that stays where it is; `here` is its `plain_tensor`.
 template <class Taker>
-bool describe(PyObject* object, Taker& taker) {
-  PyObject* const here = THPVariable_CheckExact(object) ? object : local_tensor(object);
-  if (!here) return false;
+bool describe(PyObject* object, PyObject* here, Taker& taker) {
   const at::Tensor& tensor = THPVariable_Unpack(here);
   if (!is_plain(tensor)) return false;
   const at::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
-  const void* storage = impl.unsafe_storage().unsafeGetStorageImpl();
-  return describe(tensor, {object, &impl, storage, impl.data()}, taker);
+  const c10::StorageImpl* storage = impl.unsafe_storage().unsafeGetStorageImpl();
+  if (!storage) return false;
+  const char* data = static_cast<const char*>(storage->data());
+  data += impl.itemsize() * impl.storage_offset();
+  return describe(tensor, {object, here, &impl, storage, data}, taker);
 }
 
-// Of a gradient, laid out as its parameter is; its address goes to `grads`.
-template <class Taker>
-bool describe_gradient(PyObject* param, const at::Tensor& grad, Taker& taker,
-                       std::vector<const void*>& grads) {
-  const at::Tensor* own = &grad;
-  Reference object;
-  if (!THPVariable_CheckExact(param)) {
-    object.reset(THPVariable_Wrap(grad));
-    PyObject* const local = object ? local_tensor(object.get()) : nullptr;
-    if (!local || !lie_alike(param, object.get())) return false;
-    own = &THPVariable_Unpack(local);
+// A parameter and its gradient, null where it has none; of DTensors what this rank has.
+struct Pair {
+  PyObject* param;
+  const at::Tensor* grad;
+  Reference dtensor;  // keeps `grad`
+};
+
+// The gradient is still the whole one.
+bool find(PyObject* param, Pair& pair) {
+  pair.param = plain_tensor(param);
+  if (!pair.param) return false;
+  const auto* meta = torch::autograd::impl::get_autograd_meta(THPVariable_Unpack(param));
+  if (meta && meta->grad_.defined()) pair.grad = &meta->grad_;
+  return true;
+}
+
+// False for a gradient that is not laid out as its parameter, a DTensor.
+bool find_local_gradient(PyObject* param, Pair& pair) {
+  pair.dtensor.reset(THPVariable_Wrap(*pair.grad));
+  PyObject* const local = pair.dtensor ? local_tensor(pair.dtensor.get()) : nullptr;
+  if (!local || !lie_alike(param, pair.dtensor.get())) return false;
+  pair.grad = &THPVariable_Unpack(local);
+  return true;
+}
+
+// Ahead of its turn.
+[[gnu::always_inline]] inline void prefetch_gradient(const std::vector<Pair>& pairs, size_t i) {
+  if (i < pairs.size() && pairs[i].grad) {
+    prefetch<sizeof(at::TensorImpl)>(pairs[i].grad->unsafeGetTensorImpl());
   }
-  if (!is_plain(*own) || !describe(*own, Entry{}, taker)) return false;
-  grads.push_back(own->unsafeGetTensorImpl()->data());
+}
+
+// In passes of few steps: the way to a gradient leads from object to object, each in a far cache,
+// and a processor goes several such ways at once if they follow closely.
+bool find(PyObject* params, std::vector<Pair>& pairs) {
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    if (!find(PyList_GET_ITEM(params, i), pairs[i])) return false;
+  }
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    PyObject* const param = PyList_GET_ITEM(params, i);
+    prefetch_gradient(pairs, i + 8);
+    const bool is_dtensor = pairs[i].param != param;
+    if (is_dtensor && pairs[i].grad && !find_local_gradient(param, pairs[i])) return false;
+  }
   return true;
 }
 
@@ -184,22 +226,26 @@ bool describe_gradient(PyObject* param, const at::Tensor& grad, Taker& taker,
 template <class Taker>
 bool describe(PyObject* params, PyObject* states, Taker& taker, std::vector<const void*>& grads) {
   const Py_ssize_t size = PyList_GET_SIZE(params);
-  if (PyList_GET_SIZE(states) != size) return false;
+  std::vector<Pair> pairs(size);
+  if (PyList_GET_SIZE(states) != size || !find(params, pairs)) return false;
   grads.reserve(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject *param = PyList_GET_ITEM(params, i), *state = PyList_GET_ITEM(states, i);
-    if (!describe(param, taker) || !PyDict_CheckExact(state)) return false;
-    const at::Tensor& grad = THPVariable_Unpack(param).grad();
-    if (!grad.defined()) {
+    prefetch_gradient(pairs, i + 3);
+    if (!describe(param, pairs[i].param, taker) || !PyDict_CheckExact(state)) return false;
+    if (!pairs[i].grad) {
       if (!taker.take({.numel = -1})) return false;
       continue;
     }
-    if (!describe_gradient(param, grad, taker, grads)) return false;
+    const at::Tensor& grad = *pairs[i].grad;
+    if (!is_plain(grad) || !describe(grad, Entry{}, taker)) return false;
+    grads.push_back(grad.unsafeGetTensorImpl()->data());
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(state, &position, &key, &value)) {
+      PyObject* const here = plain_tensor(value);
       // What is no tensor is a wrapper's: a step reads none of it.
-      if (is_tensor(value) && !describe(value, taker)) return false;
+      if (here ? !describe(value, here, taker) : THPVariable_Check(value)) return false;
     }
   }
   return true;
@@ -240,8 +286,10 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return PyErr_Format(PyExc_TypeError, "expected two lists and bytes");
   }
   if (!are_lists(arguments, 2, 2)) return nullptr;
+  const size_t size = PyBytes_GET_SIZE(arguments[2]);
+  if (size % sizeof(Entry) != 0) Py_RETURN_NONE;
   const auto* known = reinterpret_cast<const Entry*>(PyBytes_AS_STRING(arguments[2]));
-  Comparison comparison{known, known + PyBytes_GET_SIZE(arguments[2]) / sizeof(Entry)};
+  Comparison comparison{known, known + size / sizeof(Entry)};
   std::vector<const void*> grads;
   if (!describe(arguments[0], arguments[1], comparison, grads)) Py_RETURN_NONE;
   if (comparison.next != comparison.end) Py_RETURN_NONE;
