@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import Ranks
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is not installed
 
@@ -51,3 +52,11 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Four processes that are ranks, of all tests that end none of them."""
+    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()

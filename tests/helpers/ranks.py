@@ -16,6 +16,7 @@ CASES = (
     "helpers.shared_faults",
 )
 TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
+START = 300.0  # for what ranks import, on a machine that does other things
 
 
 class Ranks:
@@ -31,6 +32,11 @@ class Ranks:
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(START):
+                self.close()
+                raise TimeoutError(f"rank {rank} has not started")
+            pipe.recv()
 
     def run(self, case, *arguments, dead=()):
         """What each rank returned that is not to end in it; what one raised is raised."""
@@ -58,6 +64,7 @@ def _serve(rank, world, store, pipe):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     modules = list(map(importlib.import_module, CASES))
+    pipe.send("started")
     while True:
         case, arguments = pipe.recv()
         try:

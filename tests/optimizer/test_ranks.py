@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 from helpers.optimizers import DIAGONAL
 from helpers.rank_cases import LAYOUTS
-from helpers.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
 NAMES = ["rmsprop-momentum", "adamw-corrected"]
 assert set(NAMES) <= set(DIAGONAL)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("start", [1.0, "auto"], ids=str)

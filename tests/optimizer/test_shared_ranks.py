@@ -11,13 +11,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::Fu
 NAMES = ["ifshampoo", "shampoo"]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    pool = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield pool
-    pool.close()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [*NAMES, "ifshampoo-interval"])
 def test_every_layout_is_the_whole_model(ranks, name, layout):
