@@ -9,6 +9,8 @@ all worlds in turn. What a step sends, and what it waits for, is not in these ti
 from __future__ import annotations
 
 import argparse
+import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +20,19 @@ from typing import Any
 import torch
 
 from rootfree_fused.optimizer import exchange
+from rootfree_fused.optimizer.joint import unit_of
+from rootfree_fused.optimizer.layouts import Layout
 from rootfree_fused.optimizer.matrix import MatrixOptimizer
-from rootfree_fused.optimizer.owners import Cost, owners_of
+from rootfree_fused.optimizer.owners import (
+    Cost,
+    Volume,
+    owners_of,
+    staying,
+    summed_elements,
+    update_flops,
+)
+from rootfree_fused.optimizer.ranks import rows_of
+from rootfree_fused.optimizer.state import MOMENTUM, is_of_rows
 
 from .layouts import GIVEN, Stack, on_meta
 from .matrix import owned as fresh
@@ -92,22 +105,68 @@ def loads_of(each: Sequence[Cost], owners: Sequence[int], ranks: int) -> list[Co
 
 
 def by_rows(shapes: Sequence[Shape]) -> Simulation:
-    """Matrices cut by rows, as `fully_shard` leaves them; one rank owns the factors of each."""
+    """Matrices cut by rows, as `fully_shard` leaves them: of most one rank owns the factors, of
+    others, which have a diagonal factor of the rows, these stay where they are.
+    """
 
     def world(cls: type[MatrixOptimizer], ranks: int) -> World:
-        of_shape = {shape: cost_of(cls, Stack(shape)) for shape in set(shapes)}
-        each = [of_shape[shape] for shape in shapes]
+        optimizers = {shape: on_meta(cls, Stack(shape)) for shape in set(shapes)}
+        layouts = {shape: whole_layout(optimizer) for shape, optimizer in optimizers.items()}
+        stay = staying([volume(layouts[shape]) for shape in shapes], ranks)
+        owned = [shape for i, shape in enumerate(shapes) if i not in stay]
+        each = [costs(optimizers[shape])[0] for shape in owned]
         owners = owners_of(each, [Cost(0, 0)] * ranks)
-        (sent, waves), (halved, _) = (traffic(shapes, owners, ranks, wire) for wire in WIRES)
-        return World(loads_of(each, owners, ranks), sent, halved, waves)
+        (sent, waves), (halved, _) = (
+            traffic(owned, owners, ranks, wire, len(stay)) for wire in WIRES
+        )
+        loads = loads_of(each, owners, ranks)
+        for i in stay:
+            layout, optimizer = layouts[shapes[i]], optimizers[shapes[i]]
+            parts = (rows_cost(optimizer, layout, rows) for rows in rows_of(shapes[i][0], ranks))
+            loads = list(map(operator.add, loads, parts))
+        summed = sum(summed_bytes(layouts[shapes[i]], ranks) for i in stay)
+        return World(loads, sent + summed, halved + summed, waves)
 
     return world
 
 
+def whole_layout(optimizer: MatrixOptimizer) -> Layout:
+    """Of the only parameter."""
+    (group,) = optimizer.param_groups
+    layout = unit_of(group["params"][0], group).layout
+    assert layout is not None
+    return layout
+
+
+def volume(layout: Layout) -> Volume:
+    """Of what is cut by rows."""
+    summed = summed_elements(layout) if layout.has_diagonal_rows else None
+    return Volume(math.prod(layout.sizes), summed)
+
+
+def rows_cost(optimizer: MatrixOptimizer, layout: Layout, rows: int) -> Cost:
+    """Of so many rows of its only parameter, with the factors of the other axes."""
+    part = Layout((rows, *layout.sizes[1:]), layout.structures)
+    (state,) = optimizer.state.values()
+    size = 0.0
+    for key, value in state.items():
+        share = rows / layout.sizes[0] if is_of_rows(key) or key == MOMENTUM else 1
+        size += share * value.numel() * value.itemsize
+    return Cost(update_flops(part, optimizer._flops_of_blocks), size)
+
+
+def summed_bytes(layout: Layout, ranks: int) -> int:
+    """That a rank sends in an update of a matrix whose rows stay: sums of float32, in a ring."""
+    return 2 * (ranks - 1) * 4 * summed_elements(layout) // ranks
+
+
 def traffic(
-    shapes: Sequence[Shape], owners: Sequence[int], ranks: int, wire: torch.dtype
+    shapes: Sequence[Shape], owners: Sequence[int], ranks: int, wire: torch.dtype, stay: int = 0
 ) -> tuple[int, int]:
-    """The bytes that a rank sends a step at most, and the waves."""
+    """The bytes that a rank sends a step at most, and the waves.
+
+    stay: how many more there are whose rows stay, without what is summed of them.
+    """
     cuts = {shape: boxes(shape, ranks) for shape in dict.fromkeys(shapes)}
     params = {shape: torch.empty(shape, device="meta") for shape in cuts}
     dtypes, senders = (torch.float32, wire), list(range(ranks))
@@ -115,10 +174,11 @@ def traffic(
         exchange.Matrix(params[shape], *dtypes, owner, cuts[shape], senders)
         for shape, owner in zip(shapes, owners, strict=True)
     ]
+    rows: Any = [None] * stay  # of which messages have as many headers more
     most = count = 0
     for rank in unlike(shapes, owners, cuts, ranks):
         ends: Any = SimpleNamespace(rank=rank, size=ranks)
-        waves = exchange.waves_of(planned, ends)
+        waves = exchange.waves_of(planned, ends, rows)
         most, count = max(most, sum(wave.bytes_sent for wave in waves)), len(waves)
     return most, count
 
@@ -126,7 +186,7 @@ def traffic(
 def boxes(shape: Shape, ranks: int) -> list[exchange.Box]:
     """What each rank has of a parameter that is cut by rows."""
     found, first = [], 0
-    for rows in exchange.rows_of(shape[0], ranks):
+    for rows in rows_of(shape[0], ranks):
         found.append(exchange.Box((first, *[0] * len(shape[1:])), (rows, *shape[1:])))
         first += rows
     return found
@@ -142,7 +202,7 @@ def unlike(
     held: list[list[Shape]] = [[] for _ in range(ranks)]
     for shape, owner in zip(shapes, owners, strict=True):
         held[owner].append(shape)
-    rows = zip(*([box.sizes[0] for box in parts] for parts in cuts.values()), strict=True)
+    rows = [tuple(parts[rank].sizes[0] for parts in cuts.values()) for rank in range(ranks)]
     kinds = ((tuple(sorted(own)), of) for own, of in zip(held, rows, strict=True))
     yield from {kind: rank for rank, kind in enumerate(kinds)}.values()
 
@@ -155,7 +215,7 @@ def by_members(stacks: Sequence[Shape]) -> Simulation:
         each, owners = [], []
         for shape in stacks:
             each += [of_shape[shape]] * shape[0]
-            for rank, members in enumerate(exchange.rows_of(shape[0], ranks)):
+            for rank, members in enumerate(rows_of(shape[0], ranks)):
                 owners += [rank] * members
         return World(loads_of(each, owners, ranks), 0, 0, 0)
 
@@ -172,6 +232,9 @@ MODELS: dict[str, Callable[[], Simulation]] = {
     "Llama-8B": lambda: by_rows(matrices(llama_8b())),
     "Llama-70B": lambda: by_rows(matrices(llama_70b())),
     "experts of Qwen3-30B-A3B": lambda: by_members(list(qwen3_30b_a3b_experts())),
+    "Llama-8B with its lookup and head": lambda: by_rows(
+        [layer.shape for layer in llama_8b() if len(layer.shape) > 1]
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..reference import formats, matrix, rootfree_shampoo
 from ..reference.formats import random_bits, unpacked, update_in_formats_
+from ..reference.rows import ALL_ROWS, Rows
 from ..reference.structures import Structure
 from .axes import known_sizes, structures_of
 from .methods import DiagonalMethod
@@ -175,12 +176,14 @@ def ifshampoo_(
     joint_norms: list[bool] | None = None,
     sizes: Sequence[int] | None = None,
     structures: Sequence[Structure] | None = None,
+    over: Rows = ALL_ROWS,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused.
 
-    sizes, structures: of the axes of the only bucket, where the factors' shapes do not tell.
+    sizes, structures: of the axes of the only bucket, where the factors' shapes do not tell. over:
+        whose rows its only member has, if there are more.
     """
     if skips(found_inf):
         return
@@ -211,6 +214,7 @@ def ifshampoo_(
                     damping=damping,
                     batch_size=batch_size,
                     structures=own,
+                    over=over,
                 )
                 for value, factor, residual in zip(values, stored, kept, strict=True):
                     store(value, factor, residual)
@@ -243,11 +247,15 @@ def rootfree_shampoo_(
     lr: Tensor,
     *,
     refresh_products: bool,
+    sizes: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     **scalars: Any,
 ) -> None:
-    """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused."""
+    """One parameter after the other; K K^T is applied as K^T then K, so `products` stay unused.
+
+    sizes: as in `ifshampoo_`, whose `over` may be among the scalars.
+    """
     if skips(found_inf):
         return
     rows: Sequence[Tensor | None] = row_square_avgs or [None] * len(params)
@@ -260,18 +268,18 @@ def rootfree_shampoo_(
             param, grad, buffer, row, step = next(members)
             stored = [factor[i] for factor in factors[pair]]
             kept = [residual[i] if residual.numel() else None for residual in residuals[pair]]
-            sizes = known_sizes(param, factors[pair])
+            axes = sizes or known_sizes(param, factors[pair])
             averages = [gram[i] for gram in grams[pair]]
             wide = torch.promote_types(buffer.dtype, averages[0].dtype)
             roots = [
                 (factor.clone() if residual is None else matrix.join(factor, residual)).to(wide)
                 for factor, residual in zip(stored, kept, strict=True)
             ]
-            momentum = buffer.reshape(sizes).to(wide, copy=True)
+            momentum = buffer.reshape(axes).to(wide, copy=True)
             widened = [s.to(wide) for s in averages]
             rootfree_shampoo.rootfree_shampoo_(
                 param,
-                grad.reshape(sizes),
+                grad.reshape(axes),
                 momentum,
                 widened,
                 roots,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -17,15 +17,23 @@ from .groups import Group
 # Of a header: this rank takes no step; its parameters are others than those that were agreed on.
 FAULT, ANEW = 1, 2
 LACKING = "parameters without a gradient"
+COUNTS = "steps of matrices whose rows stay"
 STEPS = "steps that this optimizer began"
 Told = list[dict[str, Any]]
 
 
-def told(groups: Sequence[Group], shared: Container[int], steps: int, scaling: Scaling) -> Told:
+def told(
+    groups: Sequence[Group],
+    shared: Container[int],
+    counts: Mapping[int, Tensor | None],
+    steps: int,
+    scaling: Scaling,
+) -> Told:
     """Of each group what must be the same on all ranks.
 
     shared: by their ids, the parameters of which several ranks must have a gradient, or none.
-    steps: how many this optimizer began, since a rank that left one out is a step behind.
+    counts: by their ids, the step counts of those whose rows stay, by which all ranks sum grams, or
+    none. steps: how many this optimizer began, since a rank that left one out is a step behind.
     """
     found = bool(scaling["found_inf"].item()) if "found_inf" in scaling else False
     return [
@@ -35,6 +43,11 @@ def told(groups: Sequence[Group], shared: Container[int], steps: int, scaling: S
                 _short_name(i, group)
                 for i, p in enumerate(group["params"])
                 if id(p) in shared and p.grad is None
+            ],
+            COUNTS: [
+                count.item()
+                for p in group["params"]
+                if group["update_interval"] > 1 and (count := counts.get(id(p))) is not None
             ],
             "found_inf": found,
             STEPS: steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class Stacks:
             own = {key: value for key, value in state.items() if _is_factor(key)}
             kind = tuple((k, v.shape[batch_axes:], v.dtype, v.device) for k, v in own.items())
             if kind and layout is not None:
-                stack = {key: own[key].view(-1, *shape) for key, shape, *_ in kind}
+                count = math.prod(own["factor_0"].shape[:batch_axes])  # of what may be empty
+                stack = {key: own[key].view(count, *shape) for key, shape, *_ in kind}
                 alike[layout, kind].append((state, stack))
         for (layout, _), found in alike.items():
             for run in runs(found, _follow):

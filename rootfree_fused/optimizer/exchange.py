@@ -1,30 +1,28 @@
 """Gradients to the ranks that own their matrices, and updates back: packed bytes, all to all.
 
-A message has 16 bytes that say what its sender steps on, then what a rank has of each matrix in one
-order. Sizes depend on the plan alone and never on which gradients there are, so that no rank waits
-for another that has none: it sends zeros, and says so.
+A message has 16 bytes that say what its sender steps on, and 16 of each matrix whose rows stay
+where they are; then what a rank has of each other matrix in one order. Sizes depend on the plan
+alone and never on which gradients there are, so that no rank waits for another that has none: it
+sends zeros, and says so.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.checks import usable_gradients
+from .ranks import Ranks
+from .staying import RowsOfRanks
 
 ALIGNMENT = 16  # bytes of a header, and where each part of a message begins
 WAVE_BYTES = 64 * 2**20  # of gradients that an owner takes at a time
-_MET: Counter[str] = Counter()  # how often these ranks have met, whichever optimizer asked
 
 
 class Box(NamedTuple):
@@ -100,10 +98,15 @@ class Messages:
 
 
 class Wave:
-    """Some matrices of each owner, whose gradients and updates travel together."""
+    """Some matrices of each owner, whose gradients and updates travel together.
 
-    def __init__(self, matrices: Sequence[Matrix], ranks: Ranks) -> None:
-        self.matrices, self.ranks = list(matrices), ranks
+    staying: of the first wave all matrices of a group whose rows stay where they are.
+    """
+
+    def __init__(
+        self, matrices: Sequence[Matrix], ranks: Ranks, staying: Sequence[RowsOfRanks] = ()
+    ) -> None:
+        self.matrices, self.ranks, self.staying = list(matrices), ranks, list(staying)
         self.is_first = False  # of those that its ranks exchange in a step of a group
         me, count = ranks.rank, ranks.size
         to_owner = [
@@ -118,8 +121,9 @@ class Wave:
             for rank in m.senders
             if m.boxes[rank].numel
         ]
-        self._grads_sent = Messages(to_owner, count, ALIGNMENT)
-        self._grads_received = Messages(at_owner, count, ALIGNMENT)
+        self._header = ALIGNMENT * (1 + len(self.staying))
+        self._grads_sent = Messages(to_owner, count, self._header)
+        self._grads_received = Messages(at_owner, count, self._header)
         from_owner = [
             (rank, m, m.wire, m.boxes[rank])
             for m in matrices
@@ -145,8 +149,11 @@ class Wave:
 
     def own_gradients(self) -> dict[int, Tensor]:
         """This rank's parts of the gradients, by the id of the matrix."""
+        stepped: list[Matrix | RowsOfRanks] = [*self.matrices, *self.staying]
         return {
-            id(m): usable_gradients([m.param])[0] for m in self.matrices if m.param.grad is not None
+            id(one): usable_gradients([one.param])[0]
+            for one in stepped
+            if one.param.grad is not None
         }
 
     @property
@@ -164,8 +171,12 @@ class Wave:
         device = self.ranks.device
         sent, received = self._grads_sent.empty(device), self._grads_received.empty(device)
         words = torch.tensor(header, dtype=torch.int64, device="cpu").view(torch.uint8).to(device)
+        own_scales = [
+            rows.own_scale(grads.get(id(rows))).view(torch.uint8) for rows in self.staying
+        ]
+        words = torch.cat([words, *own_scales])
         for start in self._grads_sent.starts:
-            sent[start : start + ALIGNMENT] = words
+            sent[start : start + self._header] = words
         for part in self._grads_sent.parts:
             grad = grads.get(id(part.matrix))
             view = part.view(sent)
@@ -175,11 +186,20 @@ class Wave:
             assert part.matrix.grad is not None
             part.box.of(part.matrix.grad).copy_(part.view(received))
         starts = self._grads_received.starts
-        heads = [received[start : start + ALIGNMENT] for start in starts]
-        return torch.stack(heads).view(torch.int64)
+        heads = torch.stack([received[start : start + self._header] for start in starts])
+        if self.staying:
+            heads = heads.cpu()
+            scales = (
+                heads[:, ALIGNMENT:].contiguous().view(torch.float64).chunk(len(self.staying), 1)
+            )
+            for rows, own in zip(self.staying, scales, strict=True):
+                rows.hear(own)
+        return heads[:, :ALIGNMENT].contiguous().view(torch.int64)
 
     def scatter(self) -> Iterator[tuple[Matrix, Tensor]]:
         """Each matrix, and what this rank's part of it moves by."""
+        if not self.matrices:
+            return
         device = self.ranks.device
         sent, received = self._moved_sent.empty(device), self._moved_received.empty(device)
         for part in self._moved_sent.parts:
@@ -188,98 +208,6 @@ class Wave:
         self.ranks.exchange(received, sent, self._moved_received.sizes, self._moved_sent.sizes)
         for part in self._moved_received.parts:
             yield part.matrix, part.view(received)
-
-
-class Ranks:
-    """The ranks that share the work of some matrices: those of a mesh, or of a process group.
-
-    coordinates: where each rank is in the mesh.
-    """
-
-    def __init__(
-        self, group: Any, device: torch.device, coordinates: Sequence[tuple[int, ...]]
-    ) -> None:
-        self.group, self.device = group, device
-        self.coordinates = list(coordinates)
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-
-    def exchange(
-        self, received: Tensor, sent: Tensor, sizes: list[int], own_sizes: list[int]
-    ) -> None:
-        dist.all_to_all_single(received, sent, sizes, own_sizes, group=self.group)
-
-    def everyones(self, value: Any) -> list[Any]:
-        """What each rank gives, a collective."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
-
-    def any(self, value: bool) -> bool:
-        """Whether it is so on some rank, a collective."""
-        flag = torch.tensor(int(value), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
-
-    def meet(self, patience: float) -> int:
-        """How many ranks have come here within so many seconds; unlike a barrier it can fail.
-
-        What a rank does that was alone here is as if it had not come.
-        """
-        store = dist.distributed_c10d._get_default_store()
-        ranks = str(dist.get_process_group_ranks(self.group))
-        key = f"rootfree_fused/{ranks}/{_MET[ranks]}"
-        end, came = time.monotonic() + patience, store.add(key, 1)
-        while came < self.size:
-            if time.monotonic() > end:
-                store.add(key, -1)
-                return came
-            time.sleep(0.001)
-            came = store.add(key, 0)
-        _MET[ranks] += 1
-        return came
-
-    @cached_property
-    def mesh(self) -> Any:
-        """Of one axis."""
-        from torch.distributed.device_mesh import DeviceMesh
-
-        return DeviceMesh.from_group(self.group, self.device.type)
-
-    def by_rows(self, whole: Tensor, shape: tuple[int, ...], owner: int) -> Tensor:
-        """A tensor of a shape that its owner has, as a DTensor cut by rows."""
-        from torch.distributed.tensor import DTensor, Shard
-
-        counts = rows_of(shape[0], self.size)
-        each = math.prod(shape[1:]) * whole.dtype.itemsize
-        own = counts[self.rank], *shape[1:]
-        rows = torch.empty(own, dtype=whole.dtype, device=self.device)
-        mine = self.rank == owner
-        sent = whole.contiguous().view(-1) if mine else rows.new_empty(0)
-        sizes = [each * counts[self.rank] if rank == owner else 0 for rank in range(self.size)]
-        own_sizes = [each * count if mine else 0 for count in counts]
-        self.exchange(rows.view(-1).view(torch.uint8), sent.view(torch.uint8), sizes, own_sizes)
-        return DTensor.from_local(
-            rows,
-            self.mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-
-    def broadcast(self, whole: Tensor, shape: tuple[int, ...], owner: int) -> Tensor:
-        """A copy of what the owner has, of a shape, on every rank."""
-        copy = torch.empty(shape, dtype=whole.dtype, device=self.device)
-        if self.rank == owner:
-            copy.copy_(whole)
-        dist.broadcast(copy, group_src=owner, group=self.group)
-        return copy
-
-
-def rows_of(length: int, ranks: int) -> list[int]:
-    """How many rows of a tensor each rank has, as torch.distributed.tensor.Shard(0) cuts it."""
-    each = -(-length // ranks)
-    return [min(each, max(length - rank * each, 0)) for rank in range(ranks)]
 
 
 def senders_of(
@@ -304,7 +232,9 @@ def senders_of(
     return sorted(chosen.values())
 
 
-def waves_of(matrices: Sequence[Matrix], ranks: Ranks) -> list[Wave]:
+def waves_of(
+    matrices: Sequence[Matrix], ranks: Ranks, staying: Sequence[RowsOfRanks] = ()
+) -> list[Wave]:
     """Cut so that no owner takes more than WAVE_BYTES of gradients at a time, or one matrix."""
     pieces: dict[int, list[list[Matrix]]] = {}
     filled: dict[int, int] = {}
@@ -316,11 +246,12 @@ def waves_of(matrices: Sequence[Matrix], ranks: Ranks) -> list[Wave]:
             filled[matrix.owner] = 0
         own[-1].append(matrix)
         filled[matrix.owner] += size
-    count = max(map(len, pieces.values()), default=0)
-    return [
-        Wave([m for own in pieces.values() if k < len(own) for m in own[k]], ranks)
-        for k in range(count)
-    ]
+    count = max(map(len, pieces.values()), default=1 if staying else 0)
+    waves = []
+    for k in range(count):
+        parts = [m for own in pieces.values() if k < len(own) for m in own[k]]
+        waves.append(Wave(parts, ranks, () if k else staying))
+    return waves
 
 
 def are_parts_of(boxes: Sequence[Box], shape: Sequence[int]) -> bool:

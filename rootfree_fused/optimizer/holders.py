@@ -1,4 +1,4 @@
-"""Who shares which matrices, and who of these owns the factors."""
+"""Who shares which matrices, and who of these owns the factors, or whether each has its rows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.checks import is_sharded
-from .exchange import Ranks
 from .groups import Group, trains
 from .joint import unit_of
-from .owners import Cost, owners_of
+from .owners import Cost, Volume, owners_of, staying, summed_elements
+from .ranks import Ranks
 
 Replicas = Literal["share", "repeat"]
 REPLICAS = get_args(Replicas)
@@ -24,10 +24,11 @@ REPLICAS = get_args(Replicas)
 
 @dataclass(frozen=True)
 class Held:
-    """Who shares a matrix, and which of them owns its factors."""
+    """Who shares a matrix, and which of them owns its factors, if its rows do not stay."""
 
     ranks: Ranks
     owner: int
+    stays: bool = False
 
     @property
     def here(self) -> bool:
@@ -53,7 +54,7 @@ class Holders:
         self._alone: Any = None  # the group of this rank
 
     def shares(self, param: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the factors of a parameter are one rank's."""
+        """Whether several ranks do the work of a parameter with factors."""
         if not is_sharded(param) and self._process_group is None:
             return False
         if self.has_members(param, group):
@@ -67,6 +68,11 @@ class Holders:
             return False
         cut = [p for p in param.placements if not p.is_replicate()]
         return bool(cut) and all(getattr(p, "dim", axes) < axes for p in cut)
+
+    def stays(self, param: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether each rank steps the rows that it has of a shared parameter."""
+        held: Held | None = self._held.get(param)
+        return held is not None and held.stays and has_free_rows(param, group)
 
     def any_in(self, groups: Iterable[Group]) -> bool:
         """Whether a step is more than what each process does on its own."""
@@ -84,25 +90,31 @@ class Holders:
         return held
 
     def assign(self, groups: Sequence[Group]) -> None:
-        """Give an owner to what has none; what has one keeps it.
+        """Give an owner to what has none, or leave its rows where they are; what has one keeps it.
 
         Group by group, so that it does not matter when, and of how many groups, someone asks.
         """
         loads: dict[int, list[Cost]] = {}
         for group in groups:
-            new: dict[int, tuple[Ranks, list[tuple[Tensor, Cost]]]] = {}
+            new: dict[int, tuple[Ranks, list[Tensor]]] = {}
             for param in filter(trains, group["params"]):
                 if not self.shares(param, group):
                     continue
-                ranks, cost = self._ranks_of(param), self._cost(param, group)
+                ranks = self._ranks_of(param)
                 of = loads.setdefault(id(ranks), [Cost(0, 0)] * ranks.size)
-                if param in self._held:
-                    of[self._held[param].owner] += cost
-                else:
-                    new.setdefault(id(ranks), (ranks, []))[1].append((param, cost))
+                if param not in self._held:
+                    new.setdefault(id(ranks), (ranks, []))[1].append(param)
+                elif not self.stays(param, group):
+                    of[self._held[param].owner] += self._cost(param, group)
             for key, (ranks, found) in new.items():
-                owners = owners_of([cost for _, cost in found], loads[key])
-                for (param, cost), owner in zip(found, owners, strict=True):
+                stay = staying([_volume(param, group) for param in found], ranks.size)
+                owned = [param for i, param in enumerate(found) if i not in stay]
+                costs = [self._cost(param, group) for param in owned]
+                for i in stay:
+                    self._held[found[i]] = Held(ranks, 0, stays=True)
+                for param, cost, owner in zip(
+                    owned, costs, owners_of(costs, loads[key]), strict=True
+                ):
                     self._held[param] = Held(ranks, owner)
                     loads[key][owner] += cost
 
@@ -131,6 +143,28 @@ class Holders:
         if key not in self._ranks:
             self._ranks[key] = Ranks(group, device, coordinates)
         return self._ranks[key]
+
+
+def has_free_rows(param: Any, group: Mapping[str, Any]) -> bool:
+    """Whether a DTensor is cut by rows alone, and these have a diagonal factor."""
+    if not is_sharded(param) or group["batch_axes"]:
+        return False
+    cut = [p for p in param.placements if not p.is_replicate()]
+    layout = unit_of(param, group).layout
+    return (
+        bool(cut)
+        and all(getattr(p, "dim", None) == 0 for p in cut)
+        and layout is not None
+        and layout.has_diagonal_rows
+        and layout.sizes[0] == param.shape[0]
+    )
+
+
+def _volume(param: Tensor, group: Mapping[str, Any]) -> Volume:
+    layout = unit_of(param, group).layout
+    assert layout is not None
+    free = has_free_rows(param, group)
+    return Volume(param.numel(), summed_elements(layout) if free else None)
 
 
 def _check_group(group: Any) -> None:

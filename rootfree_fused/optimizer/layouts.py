@@ -32,6 +32,11 @@ class Layout:
         """Whether the shapes of factors tell their structures, as the operators need it."""
         return not any(isinstance(s, (Hierarchical, Toeplitz)) for s in self.structures)
 
+    @property
+    def has_diagonal_rows(self) -> bool:
+        """Whether the first of several axes has a diagonal factor."""
+        return len(self.sizes) > 1 and self.structures[0] is DIAGONAL
+
 
 def layout_of(shape: Sequence[int], group: Mapping[str, Any]) -> Layout | None:
     """The axes of a parameter, or of each of its members, or None for one without factors.

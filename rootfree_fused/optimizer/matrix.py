@@ -30,6 +30,7 @@ from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
 from .shared import NowShared, SharingOptimizer
 from .starts import start_, waiting_members
 from .state import State
+from .staying import RowsOfRanks
 
 
 class MatrixOptimizer(SharingOptimizer):
@@ -168,7 +169,7 @@ class MatrixOptimizer(SharingOptimizer):
             if portion.waiting:
                 self._starts.start_(portion.waiting, group, work.scaling)
             own = portion.work._replace(scaling=work.scaling)
-            for call in self._calls(index, updates_factors, own, calls, None):
+            for call in self._calls(index, updates_factors, own, calls, None, portion.rows):
                 call(None, group if portion.wave is None else of_owner, work.scaling)
             if portion.wave is not None:
                 write_(portion.wave, group, work.scaling)
@@ -192,7 +193,7 @@ class MatrixOptimizer(SharingOptimizer):
     @_disable_dynamo
     def _agree_traced(self) -> None:
         self._agree({})
-        self._sharing.begin(self.param_groups, {})
+        self._sharing.begin(self.param_groups, self.state, {})
 
     @_disable_dynamo
     def _check_joined(self) -> None:
@@ -260,8 +261,12 @@ class MatrixOptimizer(SharingOptimizer):
         work: Work,
         known: KnownCalls,
         addresses: Tensor | None,
+        rows: RowsOfRanks | None = None,
     ) -> list[Call]:
-        """The operator's calls of such a step, from those known for the group's stacks."""
+        """The operator's calls of such a step, from those known for the group's stacks.
+
+        rows: of its only matrix, where other ranks have the others.
+        """
         group = self.param_groups[index]
         kind = updates_factors, group.get("row_beta") is None
         if known.stacks is not self._stacks.get(index):
@@ -275,7 +280,15 @@ class MatrixOptimizer(SharingOptimizer):
             joints = known.joints if known.joints and known.joints.owners else None
             plan = stacks.plan(joints.planned if joints else work.states, updates_factors)
             calls = planned_calls(
-                self._matrix_method, index, group, updates_factors, work, plan, addresses, joints
+                self._matrix_method,
+                index,
+                group,
+                updates_factors,
+                work,
+                plan,
+                addresses,
+                joints,
+                rows,
             )
             known.stacks, known.by_kind[kind] = stacks, (plan, calls)
         self._plans[index], calls = known.by_kind[kind]

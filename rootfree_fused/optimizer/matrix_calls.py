@@ -30,6 +30,7 @@ from .known_tensors import reader
 from .schedule import UpdatesFactors
 from .stacks import members_of, steps_of
 from .state import ROWS, State, momentum_buffers
+from .staying import RowsOfRanks
 from .unpacked import Unpacked
 
 # An operator's call on known tensors, with a group's settings and a scaler's. First where the
@@ -82,10 +83,12 @@ def planned_calls(
     plan: BucketPlan,
     addresses: Tensor | None,
     joints: Joints | None,
+    rows: RowsOfRanks | None = None,
 ) -> list[Call]:
     """What a plan asks of the operators.
 
-    index: of the group. addresses: of the gradients, as a `Call` takes them.
+    index: of the group. addresses: of the gradients, as a `Call` takes them. rows: of its only
+    matrix, where other ranks have the others; the specification steps it.
     """
     calls: list[Call] = []
     if joints:
@@ -108,12 +111,12 @@ def planned_calls(
         together[updates_factors[bucket.params[0]], key].append(bucket)
     for (update, _), buckets in together.items():
         if not in_formats:
-            calls.append(_Matrices(method, buckets, update, work, group, addresses, joints))
+            calls.append(_Matrices(method, buckets, update, work, group, addresses, joints, rows))
             continue
         unpacked = Unpacked(index, group, [i for bucket in buckets for i in bucket.params], work)
         wide = work._replace(params=unpacked.params, states=unpacked.states)
         calls.append(partial(_without_addresses, unpacked.read_))
-        calls.append(_Matrices(method, buckets, update, wide, group, addresses, unpacked))
+        calls.append(_Matrices(method, buckets, update, wide, group, addresses, unpacked, rows))
         calls.append(partial(_without_addresses, unpacked.write_))
     if joints:
         calls.append(lambda *_: joints.write_())
@@ -232,6 +235,7 @@ class _Matrices:
         group: Group,
         addresses: Tensor | None,
         joints: Joints | Unpacked | None,
+        rows: RowsOfRanks | None,
     ) -> None:
         self._method, self._buckets, self._update_factors = method, buckets, update_factors
         indices = [i for bucket in buckets for i in bucket.params]
@@ -242,8 +246,8 @@ class _Matrices:
         members = _Members(indices, work, group.get("batch_axes", 0), joints)
         self.params, states = members.params, members.states
         self.buffers = members.of(momentum_buffers(states, group.get("momentum", 1.0)))
-        rows = [] if group.get("row_beta") is None else [state[ROWS] for state in states]
-        self.rows = members.of(rows)
+        averages = [] if group.get("row_beta") is None else [state[ROWS] for state in states]
+        self.rows = members.of(averages)
         self.stacks = {
             name: [tensor for bucket in buckets for tensor in getattr(bucket, name)]
             for name in ("factors", "residuals", "averages", "products")
@@ -253,13 +257,18 @@ class _Matrices:
         self._axes = method.axes(buckets)
         self._specified: Callable[..., None] | None = None
         layout = buckets[0].layout
+        known: dict[str, Any] = {}
         if not layout.in_kernels:  # the operator could not tell it
-            self._specified = partial(
-                by_reference.ifshampoo_, sizes=layout.sizes, structures=layout.structures
-            )
+            known = {"sizes": layout.sizes, "structures": layout.structures}
+        if rows is not None:
+            known |= {"sizes": (len(self.params[0]), *layout.sizes[1:]), "over": rows}
+        if known:
+            self._specified = partial(getattr(by_reference, method.name), **known)
         own = self._grads()
-        alone = len(buckets) == 1 and all(
-            t.is_contiguous() for t in (*self.params, *own, *self.buffers)
+        alone = (
+            len(buckets) == 1
+            and self._specified is None
+            and all(t.is_contiguous() for t in (*self.params, *own, *self.buffers))
         )
         self._kernel = (
             matrix_kernel(

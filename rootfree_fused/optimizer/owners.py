@@ -1,10 +1,15 @@
-"""Which rank does the work of which matrix: pure arithmetic, the same on every rank."""
+"""Which rank does the work of which matrix: pure arithmetic, the same on every rank.
+
+A matrix has an owner, to which gradients go and from which updates come, or its rows stay on the
+ranks that have them, which sum small products instead.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from .layouts import Layout
 
@@ -36,6 +41,47 @@ def update_flops(layout: Layout, of_blocks: int) -> float:
             block = structure.shape(size)[-1]
             flops += 5 * elements * block + of_blocks * -(-size // block) * block**3
     return flops
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Of a matrix: its elements, and those of what ranks would sum if its rows stayed.
+
+    summed: None for a matrix that needs an owner.
+    """
+
+    elements: int
+    summed: int | None
+
+
+def summed_elements(layout: Layout) -> int:
+    """Of what ranks sum in an update of a matrix whose rows stay: the grams of the other axes."""
+    axes = list(zip(layout.structures, layout.sizes, strict=True))
+    return sum(math.prod(structure.shape(size)) for structure, size in axes[1:])
+
+
+def staying(volumes: Sequence[Volume], ranks: int) -> set[int]:
+    """Which matrices have no owner: of those that need none the largest, as many as pays.
+
+    An owner is sent all elements of its matrices and sends as many, and a rank on average twice
+    those of all matrices over the ranks; in a sum each rank sends what is summed twice. So many
+    stay that the rank which sends most sends least.
+    """
+    if ranks < 2:
+        return set()
+    free = [i for i, volume in enumerate(volumes) if volume.summed is not None]
+    free.sort(key=lambda i: (-volumes[i].elements, i))
+    elements = [volumes[i].elements for i in free]
+    stay = [0, *accumulate(elements)]
+    summed = [0, *accumulate(volumes[i].summed or 0 for i in free)]
+    total = sum(volume.elements for volume in volumes)
+    largest = max((v.elements for v in volumes if v.summed is None), default=0)
+
+    def most_sent(count: int) -> float:
+        by_one = max(largest, *elements[count : count + 1], 0)
+        return max(by_one, 2 * (total - stay[count]) / ranks) + 2 * summed[count]
+
+    return set(free[: min(range(len(free) + 1), key=most_sent)])
 
 
 def owners_of(costs: Sequence[Cost], loads: Sequence[Cost]) -> list[int]:

@@ -17,13 +17,15 @@ from .shards import local
 from .sharing import Sharing
 from .starts import AUTO, Waiting, waiting_members
 from .state import State
+from .staying import RowsOfRanks
 
 
 @dataclass
 class Portion:
     """Some of a step's parameters; the others have no state in `work`, and so no update.
 
-    wave: what ranks exchange for it, None for what is stepped by elements, or whole, on each.
+    wave: what ranks exchange for it, None for what is stepped by elements, whole, or by rows, on
+    each. rows: of its only matrix, where each steps those that it has.
     local: by the parameter what stands in its place, this rank's part of a DTensor.
     """
 
@@ -31,6 +33,7 @@ class Portion:
     wave: Wave | None
     local: list[tuple[Tensor, Tensor]]
     waiting: list[Waiting]
+    rows: RowsOfRanks | None = None
 
     def read_(self) -> None:
         """Bring the gradients, and forget the updates of the wave before."""
@@ -50,7 +53,7 @@ class Portion:
 
 
 def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Portion]:
-    """The work of this rank on its own, then wave by wave what it does for others."""
+    """The work of this rank on its own, wave by wave what it does for others, and with others."""
     pairs = list(zip(work.params, work.states, strict=True))
     nothing = [torch.empty(0)] * len(pairs)
     params, states = list(nothing), [State() for _ in pairs]
@@ -60,8 +63,7 @@ def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Por
             continue
         params[i], states[i] = param, sharing.state_here(param, state, group)
         if is_sharded(param):
-            params[i] = local(param.detach())
-            params[i].grad = _like_gradient(param, params[i])
+            params[i] = _part(param)
             parts.append((param, params[i]))
             if sharing.has_members(param, group) and states[i]:
                 members.append(i)
@@ -76,7 +78,21 @@ def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Por
             params[i], states[i] = matrix.moved, work.states[i]
         indices = [at[id(matrix.param)] for matrix in own]
         found.append(_portion(work, params, states, wave, [], group, indices))
+    for i, (param, state) in enumerate(pairs):
+        if sharing.stays(param, group):
+            params, states = list(nothing), [State() for _ in pairs]
+            params[i], states[i] = _part(param), sharing.state_here(param, state, group)
+            own_part = [(param, params[i])]
+            rows = sharing.rows_of(param)
+            found.append(_portion(work, params, states, None, own_part, group, [i], rows))
     return found
+
+
+def _part(param: Tensor) -> Tensor:
+    """This rank's part of a DTensor, with what tells how its gradient lies."""
+    part = local(param.detach())
+    part.grad = _like_gradient(param, part)
+    return part
 
 
 def _like_gradient(param: Any, part: Tensor) -> Tensor:
@@ -94,14 +110,14 @@ def _portion(
     parts: list[tuple[Tensor, Tensor]],
     group: Group,
     matrices: list[int],
+    rows: RowsOfRanks | None = None,
 ) -> Portion:
     """matrices: the positions of those whose state may have to start."""
     waiting = []
     if group.get("initial_square_avg") == AUTO:
-        waiting = waiting_members(
-            group, [params[i] for i in matrices], [states[i] for i in matrices]
-        )
-    return Portion(work._replace(params=params, states=states), wave, parts, waiting)
+        own = [params[i] for i in matrices], [states[i] for i in matrices]
+        waiting = waiting_members(group, *own, rows)
+    return Portion(work._replace(params=params, states=states), wave, parts, waiting, rows)
 
 
 def write_(wave: Wave, group: Group, scaling: Scaling) -> None:

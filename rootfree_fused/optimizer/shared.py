@@ -22,7 +22,7 @@ from .joint import unit_of
 from .owners import Cost, update_flops
 from .shards import as_laid_out, as_part_of, local_state
 from .sharing import Sharing, full
-from .state import Initial, State
+from .state import Initial, State, is_of_rows
 
 
 class NowShared(Exception):
@@ -66,12 +66,17 @@ class SharingOptimizer(RootFreeOptimizer):
         layout = unit_of(param, group).layout
         assert layout is not None
         flops = update_flops(layout, self._flops_of_blocks)
-        spec = self._full_spec(param, group).values()
+        spec = super()._full_spec(param, group).values()
         size = sum(math.prod(initial.shape) * initial.dtype.itemsize for initial in spec)
         return Cost(flops * math.prod(param.shape) / math.prod(layout.sizes), size)
 
     def _full_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
         spec = super()._full_spec(param, group)
+        if self._stays(param, group):
+            return {
+                key: replace(initial, spread=param) if is_of_rows(key) else initial
+                for key, initial in spec.items()
+            }
         if self._sharing.shares(param, group):  # whole, whatever part of the parameter is here
             return {k: i if i.like is None else replace(i, like=None) for k, i in spec.items()}
         if self._sharing.has_members(param, group):
@@ -82,6 +87,13 @@ class SharingOptimizer(RootFreeOptimizer):
                 for key, initial in spec.items()
             }
         return spec
+
+    def _stays(self, param: Tensor, group: Group) -> bool:
+        """Whether each rank has the state of its rows, and that of the other axes."""
+        if not self._sharing.shares(param, group):
+            return False
+        self._sharing.held(param, self.param_groups)
+        return self._sharing.stays(param, group)
 
     def _check_shared(self, name: str, param: Tensor, group: Group) -> None:
         self._sharing.check(name, param, group, by_element=not self._sees_whole_vectors(group))
@@ -105,8 +117,9 @@ class SharingOptimizer(RootFreeOptimizer):
         }
 
     def _keeps(self, param: Tensor, group: Group) -> bool:
-        shared = self._sharing.shares(param, group)
-        return not shared or self._sharing.held(param, self.param_groups).here
+        if not self._sharing.shares(param, group) or self._stays(param, group):
+            return True
+        return self._sharing.held(param, self.param_groups).here
 
     def state_dict(self) -> dict[str, Any]:
         """As `RootFreeOptimizer.state_dict`; a collective of the ranks that share matrices.
@@ -125,18 +138,22 @@ class SharingOptimizer(RootFreeOptimizer):
     def _saved_state(self, param: Tensor, group: Group, state: Mapping[str, Any]) -> Any:
         if self._is_shared and is_sharded(state.get("factor_0")):
             own = super()._saved_state(param, group, local_state(state))
-            return {key: as_part_of(state[key], value) for key, value in own.items()}
-        saved = super()._saved_state(param, group, state)
-        return self._sharing.saved(param, saved, self._full_spec(param, group))
+            saved = {key: as_part_of(state[key], value) for key, value in own.items()}
+            if not self._stays(param, group):
+                return saved
+        else:
+            saved = super()._saved_state(param, group, state)
+        return self._sharing.saved(param, group, saved, self._full_spec(param, group))
 
     def _whole_state(
         self, param: Tensor, group: Group, saved: Mapping[str, Any]
     ) -> Mapping[str, Any]:
+        spec = self._full_spec(param, group)
         if self._sharing.shares(param, group):
-            return {key: full(value) for key, value in saved.items()}
+            of_rows = {key for key, initial in spec.items() if initial.lies_as is not None}
+            return {key: v if key in of_rows else full(v) for key, v in saved.items()}
         if not self._sharing.has_members(param, group):
             return super()._whole_state(param, group, saved)
-        spec = self._full_spec(param, group)
         laid = {
             key: as_laid_out(value, param) if key in spec and key != "step" else value
             for key, value in saved.items()
@@ -184,9 +201,9 @@ class SharingOptimizer(RootFreeOptimizer):
                 raise fault
             planned = super()._check_and_plan(scaling)
         except Exception as error:
-            self._sharing.begin(self.param_groups, scaling, error)
+            self._sharing.begin(self.param_groups, self.state, scaling, error)
             raise
-        self._sharing.begin(self.param_groups, scaling)
+        self._sharing.begin(self.param_groups, self.state, scaling)
         return planned
 
     def _agree(self, scaling: Scaling, fault: Exception | None = None) -> None:
@@ -194,7 +211,7 @@ class SharingOptimizer(RootFreeOptimizer):
         if not self._sharing.has_changed(self.param_groups):
             return
         if self._sharing.has_plan:
-            self._sharing.begin(self.param_groups, scaling, fault, anew=True)
+            self._sharing.begin(self.param_groups, self.state, scaling, fault, anew=True)
             if fault is not None:
                 raise fault
         try:

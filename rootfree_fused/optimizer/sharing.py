@@ -1,5 +1,6 @@
 """Matrices that several ranks step together: one owns the factors, each has its part of the rest.
 
+Or each has some rows of a matrix, and they sum what all rows enter (`staying`).
 What travels, and who owns what, is agreed at the first step on the matrices that there are: a
 collective, and the last one of which sizes are told. Every later step has two messages a pair of
 ranks and wave, the first of which says whether all step on the same gradients with the same
@@ -20,12 +21,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..ops.checks import DTYPES, is_sharded, state_dtype
 from .agreement import ANEW, FAULT, check_told, told, trouble_of, word_of
 from .amp_and_graphs import Scaling
-from .exchange import Box, Matrix, Ranks, Wave, are_parts_of, senders_of, waves_of
+from .exchange import Box, Matrix, Wave, are_parts_of, senders_of, waves_of
 from .groups import Group, trains
 from .holders import Held, Holders, Replicas
 from .owners import Cost
+from .ranks import Ranks
 from .shards import local, local_state
 from .state import Initial, State
+from .staying import RowsOfRanks
 
 PATIENCE = 60.0  # seconds that a rank that saves waits for the others
 
@@ -54,21 +57,23 @@ class Sharing(Holders):
         self._agreed: list[tuple[int, Tensor]] | None = None
         self._waves: dict[int, list[Wave]] = {}
         self._shared: set[int] = set()  # ids of the matrices in these
+        self._staying: dict[int, RowsOfRanks] = {}  # of some of these
         self._begun = 0
 
     def state_here(self, param: Tensor, state: State, group: Mapping[str, Any]) -> State:
-        """Of a state what this rank steps: nothing where another does, or its own members.
+        """Of a state what this rank steps: nothing where another does, or its own members or rows.
 
         The same object as long as the tensors are the same.
         """
-        if self.shares(param, group):
+        stays = self.stays(param, group)
+        if self.shares(param, group) and not stays:
             return state if self._held[param].here else {}
         if not is_sharded(param):
             return state
         own: State
         values, own = self._local.get(param, ((), {}))
         if len(values) != len(state) or not all(map(operator.is_, values, state.values())):
-            empty = not local(param).numel()
+            empty = not local(param).numel() and not stays
             own = {} if empty else local_state(state)
             self._local[param] = tuple(state.values()), own
         return own
@@ -80,7 +85,10 @@ class Sharing(Holders):
         now, agreed = _trained(groups), self._agreed
         if agreed is None or len(now) != len(agreed):
             return True
-        return any(a is not b or i != j for (i, a), (j, b) in zip(now, agreed, strict=True))
+        if any(a is not b or i != j for (i, a), (j, b) in zip(now, agreed, strict=True)):
+            return True
+        # A load may have brought settings with which rows do not stay.
+        return not all(self.stays(p, groups[i]) for i, p in now if id(p) in self._staying)
 
     @property
     def has_plan(self) -> bool:
@@ -103,6 +111,7 @@ class Sharing(Holders):
                 ranks = self._held[param].ranks
                 of.setdefault(id(ranks), (ranks, []))[1].append((index, param))
         planned: dict[int, list[Wave]] = {index: [] for index in range(len(groups))}
+        staying: dict[int, RowsOfRanks] = {}
         for ranks, own in of.values():
             what = [self._told(param, index, name, groups) for index, param in own]
             everyones = ranks.everyones((_text_of(fault), what, [_box(param) for _, param in own]))
@@ -110,25 +119,31 @@ class Sharing(Holders):
                 raise RuntimeError(trouble)
             check_told([what for _, what, _ in everyones])
             for index in planned:
-                matrices = [
-                    self._matrix(param, ranks, [boxes[i] for *_, boxes in everyones])
-                    for i, (at, param) in enumerate(own)
-                    if at == index
-                ]
-                waves = waves_of(matrices, ranks)
+                matrices, rows = [], []
+                for i, (at, param) in enumerate(own):
+                    if at != index:
+                        continue
+                    matrix = self._matrix(param, ranks, [boxes[i] for *_, boxes in everyones])
+                    if self.stays(param, groups[index]):
+                        rows.append(RowsOfRanks(param, ranks, ranks.rank in matrix.senders))
+                        staying[id(param)] = rows[-1]
+                    else:
+                        matrices.append(matrix)
+                waves = waves_of(matrices, ranks, rows)
                 for first, wave in enumerate(waves):
                     wave.is_first = first == 0
                 _allocate(waves)
                 planned[index] += waves
-        self._waves, self._agreed = planned, now
+        self._waves, self._agreed, self._staying = planned, now, staying
         self._shared = {id(param) for _, own in of.values() for _, param in own}
 
     def _told(self, param: Any, index: int, name: str, groups: Sequence[Group]) -> str:
-        owner, dtype = self._held[param].owner, groups[index]["factor_dtype"]
+        held, dtype = self._held[param], groups[index]["factor_dtype"]
         placements = param.placements if is_sharded(param) else "whole"
+        where = "in rows" if self.stays(param, groups[index]) else f"owned by {held.owner}"
         return (
-            f"{name} {tuple(param.shape)} {param.dtype} {placements} in group {index}, owned by "
-            f"{owner}, with factor_dtype {dtype}, update_dtype {self._update_dtype}, replicas "
+            f"{name} {tuple(param.shape)} {param.dtype} {placements} in group {index}, {where}, "
+            f"with factor_dtype {dtype}, update_dtype {self._update_dtype}, replicas "
             f"{self._replicas!r}"
         )
 
@@ -153,24 +168,35 @@ class Sharing(Holders):
         """Of a group."""
         return self._waves.get(index, [])
 
+    def rows_of(self, param: Tensor) -> RowsOfRanks:
+        """Of a parameter whose rows stay."""
+        return self._staying[id(param)]
+
     def begin(
         self,
         groups: Sequence[Group],
+        states: dict[Any, Any],
         scaling: Scaling,
         fault: Exception | None = None,
         anew: bool = False,
     ) -> None:
         """Bring the gradients of the first waves to their owners.
 
-        fault: why this rank takes no step, which the others are told. anew: whether it has other
-        parameters than those that were agreed on, and takes none before all agree on new ones.
+        states: of the parameters. fault: why this rank takes no step, which the others are told.
+        anew: whether it has other parameters than those that were agreed on, and takes none before
+        all agree on new ones.
 
         Raises:
             RuntimeError: another rank has a fault, or other gradients, settings or parameters.
         """
         self._begun += 1
-        what = told(groups, self._shared, self._begun, scaling)
+        counts = {
+            key: dict.get(states, rows.param, {}).get("step") for key, rows in self._staying.items()
+        }
+        what = told(groups, self._shared, counts, self._begun, scaling)
         word, status = word_of(what), FAULT if fault else ANEW if anew else 0
+        for rows in self._staying.values():
+            rows.grad_scale = scaling["grad_scale"].item() if "grad_scale" in scaling else 1.0
         found: dict[int, tuple[Ranks, bool]] = {}
         for wave in (wave for waves in self._waves.values() for wave in waves if wave.is_first):
             heads = wave.gather({} if anew else _gradients(wave, fault), (word, status)).tolist()
@@ -205,20 +231,32 @@ class Sharing(Holders):
                     "each of which has a part of the state; call it on all of them"
                 )
 
-    def saved(self, param: Tensor, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> Any:
+    def saved(
+        self,
+        param: Tensor,
+        group: Mapping[str, Any],
+        state: Mapping[str, Any],
+        spec: Mapping[str, Initial],
+    ) -> Any:
         """A copy of the state of a parameter as all ranks save it, a collective.
 
-        Of a DTensor each tensor that its owner has whole is a DTensor of rows, so that a checkpoint
-        does not tell who the owners were; of a replica it is whole on every rank.
+        Of a DTensor each tensor that its owner has whole, or that all ranks have, is a DTensor of
+        rows, so that a checkpoint does not tell who they were; of a replica it is whole on every
+        rank.
         """
         if param not in self._held:
             return state
         held: Held = self._held[param]
-        spread = held.ranks.by_rows if is_sharded(param) else held.ranks.broadcast
+        stays = self.stays(param, group)
+
+        def spread(value: Any, shape: tuple[int, ...]) -> Any:
+            if stays:
+                return value if is_sharded(value) else held.ranks.own_rows(value)
+            how = held.ranks.by_rows if is_sharded(param) else held.ranks.broadcast
+            return how(value, shape, held.owner)
+
         return {
-            key: value
-            if key == "step" or key not in spec
-            else spread(value, spec[key].shape, held.owner)
+            key: value if key == "step" or key not in spec else spread(value, spec[key].shape)
             for key, value in state.items()
         }
 

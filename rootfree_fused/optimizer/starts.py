@@ -28,6 +28,7 @@ from .joint import joined, unit_of
 from .layouts import Layout
 from .shards import local, over_ranks
 from .state import MOMENTUM, State, is_own
+from .staying import RowsOfRanks
 
 AUTO = "auto"
 _Member = tuple[int, ...]  # its place along the batch axes, () without
@@ -41,6 +42,7 @@ class Waiting(NamedTuple):
     state: State  # of the member
     held: Tensor  # of all members, what is zero until they start
     layout: Layout | None
+    rows: RowsOfRanks | None = None  # of a matrix of which other ranks have the others
 
     def grad(self, group: Mapping[str, Any]) -> Tensor:
         """Of the member."""
@@ -78,7 +80,9 @@ class Starts:
         owned = [state for state in states if not state.keys() <= {"step", MOMENTUM}]
         unknown = [state for state in owned if not _all_started(state, batch_axes)]
         for state in unknown:
-            self._started.pop(_second_moment(state), None)
+            held = _second_moment(state)
+            for part in (held, local(held)):  # of which a rank may step its own
+                self._started.pop(part, None)
         if unknown:
             self._waiting.pop(index, None)
         return bool(unknown)
@@ -99,7 +103,8 @@ class Starts:
         asked: dict[torch.device, list[tuple[Tensor, _Member]]] = defaultdict(list)
         for one in waiting:
             device = one.held.device
-            flags[device].append(start_(one.state, one.grad(group), group, scaling, one.layout))
+            started = start_(one.state, one.grad(group), group, scaling, one.layout, one.rows)
+            flags[device].append(started)
             asked[device].append((one.held, one.member))
         for device in asked:
             self._ask(device, torch.stack(flags[device]), asked[device])
@@ -149,15 +154,20 @@ def start_(
     group: Mapping[str, Any],
     scaling: Scaling,
     layout: Layout | None = None,
+    rows: RowsOfRanks | None = None,
 ) -> Tensor:
     """Start the state in place if it has not and the gradient is not zero; whether it has started.
 
     Not from a gradient that is not finite, nor in a step that the scaler skips. layout: of what has
-    factors.
+    factors. rows: of a matrix of which other ranks have the others.
     """
     held = _second_moment(state)
-    started = (local(_diagonal(state)) != 0).any()
-    square = mean_square(grad, group["batch_size"])
+    started = (local(_diagonal(state, layout)) != 0).any()
+    if rows is None:
+        square = mean_square(grad, group["batch_size"])
+    else:
+        whole = group["batch_size"] * rows.mean_square_of_gradient()
+        square = grad.new_full((), whole, dtype=torch.float64)
     if is_sharded(held):
         found = torch.stack([started.to(square.dtype), square * grad.numel()])
         any_started, total = over_ranks(found, held)
@@ -189,9 +199,18 @@ def start_(
 
 
 def waiting_members(
-    group: Mapping[str, Any], params: Sequence[Tensor], states: Sequence[State]
+    group: Mapping[str, Any],
+    params: Sequence[Tensor],
+    states: Sequence[State],
+    rows: RowsOfRanks | None = None,
 ) -> list[Waiting]:
-    """All whose state has something that starts; no part that another parameter owns."""
+    """All whose state has something that starts; no part that another parameter owns.
+
+    rows: of the only parameter, of which other ranks have the others.
+    """
+    if rows is not None:
+        (part,), (state,), layout = params, states, unit_of(rows.param, group).layout
+        return [Waiting((part,), (), state, _second_moment(state), layout, rows)]
     found = []
     for param, state in zip(params, states, strict=True):
         parts, layout = unit_of(param, group) if "structures" in group else ((param,), None)
@@ -246,10 +265,12 @@ def _held_as(state: State, square: Tensor) -> dict[str, Tensor]:
     return {key: square.clamp(max=torch.finfo(dtype).max).to(dtype)}
 
 
-def _diagonal(state: State) -> Tensor:
-    """Of it as much as tells whether it is zero."""
-    held = _second_moment(state)
-    return structure_of(held).diagonal(held) if "factor_0" in state else held
+def _diagonal(state: State, layout: Layout | None) -> Tensor:
+    """Of it as much as tells whether it is zero: of factors the last, which no rank has in part."""
+    if layout is None:
+        return _second_moment(state)
+    last = state[f"factor_{len(layout.sizes) - 1}"]
+    return structure_of(last).diagonal(last)
 
 
 def _add_(tensor: Tensor, value: Tensor, starts: Tensor) -> None:

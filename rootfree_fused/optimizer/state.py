@@ -40,6 +40,11 @@ def is_own(key: Any) -> bool:
     return key.removesuffix("_scale") in state_keys()
 
 
+def is_of_rows(key: str) -> bool:
+    """Whether a matrix' state of this key has an entry a row, if rows have a diagonal factor."""
+    return key == ROWS or (key.startswith(STACKED) and key.endswith("_0"))
+
+
 @dataclass(frozen=True, eq=False)
 class Initial:
     """A state tensor that is declared: its shape and dtype, and the `value` of every element, or of
@@ -48,7 +53,7 @@ class Initial:
     A call builds it on a device; with `count`, so many of what it has a member as one tensor.
     batch_axes: how many of its first axes number members, stacked as those of other parameters.
     like: the parameter whose strides it has; such a tensor is never stacked.
-    spread: the DTensor along with whose members it lies, a tensor of its own too.
+    spread: the DTensor along with whose members, or rows, it lies, a tensor of its own too.
     optional: whether a group does without it until a change of settings asks for it.
     """
 
@@ -73,8 +78,9 @@ class Initial:
                 self.like, self.value, dtype=self.dtype, device=device, requires_grad=False
             )
         if self.spread is not None:
-            members = tuple(local(self.spread).shape[: self.batch_axes])
-            own = replace(self, spread=None, shape=(*members, *self.shape[self.batch_axes :]))
+            axes = max(self.batch_axes, 1)
+            here = tuple(local(self.spread).shape[:axes])
+            own = replace(self, spread=None, shape=(*here, *self.shape[axes:]))
             return as_part(own(device), self.shape, self.spread)
         shape = self.shape if count is None else (count, *self.shape[self.batch_axes :])
         if self.structure is None:

@@ -173,6 +173,8 @@ def _convolved(v: Tensor, x: Tensor, *, backwards: bool = False) -> Tensor:
 
     (v * x)_i = sum_a v_a x_(i-a); backwards sum_a v_a x_(i+a).
     """
+    if not x.numel():  # of which there is no FFT
+        return torch.zeros_like(x)
     d = x.shape[-1]
     length = 1 << (2 * d - 1).bit_length()
     spectrum = torch.fft.rfft(v, length)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .rows import ALL_ROWS, Rows
 from .structures import Structure, structure_of
 
 LARGEST_GRADIENT = 2.0**40
@@ -48,6 +49,7 @@ def update_factors_(
     damping: float,
     batch_size: float,
     structures: Sequence[Structure] | None = None,
+    over: Rows = ALL_ROWS,
 ) -> None:
     """One update of every factor, all from the old factors.
 
@@ -59,29 +61,39 @@ def update_factors_(
 
     A factor that is not dense keeps of H_n what its structure holds of it. Where G is exactly zero
     nothing changes: it says nothing, and without it the factors would grow to 1 / damping.
+
+    over: whose rows the first axis of G has, if there are more; its factor is diagonal then.
     """
     structures = structures or list(map(structure_of, factors))
-    axes = list(zip(structures, factors, grad.shape, strict=True))
-    learns = (grad != 0).any().to(factors[0].dtype)
+    sizes = over.count(grad), *grad.shape[1:]
+    axes = list(zip(structures, factors, factor_momenta, sizes, strict=True))
+    learns = over.learns(grad).to(factors[0].dtype)
     transformed = limited(grad).to(factors[0].dtype)
-    for axis, (structure, factor, _) in enumerate(axes):
+    for axis, (structure, factor, *_) in enumerate(axes):
         transformed = _mode_product(transformed, structure, factor, axis, transposed=True)
-    mean_squares = [structure.square_sum(factor) / size for structure, factor, size in axes]
+    grams = [s.gram(_unfolded(transformed, axis)) for axis, (s, *_) in enumerate(axes)]
+    square_sums = [structure.square_sum(factor) for structure, factor, *_ in axes]
 
-    targets = []
-    for axis, (structure, factor, size) in enumerate(axes):
-        others = math.prod(grad.shape) // size
-        trace = math.prod(t for j, t in enumerate(mean_squares) if j != axis)
-        unfolded = transformed.movedim(axis, 0).reshape(size, -1)
-        gram, square = structure.gram(unfolded), structure.square(factor)
-        target = batch_size / others * gram + damping * trace * square
+    def learn_(axis: int) -> Tensor:
+        """Average H of an axis into its momentum, and the square of the norm of that."""
+        structure, factor, momentum, size = axes[axis]
+        others = math.prod(sizes) // size
+        trace = math.prod(
+            total / d
+            for j, (total, d) in enumerate(zip(square_sums, sizes, strict=True))
+            if j != axis
+        )
+        target = batch_size / others * grams[axis] + damping * trace * structure.square(factor)
         structure.add_identity_(target, -1, size)
-        targets.append(target / 2)
-
-    for (structure, factor, _), momentum, target in zip(axes, factor_momenta, targets, strict=True):
-        momentum.lerp_(target, (1 - factor_momentum) * learns)
+        momentum.lerp_(target / 2, (1 - factor_momentum) * learns)
         momentum.clamp_(-LARGEST_MOMENTUM, LARGEST_MOMENTUM)
-        step = learns * factor_lr / structure.norms(momentum).clamp_min(1)
+        return structure.norm_squares(momentum)
+
+    # The first axis needs no sum over rows, and so all such sums are taken at once.
+    square_sums[0], square, *grams[1:] = over.total(square_sums[0], learn_(0), *grams[1:])
+    squares = [square, *map(learn_, range(1, len(axes)))]
+    for (structure, factor, momentum, _), square in zip(axes, squares, strict=True):
+        step = learns * factor_lr / square.sqrt().clamp_min(1)
         factor.sub_(step * structure.product(factor, momentum))
 
 
@@ -183,8 +195,11 @@ def _mode_product(
     tensor: Tensor, structure: Structure, factor: Tensor, axis: int, *, transposed: bool
 ) -> Tensor:
     """tensor x_axis F for F = factor or its transpose: F times every fibre along the axis."""
+    applied = structure.left(factor, _unfolded(tensor, axis), transposed=transposed)
+    return applied.reshape(tensor.movedim(axis, 0).shape).movedim(0, axis)
+
+
+def _unfolded(tensor: Tensor, axis: int) -> Tensor:
+    """The fibres along an axis as the columns of a matrix."""
     fibres = tensor.movedim(axis, 0)
-    applied = structure.left(
-        factor, fibres.flatten(1) if fibres.dim() > 1 else fibres[:, None], transposed=transposed
-    )
-    return applied.reshape(fibres.shape).movedim(0, axis)
+    return fibres.flatten(1) if fibres.dim() > 1 else fibres[:, None]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .diag import bias_correction
+from .rows import ALL_ROWS, Rows, Scale, scale_of
 from .structures import structure_of
 
 # Added to the mean square of a row before it divides: no row grows by more than 0.1^(-1/2).
@@ -41,16 +42,11 @@ def start_values(damping: float) -> tuple[tuple[float, float], tuple[float, floa
     return (1.0, (1 + damping) ** -0.5), (1 / (1 + damping), 1.0)
 
 
-def scaled(x: Tensor, rms: float) -> Tensor:
-    """x at this root mean square; zero stays zero.
-
-    The largest entry is taken out first, so that no square leaves the range of the dtype.
-    """
-    if not x.numel():
-        return x
+def scaled(x: Tensor, rms: float, scale: Scale | None = None) -> Tensor:
+    """x at this root mean square; zero stays zero. scale: of x, if it is of more than its rows."""
+    largest, square = scale or scale_of(x)
     tiny = torch.finfo(x.dtype).tiny
-    x = x / x.abs().amax().clamp_min(tiny)
-    return x * (rms / x.square().mean().sqrt().clamp_min(tiny**0.5))
+    return x / largest.clamp_min(tiny) * (rms / square.sqrt().clamp_min(tiny**0.5))
 
 
 def shape_scale(m: int, n: int) -> float:
@@ -66,7 +62,13 @@ def shape_scale(m: int, n: int) -> float:
 
 
 def update_roots_(
-    grad: Tensor, grams: Sequence[Tensor], roots: Sequence[Tensor], *, beta2: float, damping: float
+    grad: Tensor,
+    grams: Sequence[Tensor],
+    roots: Sequence[Tensor],
+    *,
+    beta2: float,
+    damping: float,
+    over: Rows = ALL_ROWS,
 ) -> None:
     """One update of S and K of both axes, for a G of mean square 1, each from the old K's.
 
@@ -79,20 +81,24 @@ def update_roots_(
     gradient; each block has its own b. A diagonal K is (s + lam)^(-1/2) itself. Where G is exactly
     zero nothing changes.
     """
-    if not grad.any():
+    if not over.learns(grad):
         return
     a, b = map(structure_of, roots)
+    sizes = over.count(grad), grad.shape[1]
     through_columns = b.right(grad, roots[1])
     through_rows = a.left(roots[0], grad, transposed=True).mT
-    for gram, root, seen in zip(grams, roots, (through_columns, through_rows), strict=True):
-        structure = structure_of(root)
-        gram.lerp_(structure.gram(seen) / seen.shape[1], 1 - beta2)
-        lam = damping * structure.diagonal(gram).sum() / seen.shape[0]
+    grams[0].lerp_(a.gram(through_columns) / sizes[1], 1 - beta2)
+    trace, gram_b = over.total(a.diagonal(grams[0]).sum(), b.gram(through_rows))
+    grams[1].lerp_(gram_b / sizes[0], 1 - beta2)
+    traces = trace, b.diagonal(grams[1]).sum()
+    axes = zip((a, b), grams, roots, traces, sizes, strict=True)
+    for structure, gram, root, trace, size in axes:
+        lam = damping * trace / size
         if not structure.is_dense:
             root.copy_((gram + lam).rsqrt())
             continue
         residual = root.mT @ (gram @ root + lam * root)
-        structure.add_identity_(residual, -1, seen.shape[0])
+        structure.add_identity_(residual, -1, size)
         # A NaN of the second, whose squares overflow before those of the first, is ignored.
         bound = torch.fmin(structure.norms(residual), structure.norms(residual @ residual).sqrt())
         root.sub_(root @ residual * (0.5 / bound.clamp_min(1)))
@@ -105,14 +111,20 @@ def direction(ahead: Tensor, roots: Sequence[Tensor]) -> Tensor:
     return b.right(b.right(through_rows, roots[1]), roots[1], transposed=True)
 
 
-def balance_rows_(update: Tensor, row_square_avg: Tensor, step: float, row_beta: float) -> Tensor:
+def balance_rows_(
+    update: Tensor,
+    row_square_avg: Tensor,
+    step: float,
+    row_beta: float,
+    over: Rows = ALL_ROWS,
+) -> Tensor:
     """P with its rows divided by the root of the average of their mean squares.
 
     P  <- P / rms(P)
     v  <- v + max(1 - row_beta, 1 / step) (r - v),   r_i = mean_j P_ij^2
     P_i / sqrt(v_i + 0.1)
     """
-    update = scaled(update, 1.0)
+    update = scaled(update, 1.0, over.scale(update))
     row_square_avg.lerp_(update.square().mean(1), max(1 - row_beta, 1 / step))
     return update / (row_square_avg + ROW_DAMPING).sqrt().unsqueeze(1)
 
@@ -135,6 +147,7 @@ def rootfree_shampoo_(
     row_beta: float | None,
     maximize: bool = False,
     update_factors: bool = True,
+    over: Rows = ALL_ROWS,
 ) -> None:
     """One step of one matrix, in place; `step` counts this one.
 
@@ -145,17 +158,20 @@ def rootfree_shampoo_(
     p <- (1 - lr weight_decay) p - lr P
 
     param: of any shape with the elements of the momentum buffer, which is (m, n), as is G.
+    over: whose rows these are, if there are more than here; then axis A has diagonal S and K.
     """
-    g = scaled(grad.reshape(momentum_buffer.shape).to(momentum_buffer.dtype), 1.0)
+    g = grad.reshape(momentum_buffer.shape).to(momentum_buffer.dtype)
+    g = scaled(g, 1.0, over.scale_of_gradient(g))
     g = -g if maximize else g
     momentum_buffer.lerp_(g, 1 - beta1)
     if update_factors:
-        update_roots_(g, grams, roots, beta2=beta2, damping=damping)
+        update_roots_(g, grams, roots, beta2=beta2, damping=damping, over=over)
     update = direction(_ahead(momentum_buffer, g, beta1), roots)
     if row_square_avg is not None and row_beta is not None:
-        update = balance_rows_(update, row_square_avg, step, row_beta)
-    rms = update_rms * shape_scale(*update.shape) if update.numel() else 0.0
-    _descend_(param, scaled(update, rms), lr, weight_decay)
+        update = balance_rows_(update, row_square_avg, step, row_beta, over)
+    sizes = over.count(update), update.shape[1]
+    rms = update_rms * shape_scale(*sizes) if all(sizes) else 0.0
+    _descend_(param, scaled(update, rms, over.scale(update)), lr, weight_decay)
 
 
 def vector_adam_(

@@ -78,7 +78,11 @@ class Structure:
 
     def norms(self, momentum: Tensor) -> Tensor:
         """||m||_F, by which the step of K is bounded, of a shape that multiplies with K."""
-        return self.square_sum(momentum).sqrt()[(..., *[None] * self.axes)]
+        return self.norm_squares(momentum).sqrt()
+
+    def norm_squares(self, momentum: Tensor) -> Tensor:
+        """The squares of `norms`."""
+        return self.square_sum(momentum)[(..., *[None] * self.axes)]
 
 
 class Dense(Structure):
@@ -216,8 +220,8 @@ class Blocks(Structure):
         lives = self._lives(factor, size)
         return torch.where(lives.unsqueeze(-1) & lives.unsqueeze(-2), factor, 0)
 
-    def norms(self, momentum: Tensor) -> Tensor:
-        return super().norms(momentum) if self.joint_norm else DENSE.norms(momentum)
+    def norm_squares(self, momentum: Tensor) -> Tensor:
+        return super().norm_squares(momentum) if self.joint_norm else DENSE.norm_squares(momentum)
 
     def _lives(self, factor: Tensor, size: int) -> Tensor:
         """Which rows of each block, (blocks, b), are no padding."""

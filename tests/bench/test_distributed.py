@@ -21,6 +21,8 @@ from bench.report import figures, plots, tables
 from bench.workloads.networks import llama_1b, llama_8b, llama_70b
 from rootfree_fused import IFShampoo, RootFreeShampoo
 from rootfree_fused.optimizer import exchange
+from rootfree_fused.optimizer.ranks import rows_of
+from rootfree_fused.optimizer.shards import local
 from rootfree_fused.optimizer.sharing import _box
 
 SIX = [(8, 8)] * 6
@@ -71,6 +73,20 @@ def test_a_world_by_hand(cls, cubes):
     assert (alone.sent, alone.messages, len(alone.loads)) == (0, 0, 1)
 
 
+@pytest.mark.parametrize(("cls", "cubes"), [(RootFreeShampoo, 7), (IFShampoo, 4)])
+def test_rows_that_stay_by_hand(cls, cubes):
+    """Of a lookup each of four ranks does its rows, and sums 8 x 8; in a ring 3/4 of it twice."""
+    world, without = (distributed.by_rows(shapes)(cls, 4) for shapes in ([*SIX, (40000, 8)], SIX))
+    sums, header = 2 * 8 * 8 * 4 * 3 // 4, 3 * 16
+    assert world.sent == without.sent + sums + header
+    assert (world.waves, world.halved) == (1, without.halved + sums + header)
+    assert [a.flops - b.flops for a, b in zip(world.loads, without.loads, strict=True)] == [
+        5 * 10000 * 8 * 8 + cubes * 8**3
+    ] * 4
+    alone = distributed.by_rows([(40000, 8)])(cls, 4)
+    assert (alone.sent, alone.waves) == (sums + 2 * header, 1)
+
+
 @pytest.mark.parametrize("cls", GIVEN)
 def test_members_of_stacks_stay_where_they_are(cls):
     """Of stacks of five members three ranks have 2, 2 and 1, as six 1, 1, 1, 1, 1 and 0."""
@@ -85,16 +101,16 @@ def test_members_of_stacks_stay_where_they_are(cls):
 @pytest.mark.parametrize("cls", GIVEN)
 def test_costs_owners_and_parts_are_those_of_the_optimizer(cls):
     """On a process group of four that sends nothing, of which this process is a rank."""
-    shapes = [(16, 8), (8, 8), (24, 40), (8, 8), (5, 3), (16, 8), (40, 8)]
+    shapes = [(16, 8), (8, 8), (24, 40), (8, 8), (5, 3), (16, 8), (40, 8), (40000, 8)]
     each = [distributed.cost_of(cls, Stack(shape)) for shape in shapes]
-    owners = distributed.owners_of(each, [distributed.Cost(0, 0)] * 4)
+    owners = distributed.owners_of(each[:-1], [distributed.Cost(0, 0)] * 4)
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
         mesh = init_device_mesh("cpu", (4,))
         params = [
             torch.nn.Parameter(
                 DTensor.from_local(
-                    torch.zeros(exchange.rows_of(shape[0], 4)[1], shape[1]),
+                    torch.zeros(rows_of(shape[0], 4)[1], shape[1]),
                     mesh,
                     [Shard(0)],
                     run_check=False,
@@ -107,7 +123,11 @@ def test_costs_owners_and_parts_are_those_of_the_optimizer(cls):
         optimizer = cls(params, factor_dtype=torch.bfloat16, **GIVEN[cls])
         assert distributed.costs(optimizer) == each
         held = [optimizer._sharing.held(p, optimizer.param_groups) for p in params]
-        assert [of.owner for of in held] == owners
+        assert [of.owner for of in held[:-1]] == owners
+        assert [of.stays for of in held] == [False] * 7 + [True]
+        of_rows = [local(value).nbytes for value in optimizer.state[params[-1]].values()]
+        (alone,) = {load.bytes for load in distributed.by_rows(shapes[-1:])(cls, 4).loads}
+        assert alone == sum(of_rows)
         assert [distributed.boxes(shape, 4)[1] for shape in shapes] == list(map(_box, params))
     finally:
         dist.destroy_process_group()

@@ -14,6 +14,7 @@ CASES = (
     "helpers.format_cases",
     "helpers.shared_cases",
     "helpers.shared_faults",
+    "helpers.row_cases",
 )
 TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
 START = 300.0  # for what ranks import, on a machine that does other things

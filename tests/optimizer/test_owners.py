@@ -8,11 +8,18 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
-from rootfree_fused.optimizer import exchange
 from rootfree_fused.optimizer.exchange import Box, are_parts_of, senders_of
 from rootfree_fused.optimizer.layouts import Layout
 from rootfree_fused.optimizer.matrix_calls import IFSHAMPOO, ROOTFREE_SHAMPOO
-from rootfree_fused.optimizer.owners import Cost, owners_of, update_flops
+from rootfree_fused.optimizer.owners import (
+    Cost,
+    Volume,
+    owners_of,
+    staying,
+    summed_elements,
+    update_flops,
+)
+from rootfree_fused.optimizer.ranks import rows_of
 from rootfree_fused.reference.structures import DENSE, DIAGONAL, Blocks
 
 NONE = Cost(0, 0)
@@ -62,6 +69,34 @@ def test_flops_are_those_of_the_products():
     assert update_flops(blocks, 7) == 5 * 64 * 96 * (64 + 32) + 7 * (64**3 + 3 * 32**3)
 
 
+def test_what_ranks_sum_is_the_grams_of_the_other_axes():
+    assert summed_elements(Layout((128256, 4096), (DIAGONAL, Blocks(2048)))) == 2 * 2048**2
+    assert summed_elements(Layout((61, 4), (DIAGONAL, DENSE))) == 16
+    assert summed_elements(Layout((61, 4, 3), (DIAGONAL, DENSE, DIAGONAL))) == 16 + 3
+
+
+def test_rows_stay_where_the_rank_that_sends_most_then_sends_less():
+    head, layer = Volume(1000, 10), Volume(60, None)
+    assert staying([layer, head, layer], 4) == {1}
+    assert staying([head, layer, head], 4) == {0, 2}, "one alone would help no rank"
+    assert staying([head] * 3, 1) == set(), "nothing is sent"
+    assert staying([Volume(1000, None)] * 2, 4) == set()
+    # Summed, 1200 by each rank; by owners 1000 by one of them.
+    assert staying([Volume(1000, 600)], 64) == set()
+    # Two of the size of the bound that a matrix with an owner sets.
+    assert staying([Volume(1000, None), head], 64) == set()
+    # Many alike are well shared by owners: 2 * 224 / 64 of each, or 224 sums.
+    assert staying([Volume(1000, 100)] * 224, 64) == set()
+    assert staying([Volume(1000, 2)] * 224, 64) == set(range(224))
+
+
+def test_the_head_of_a_large_model_stays():
+    layers = [Volume(4096 * 14336, None)] * 96 + [Volume(4096 * 4096, None)] * 128
+    words = Volume(128256 * 4096, 2 * 2048**2)
+    for ranks in (2, 8, 64, 1024):
+        assert staying([words, *layers, words], ranks) == {0, 225}
+
+
 def boxes(*rows):
     """Of a matrix of 5 columns."""
     return [Box((first, 0), (last - first, 5)) for first, last in rows]
@@ -96,4 +131,4 @@ def test_parts_are_the_whole_or_are_refused():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_rows_are_cut_as_torch_cuts_them(length, ranks):
     cut = [Shard.local_shard_size_and_offset(length, ranks, rank)[0] for rank in range(ranks)]
-    assert exchange.rows_of(length, ranks) == cut
+    assert rows_of(length, ranks) == cut

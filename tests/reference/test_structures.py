@@ -252,3 +252,11 @@ def test_an_infinite_gradient_leaves_the_padding(stack):
         assert not padded[..., 1, 1:, :].any()
         assert not padded[..., 1, :, 1:].any()
     assert gram[..., 1, 0, 0].isinf().all()
+
+
+def test_of_nothing_the_gram_is_zero(structure, size):
+    """As a rank finds it that has no row."""
+    factor, nothing = random(structure, size), torch.empty(size, 0, dtype=torch.float64)
+    assert not structure.gram(nothing).any()
+    for transposed in (False, True):
+        assert structure.left(factor, nothing, transposed=transposed).shape == (size, 0)
