@@ -12,7 +12,13 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/diag.cpp", "csrc/matrix.cpp", "csrc/module.cpp", "csrc/rootfree_shampoo.cpp"]
+SOURCES = [
+    "csrc/diag.cpp",
+    "csrc/lowbit.cpp",
+    "csrc/matrix.cpp",
+    "csrc/module.cpp",
+    "csrc/rootfree_shampoo.cpp",
+]
 KNOWN_TENSORS = ["csrc/known_tensors.cpp"]
 # torch's stable ABI from 2.11 and Python's from 3.10 on: one build serves all newer.
 MACROS = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030a0000")]
@@ -134,6 +140,7 @@ def cpu_extension(common: dict[str, Any]) -> Extension:
             "-O3",
             "-g0",
             "-fno-trapping-math",
+            "-fno-math-errno",  # nor square roots otherwise
             "-fvisibility=hidden",
         ],
         language="c++",

@@ -8,80 +8,38 @@
 #include <tuple>
 #include <vector>
 
-#include "arguments.h"
 #include "isa.h"
+#include "lists.h"
 #include "operands.h"
 #include "update.h"
 
 namespace rootfree_fused {
 namespace {
 
-// Threads split at multiples of a chunk, so that whether an element is in a vector or in a tail is
-// the same for every number of them. Strided operands are gathered a chunk at a time.
-constexpr int64_t chunk_size = 1024;
-// Fewer elements are not worth waking a thread for; ATen's grain size.
-constexpr int64_t min_elements_per_thread = 32768;
-
 template <class Options>
 using Body = void (*)(const Options&, const PerOperand<char*>& data, int64_t begin, int64_t end);
 
 template <class Options>
-struct Task {
+struct Task : Chunked {
   const Options* options;
   Body<Options> body;
-  PerOperand<char*> data;  // STATE1 may be null
-  int64_t numel, first_chunk;
-  std::vector<StridedAxis> axes;     // see shared_axes
+  PerOperand<char*> data;            // STATE1 may be null
+  StridedAxes<OPERANDS> axes;        // see shared_axes
   PerOperand<int64_t> element_size;  // where there are axes
 };
 
-template <bool two_states, class Rule, class P, class G, class T>
-ROOTFREE_INLINE void update_each(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
-                                 int64_t begin, int64_t end) {
-  ROOTFREE_INDEPENDENT_ITERATIONS
-  for (int64_t i = begin; i < end; ++i) {
-    T p = static_cast<T>(param[i]), s0 = state0[i], s1 = two_states ? state1[i] : T(0);
-    update(rule, p, static_cast<T>(grad[i]), s0, s1);
-    param[i] = static_cast<P>(p);
-    state0[i] = s0;
-    if (two_states) state1[i] = s1;
-  }
+template <class Rule, class P, class G, class T>
+ROOTFREE_INLINE void body(const typename Rule::Options& options, const PerOperand<char*>& data,
+                          int64_t begin, int64_t end) {
+  update_all(Rule(options), reinterpret_cast<P*>(data[PARAM]),
+             reinterpret_cast<const G*>(data[GRAD]), reinterpret_cast<T*>(data[STATE0]),
+             reinterpret_cast<T*>(data[STATE1]), begin, end);
 }
 
 template <class Rule, class P, class G, class T>
-struct Bodies {
-  using Options = typename Rule::Options;
-  using Data = PerOperand<char*>;
-
-  static ROOTFREE_INLINE void body(const Options& options, const Data& data, int64_t begin,
-                                   int64_t end) {
-    const Rule rule(options);
-    auto* param = reinterpret_cast<P*>(data[PARAM]);
-    auto* grad = reinterpret_cast<const G*>(data[GRAD]);
-    auto* state0 = reinterpret_cast<T*>(data[STATE0]);
-    auto* state1 = reinterpret_cast<T*>(data[STATE1]);
-    if (Rule::required_states == 2 || state1) {
-      update_each<true>(rule, param, grad, state0, state1, begin, end);
-    } else {
-      update_each<false>(rule, param, grad, state0, state1, begin, end);
-    }
-  }
-  static void baseline(const Options& options, const Data& data, int64_t begin, int64_t end) {
-    body(options, data, begin, end);
-  }
-  ROOTFREE_AVX2
-  static void avx2(const Options& options, const Data& data, int64_t begin, int64_t end) {
-    body(options, data, begin, end);
-  }
-  ROOTFREE_AVX512
-  static void avx512(const Options& options, const Data& data, int64_t begin, int64_t end) {
-    body(options, data, begin, end);
-  }
-  static Body<Options> current() {
-    constexpr Body<Options> bodies[ISA_COUNT] = {baseline, avx2, avx512, avx512};
-    return bodies[isa_in_use()];
-  }
-};
+Body<typename Rule::Options> compiled_body() {
+  return Compiled<body<Rule, P, G, T>>::current();
+}
 
 template <template <class> class Rule>
 Body<typename Rule<float>::Options> select_body(int32_t param, int32_t grad, int32_t state,
@@ -92,22 +50,30 @@ Body<typename Rule<float>::Options> select_body(int32_t param, int32_t grad, int
   static const int32_t f64 = aoti_torch_dtype_float64(), f32 = aoti_torch_dtype_float32(),
                        bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
   if (state == f32) {
-    if (param == f32 && grad == f32) return Bodies<F32, float, float, float>::current();
-    if (param == bf16 && grad == bf16) return Bodies<F32, BFloat16, BFloat16, float>::current();
-    if (param == bf16 && grad == f32) return Bodies<F32, BFloat16, float, float>::current();
-    if (param == f16 && grad == f16) return Bodies<F32, Half, Half, float>::current();
-    if (param == f16 && grad == f32) return Bodies<F32, Half, float, float>::current();
+    if (param == f32 && grad == f32) return compiled_body<F32, float, float, float>();
+    if (param == bf16 && grad == bf16) return compiled_body<F32, BFloat16, BFloat16, float>();
+    if (param == bf16 && grad == f32) return compiled_body<F32, BFloat16, float, float>();
+    if (param == f16 && grad == f16) return compiled_body<F32, Half, Half, float>();
+    if (param == f16 && grad == f32) return compiled_body<F32, Half, float, float>();
   }
   if (state == f64) {
     using F64 = Rule<double>;
-    if (param == f64 && grad == f64) return Bodies<F64, double, double, double>::current();
-    if (param == f64 && grad == f32) return Bodies<F64, double, float, double>::current();
+    if (param == f64 && grad == f64) return compiled_body<F64, double, double, double>();
+    if (param == f64 && grad == f32) return compiled_body<F64, double, float, double>();
   }
   STD_TORCH_CHECK(false, "there is no kernel for the dtypes of params[", i,
                   "], its gradient and its state");
 }
 
-int64_t chunk_count(int64_t numel) { return (numel + chunk_size - 1) / chunk_size; }
+// The axes from outer to inner in the memory order of the parameter, merged.
+StridedAxes<OPERANDS> shared_axes(int64_t dim, const int64_t* sizes,
+                                  const PerOperand<const int64_t*>& strides) {
+  auto axes = axes_of(dim, sizes, strides);
+  std::stable_sort(axes.begin(), axes.end(), [](const auto& a, const auto& b) {
+    return a.strides[PARAM] > b.strides[PARAM];
+  });
+  return merged(axes);
+}
 
 // Checks everything, so that an error leaves every tensor as it was. `options` are those of all
 // parameters, or one for each.
@@ -155,7 +121,7 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
         task.element_size[k] = missing ? 0 : aoti_torch_dtype_element_size(dtypes[k]);
       }
       task.axes = shared_axes(dim, sizes, strides);
-      for (const StridedAxis& axis : task.axes) {
+      for (const auto& axis : task.axes) {
         STD_TORCH_CHECK(axis.strides[PARAM] && axis.strides[STATE0] && axis.strides[STATE1],
                         "params[", i, "] or its state is expanded: elements share their memory");
       }
@@ -188,50 +154,15 @@ void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class Options>
-void run(const std::vector<Task<Options>>& tasks) {
-  if (tasks.empty()) return;
-  const int64_t chunks = tasks.back().first_chunk + chunk_count(tasks.back().numel);
-  int64_t elements = 0;
-  for (const auto& task : tasks) elements += task.numel;
-  // In chunks as full as these are on average.
-  const int64_t grain_size = chunks * min_elements_per_thread / std::max<int64_t>(elements, 1);
-  torch::stable::parallel_for(0, chunks, grain_size, [&](int64_t begin, int64_t end) {
-    const auto before = [](int64_t chunk, const auto& task) { return chunk < task.first_chunk; };
-    auto task = std::upper_bound(tasks.begin(), tasks.end(), begin, before) - 1;
-    for (; task != tasks.end() && task->first_chunk < end; ++task) {
-      const int64_t first = std::max<int64_t>(0, begin - task->first_chunk) * chunk_size;
-      const int64_t last = std::min(task->numel, (end - task->first_chunk) * chunk_size);
-      if (task->axes.empty()) {
-        task->body(*task->options, task->data, first, last);
-      } else {
-        run_strided(*task, first, last);
-      }
-    }
-  });
-}
-
 // Those of each parameter.
 template <class Options>
 std::vector<Options> at_steps(const Options& options, AtenTensorHandle steps, size_t count) {
-  STD_TORCH_CHECK(is_cpu(steps) && dtype(steps) == aoti_torch_dtype_float32() &&
-                      get(aoti_torch_get_dim, steps) == 1 &&
-                      get(aoti_torch_get_numel, steps) == static_cast<int64_t>(count),
-                  "steps must be a 1-D float32 CPU tensor with one entry for each parameter");
-  const auto* data = static_cast<const float*>(get(torch_get_const_data_ptr, steps));
-  const int64_t stride = *get(aoti_torch_get_strides, steps);
-  std::vector<Options> all(count, options);
-  for (size_t i = 0; i < count; ++i) all[i].set_step(data[i * stride]);
+  std::vector<Options> all;
+  for (double step : read_steps(steps, count)) {
+    all.push_back(options);
+    all.back().set_step(step);
+  }
   return all;
-}
-
-// Reads the scale and the infs of a gradient scaler; false where the step is to be skipped.
-template <class Options>
-bool next_scaling(Arguments& arguments, Options& options) {
-  const AtenTensorHandle grad_scale = arguments.next_optional_tensor();
-  const AtenTensorHandle found_inf = arguments.next_optional_tensor();
-  if (grad_scale) options.grad_scale = read_number(grad_scale, "grad_scale");
-  return !found_inf || read_number(found_inf, "found_inf") == 0;
 }
 
 // The body of an operator with the schema of a DiagonalMethod in rootfree_fused/ops/methods.py.
@@ -239,23 +170,29 @@ template <template <class> class Rule>
 void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
   using Options = typename Rule<float>::Options;
   constexpr int operands = STATE0 + Rule<float>::states;
-  constexpr bool has_steps = requires(Options o) { o.set_step(1.0); };
   constexpr size_t scalars = std::tuple_size_v<decltype(Options().scalars())>;
-  Arguments arguments(stack, argument_count, operands + has_steps + 1 + scalars + 2);
+  Arguments arguments(stack, argument_count, operands + has_steps<Options> + 1 + scalars + 2);
   PerOperand<TensorHandles> lists;
   for (int k = 0; k < operands; ++k) lists[k] = arguments.next_tensors();
-  const AtenTensorHandle steps = has_steps ? arguments.next_optional_tensor() : nullptr;
+  const AtenTensorHandle steps = has_steps<Options> ? arguments.next_optional_tensor() : nullptr;
   const AtenTensorHandle lr = arguments.next_tensor();
   Options options{};
   std::apply([&](auto&... values) { arguments.read_all(values...); }, options.scalars());
   const bool take_step = next_scaling(arguments, options);
   options.lr = read_number(lr, "lr");
   std::vector<Options> all_options{options};
-  if constexpr (has_steps) {
+  if constexpr (has_steps<Options>) {
     if (steps) all_options = at_steps(options, steps, lists[PARAM].size());
   }
   const auto tasks = plan<Rule>(lists, all_options);
-  if (take_step) run(tasks);
+  if (!take_step) return;
+  for_each_chunk(tasks, [](const auto& task, int64_t first, int64_t last) {
+    if (task.axes.empty()) {
+      task.body(*task.options, task.data, first, last);
+    } else {
+      run_strided(task, first, last);
+    }
+  });
 }
 
 }  // namespace

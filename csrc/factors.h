@@ -6,13 +6,10 @@
 #include <bit>
 #include <cmath>
 
+#include "formats.h"
 #include "tasks.h"
 
 namespace rootfree_fused {
-
-ROOTFREE_INLINE float join(BFloat16 high, int16_t residual) {
-  return std::bit_cast<float>((uint32_t(high.x) << 16) + uint32_t(int32_t(residual)));
-}
 
 // Leaves the part that products read in `value`.
 ROOTFREE_INLINE void split(float& value, BFloat16& high, int16_t& residual) {

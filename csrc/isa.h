@@ -70,4 +70,20 @@ inline std::atomic<Isa>& isa_in_use() {
   return isa;
 }
 
+// A function compiled for every instruction set; it is ROOTFREE_INLINE, and so is what it calls.
+template <auto function>
+struct Compiled;
+
+template <class... Arguments, void (*function)(Arguments...)>
+struct Compiled<function> {
+  static void baseline(Arguments... arguments) { function(arguments...); }
+  ROOTFREE_AVX2 static void avx2(Arguments... arguments) { function(arguments...); }
+  ROOTFREE_AVX512 static void avx512(Arguments... arguments) { function(arguments...); }
+  // For the one in use.
+  static auto current() {
+    constexpr decltype(function) all[ISA_COUNT] = {baseline, avx2, avx512, avx512};
+    return all[isa_in_use()];
+  }
+};
+
 }  // namespace rootfree_fused

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -15,28 +16,35 @@ enum Operand { PARAM, GRAD, STATE0, STATE1, OPERANDS };
 template <class T>
 using PerOperand = std::array<T, OPERANDS>;
 
+// Of `count` tensors of one shape.
+template <size_t count>
 struct StridedAxis {
   int64_t size;
-  PerOperand<int64_t> strides;
+  std::array<int64_t, count> strides;
 };
+template <size_t count>
+using StridedAxes = std::vector<StridedAxis<count>>;
 
-// The axes from outer to inner in the memory order of the parameter, neighbours merged where every
-// operand allows it. Empty where every operand is dense in that order.
-inline std::vector<StridedAxis> shared_axes(int64_t dim, const int64_t* sizes,
-                                            const PerOperand<const int64_t*>& strides) {
-  std::vector<StridedAxis> axes;
+template <size_t count>
+StridedAxes<count> axes_of(int64_t dim, const int64_t* sizes,
+                           const std::array<const int64_t*, count>& strides) {
+  StridedAxes<count> axes;
   for (int64_t d = 0; d < dim; ++d) {
     if (sizes[d] == 1) continue;
-    axes.push_back(
-        {sizes[d], {strides[PARAM][d], strides[GRAD][d], strides[STATE0][d], strides[STATE1][d]}});
+    axes.push_back({sizes[d], {}});
+    for (size_t k = 0; k < count; ++k) axes.back().strides[k] = strides[k][d];
   }
-  std::stable_sort(axes.begin(), axes.end(), [](const StridedAxis& a, const StridedAxis& b) {
-    return a.strides[PARAM] > b.strides[PARAM];
-  });
-  std::vector<StridedAxis> merged;
-  for (const StridedAxis& axis : axes) {
+  return axes;
+}
+
+// With neighbours merged where every tensor allows it. Empty where every one is dense in this
+// order.
+template <size_t count>
+StridedAxes<count> merged(const StridedAxes<count>& axes) {
+  StridedAxes<count> merged;
+  for (const auto& axis : axes) {
     bool adjacent = !merged.empty();
-    for (int k = 0; adjacent && k < OPERANDS; ++k) {
+    for (size_t k = 0; adjacent && k < count; ++k) {
       adjacent = merged.back().strides[k] == axis.size * axis.strides[k];
     }
     if (adjacent) {
@@ -45,15 +53,17 @@ inline std::vector<StridedAxis> shared_axes(int64_t dim, const int64_t* sizes,
       merged.push_back(axis);
     }
   }
-  if (merged.size() == 1 && merged[0].strides == PerOperand<int64_t>{1, 1, 1, 1}) merged.clear();
+  std::array<int64_t, count> dense;
+  dense.fill(1);
+  if (merged.size() == 1 && merged[0].strides == dense) merged.clear();
   return merged;
 }
 
 enum class Copy { GATHER, SCATTER };
 
 // Copies elements [begin, end) of a strided operand to a dense buffer, or back.
-template <Copy copy, int64_t element_size>
-void copy_elements(char* strided, char* buffer, const std::vector<StridedAxis>& axes, int operand,
+template <Copy copy, int64_t element_size, size_t count>
+void copy_elements(char* strided, char* buffer, const StridedAxes<count>& axes, int operand,
                    int64_t begin, int64_t end) {
   const int64_t inner = axes.back().size, stride = axes.back().strides[operand];
   while (begin < end) {
@@ -75,12 +85,13 @@ void copy_elements(char* strided, char* buffer, const std::vector<StridedAxis>& 
   }
 }
 
-template <Copy copy>
+template <Copy copy, size_t count>
 void copy_elements(int64_t element_size, char* strided, char* buffer,
-                   const std::vector<StridedAxis>& axes, int operand, int64_t begin, int64_t end) {
-  const auto copy_sized = element_size == 2   ? copy_elements<copy, 2>
-                          : element_size == 4 ? copy_elements<copy, 4>
-                                              : copy_elements<copy, 8>;
+                   const StridedAxes<count>& axes, int operand, int64_t begin, int64_t end) {
+  const auto copy_sized = element_size == 1   ? copy_elements<copy, 1, count>
+                          : element_size == 2 ? copy_elements<copy, 2, count>
+                          : element_size == 4 ? copy_elements<copy, 4, count>
+                                              : copy_elements<copy, 8, count>;
   copy_sized(strided, buffer, axes, operand, begin, end);
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <tuple>
 
@@ -19,7 +20,8 @@ T largest_gradient_of(double batch_size) {
 // NaN stays.
 template <class T>
 ROOTFREE_INLINE T within(T x, T bound) {
-  return x > bound ? bound : x < -bound ? -bound : x;
+  const T below = x > bound ? bound : x;
+  return below < -bound ? -bound : below;
 }
 
 // start + weight (end - start), as torch.lerp from the nearer end: exact at weight 0 and weight 1.
@@ -135,9 +137,9 @@ template <class T>
 ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
   g *= h.grad_factor;
   p -= h.weight_decay * p;
-  // By halves where g - m of finite g is beyond the largest number.
+  // By halves where g - m is beyond the largest number; to an infinite g it makes no difference.
   constexpr T largest = std::numeric_limits<T>::max();
-  const bool beyond = std::abs(g - m) > largest && std::abs(g) <= largest;
+  const bool beyond = std::abs(g - m) > largest;
   const T scale = beyond ? T(0.5) : T(1);
   m = lerp(scale * m, scale * g, h.exp_avg_weight) * (beyond ? T(2) : T(1));
   const T a = within(g, h.largest_grad);
@@ -193,6 +195,31 @@ ROOTFREE_INLINE void update(const VectorAdam<T>& h, T& p, T g, T& m, T& v) {
   const T root = std::sqrt(v * h.inverse_correction);
   p -= h.weight_decay * p;
   p -= h.step_size * ahead / (root < h.smallest_root ? h.smallest_root : root);
+}
+
+// On elements [begin, end) of arrays.
+template <bool two_states, class Rule, class P, class G, class T>
+ROOTFREE_INLINE void update_each(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
+                                 int64_t begin, int64_t end) {
+  ROOTFREE_INDEPENDENT_ITERATIONS
+  for (int64_t i = begin; i < end; ++i) {
+    T p = static_cast<T>(param[i]), s0 = state0[i], s1 = two_states ? state1[i] : T(0);
+    update(rule, p, static_cast<T>(grad[i]), s0, s1);
+    param[i] = static_cast<P>(p);
+    state0[i] = s0;
+    if (two_states) state1[i] = s1;
+  }
+}
+
+// `state1` may be null where the rule does not require it.
+template <class Rule, class P, class G, class T>
+ROOTFREE_INLINE void update_all(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
+                                int64_t begin, int64_t end) {
+  if (Rule::required_states == 2 || state1) {
+    update_each<true>(rule, param, grad, state0, state1, begin, end);
+  } else {
+    update_each<false>(rule, param, grad, state0, state1, begin, end);
+  }
 }
 
 struct DescentOptions {

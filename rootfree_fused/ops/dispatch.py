@@ -56,7 +56,7 @@ def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
     slowly = _warned("diag", by_reference.diagonal(method))
     library.impl(method.name, slowly, "CompositeExplicitAutograd")
     library.impl(method.name, _on_cuda(method, slowly), "CUDA")
-    specified = by_reference.lowbit(method)
+    specified = _warned("diag", by_reference.lowbit(method))
     library.impl(method.lowbit_name, specified, "CompositeExplicitAutograd")
     for name in (method.name, method.lowbit_name):
         torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
