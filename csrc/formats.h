@@ -1,5 +1,5 @@
 // Weights and states in fewer bytes; see rootfree_fused/reference/formats.py, which these follow to
-// the bit. Each format has `decode` to float32 and `encode` from it, of `count` elements of a block.
+// the bit. Each format has `decode` to float32 and `encode` from it, of the elements of a block.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -241,8 +241,7 @@ Elements elements_of(AtenTensorHandle tensor, AtenTensorHandle param, int k, siz
 
 Scales scales_of(AtenTensorHandle tensor, int32_t expected, int64_t numel, size_t i) {
   STD_TORCH_CHECK(is_cpu(tensor) && dtype(tensor) == expected &&
-                      get(aoti_torch_get_numel, tensor) ==
-                          (numel + block_size - 1) / block_size &&
+                      get(aoti_torch_get_numel, tensor) == (numel + block_size - 1) / block_size &&
                       get(aoti_torch_is_contiguous, tensor),
                   "the scales of params[", i, "] must be contiguous CPU tensors of one ",
                   expected == dtypes().f32 ? "float32" : "uint8", " a block of ", block_size);
@@ -307,8 +306,8 @@ std::vector<Task<Rule>> plan(const Lists& lists, Options options, bool at_steps)
       }
     }
     if (!lists.operands[STATE1].empty()) {
-      task.encode_both = encoder_of_both(dtype(lists.operands[STATE0][i]),
-                                         dtype(lists.operands[STATE1][i]));
+      task.encode_both =
+          encoder_of_both(dtype(lists.operands[STATE0][i]), dtype(lists.operands[STATE1][i]));
       if (task.encode_both) {
         task.codecs[STATE0].encode = task.codecs[STATE1].encode = nullptr;
       }

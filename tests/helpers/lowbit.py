@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rootfree_fused.ops import by_reference
-from rootfree_fused.ops.methods import METHODS
+from rootfree_fused.ops import by_reference, methods
 from rootfree_fused.reference import formats
 
 from .operators import for_operators
@@ -50,6 +49,14 @@ EXACT = {
         "maximize": False,
     },
 }
+# By how tests call them: the operator, and how many states it is given.
+METHODS = {
+    "rmsprop": ("lowbit_rmsprop_", 2),
+    "rmsprop without buffer": ("lowbit_rmsprop_", 1),
+    "adamw": ("lowbit_adamw_", 2),
+    "vector_adam": ("lowbit_vector_adam_", 2),
+}
+SHAPES = [(1,), (255,), (256,), (257,), (5, 300)]
 FIRSTS = [0, 100, 2**32 - 5, 2**33 + 7, 1]
 SEEDS = [7, 0, 2**32 - 1, 12345, 1]
 
@@ -68,6 +75,7 @@ class Problem:
     ):
         self.name, self.scalars, self.lr = name, dict(scalars or EXACT[name]), lr
         generator = torch.Generator().manual_seed(1)
+        method = methods.METHODS[name.removeprefix("lowbit_")]
         dtype, residual, self.stochastic = WEIGHTS[weight]
         values = [torch.randn(shape, generator=generator) for shape in shapes]
         self.grads = [eight_bits(shape, grad or dtype, generator) for shape in shapes]
@@ -79,9 +87,8 @@ class Problem:
             self.params, self.residuals = map(list, zip(*parts, strict=True))
         self.states, self.scales = [], []
         for k, state in enumerate(states):
-            signed = METHODS[name.removeprefix("lowbit_")].states.keys()
-            is_signed = list(signed)[k] in ("exp_avg", "momentum_buffer")
-            start = torch.randn if is_signed else torch.rand
+            key = list(method.states)[k]
+            start = torch.randn if key in ("exp_avg", "momentum_buffer") else torch.rand
             encoded = [
                 formats.encoded(start(shape, generator=generator) + 0.01, state) for shape in shapes
             ]
@@ -95,8 +102,7 @@ class Problem:
         self.steps = torch.arange(1.0, count + 1)
         for tensors in (self.params, self.grads, self.residuals, *self.states):
             tensors[:] = [like(t) for t in tensors]
-        self.counts = METHODS[name.removeprefix("lowbit_")].counts
-        self.more = {}
+        self.counts, self.more = method.counts, {}
 
     def written(self):
         return [t for ts in (self.params, *self.states, self.residuals, *self.scales) for t in ts]
@@ -136,13 +142,18 @@ class Problem:
 
     def specified(self):
         """By the specification, in place."""
-        return self._call(by_reference.lowbit(METHODS[self.name.removeprefix("lowbit_")]))
+        return self._call(by_reference.lowbit(methods.METHODS[self.name.removeprefix("lowbit_")]))
 
     def decoded_states(self):
         """Every state in float32, and its stored form."""
         for states, scales in zip(self.states, self.scales, strict=True):
             for i, state in enumerate(states):
                 yield formats.decoded(state, scales[i] if scales else None), state
+
+
+def problem(method, shapes=SHAPES, weight="bfloat16 + 8", states=(S8, E5M3), **options):
+    name, count = METHODS[method]
+    return Problem(name, shapes, weight, states[:count], **options)
 
 
 def assert_stored_equal(actual, expected):
