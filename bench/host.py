@@ -62,7 +62,8 @@ def as_on_cuda() -> Iterator[None]:
         "rootfree_shampoo_": dispatch._rootfree_shampoo_on_cuda(by_reference.rootfree_shampoo_),
     }
     for method in (RMSPROP, ADAMW, VECTOR_ADAM):
-        bodies[method.name] = dispatch._on_cuda(method, by_reference.diagonal(method))
+        for name, (_, on_cuda) in dispatch.diagonal_bodies(method).items():
+            bodies[name] = on_cuda
     library = torch.library.Library("rootfree_fused", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that there is a body already

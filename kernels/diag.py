@@ -24,7 +24,7 @@ come from a device vector, so a scheduled lr recompiles nothing; lr itself may l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,16 @@ from .arithmetic import inverse_of, skips
 from .calls import kind_of
 from .diag_bodies import BODIES
 from .slots import ROW
-from .tables import LaunchPlan, at_gradients, find_plan, readable, scalar_table
+from .tables import (
+    Launch,
+    LaunchPlan,
+    at_gradients,
+    contiguous_copies,
+    copy_back,
+    find_plan,
+    readable,
+    scalar_table,
+)
 
 # One row serves every dtype and device: on an H200 10^9 elements at 98.7 to 99.2 % of the bandwidth
 # of a copy (torch 2.11, Triton 3.6), other GPUs not measured. The SASS for sm_80, sm_90 and
@@ -170,7 +179,7 @@ def prepare(lists: Sequence[Sequence[Tensor]]) -> LaunchPlan | None:
 
 def move_grads(plan: LaunchPlan, addresses: Tensor) -> LaunchPlan:
     """The plan for the same tensors with gradients at other addresses; int64, one a tensor."""
-    return at_gradients(plan, addresses, block=BLOCK, vector=VECTOR)
+    return at_gradients(plan, addresses)
 
 
 def launch(
@@ -192,35 +201,62 @@ def launch(
     step is to be skipped, are such tensors or None. settings: the operator's others; batch_size is
     a number, or a 0-d tensor on the CPU.
     """
+    numbers = lr, steps, grad_scale, found_inf
+    run_plan(_diag_kernel, _constants, name, plan, numbers, settings)
+
+
+def _constants(launch: Launch) -> dict[str, Any]:
+    """The kernel's last parameters, but for UPDATE, and options."""
+    return {
+        "PARAM": launch.dtypes.param,
+        "GRAD": launch.dtypes.grad,
+        "HAS_SECOND": launch.dtypes.second_state is not None,
+        "BLOCK": BLOCK,
+        "VECTOR": VECTOR,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": True,
+    }
+
+
+def run_plan(
+    kernel: Any,
+    constants: Callable[[Launch], dict[str, Any]],
+    name: str,
+    plan: LaunchPlan,
+    numbers: tuple[float | Tensor, Tensor | None, Tensor | None, Tensor | None],
+    settings: dict[str, Any],
+    kind: Hashable = None,
+) -> None:
+    """The launches of a plan by the method of this name.
+
+    kernel: of the plan's tables, the scalars of `settings`, and lr, steps, grad_scale and found_inf
+        as pointers; then of constants.
+    constants: of a launch; those of the same `kind` are equal.
+    """
     body = BODIES[name]
+    lr, steps, grad_scale, found_inf = numbers
     on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
     scalars = body.scalars(float(lr) if on_device_lr is None else 0.0, **settings)
-    for i, (device, param_dtype, grad_dtype, chunks, rows, programs) in enumerate(plan.launches):
-        if programs == 0:
+    for i, launch in enumerate(plan.launches):
+        device = launch.device
+        if launch.programs == 0:
             continue
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
             table = scalar_table(device, scalars).on_device()
-            numbers = (
+            pointers = (
                 table if on_device_lr is None else readable(on_device_lr, device),
                 readable(None if steps is None else steps.contiguous(), device),
                 readable(grad_scale, device),
                 readable(found_inf, device),
             )
-            args = chunks.on_device(), rows.on_device(), table, *numbers
-            known = i, name, kind_of(*numbers)
-            if plan.known.repeat(known, args):
-                continue
-            constants = {
-                "UPDATE": body.update,
-                "PARAM": param_dtype,
-                "GRAD": grad_dtype,
-                "HAS_SECOND": plan.states == 2,
-                "BLOCK": BLOCK,
-                "VECTOR": VECTOR,
-                "num_warps": NUM_WARPS,
-                "enable_fp_fusion": True,
-            }
-            plan.known.call(known, _diag_kernel, programs, args, constants)
+            tables = launch.chunks.on_device(), launch.rows.on_device()
+            if launch.beside is not None:
+                tables += (launch.beside.on_device(),)
+            args = *tables, table, *pointers
+            known = i, name, kind, kind_of(*pointers)
+            if not plan.known.repeat(known, args):
+                chosen = {"UPDATE": body.update, **constants(launch)}
+                plan.known.call(known, kernel, launch.programs, args, chosen)
 
 
 @torch.no_grad()
@@ -241,12 +277,6 @@ def update_(
     if not plan.copied:
         launch(name, plan, steps, lr, **settings)
         return
-    dense = [list(tensors) for tensors in lists]
-    for tensors in dense:
-        for i in plan.copied:
-            tensors[i] = tensors[i].contiguous()
+    dense = contiguous_copies(lists, plan.copied)
     launch(name, find_plan(dense, block=BLOCK, vector=VECTOR), steps, lr, **settings)
-    for tensors, results in zip((lists[0], *lists[2:]), (dense[0], *dense[2:]), strict=True):
-        for i in plan.copied:
-            if results[i] is not tensors[i]:
-                tensors[i].copy_(results[i])
+    copy_back([lists[0], *lists[2:]], [dense[0], *dense[2:]], plan.copied)

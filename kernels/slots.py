@@ -161,6 +161,16 @@ class Row(NamedTuple):
     index: Column  # in the caller's lists
 
 
+class Beside(NamedTuple):
+    """What a tensor in fewer bytes has beside its `Row`: int64, in `tables.Launch.beside`."""
+
+    residual: Column  # address, as those of scales; 0 where it has none
+    first_scales: Column  # address, one a block
+    second_scales: Column  # address, one a block
+    seed: Column  # 32 bits
+    first_index: Column  # of its first element in its whole, modulo 2^32
+
+
 class Member(NamedTuple):
     """A matrix among all of a step of a matrix method: int64; 0 where it has none."""
 
@@ -179,7 +189,7 @@ class Tile(NamedTuple):
     index: Column  # among the tiles of its job
 
 
-ROW, MEMBER, TILE = map(columns, (Row, Member, Tile))
+ROW, BESIDE, MEMBER, TILE = map(columns, (Row, Beside, Member, Tile))
 
 
 # Jobs: each a matrix that a launch computes -----------------------------------------------------

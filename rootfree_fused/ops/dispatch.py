@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 import torch
@@ -53,14 +54,26 @@ class MatrixKernels(Protocol):
 
 def give_bodies(library: torch.library.Library, method: DiagonalMethod) -> None:
     """Give the operators of a diagonal method their bodies; C++ registers its own when imported."""
-    slowly = _warned("diag", by_reference.diagonal(method))
-    library.impl(method.name, slowly, "CompositeExplicitAutograd")
-    library.impl(method.name, _on_cuda(method, slowly), "CUDA")
-    specified = _warned("diag", by_reference.lowbit(method))
-    library.impl(method.lowbit_name, specified, "CompositeExplicitAutograd")
-    for name in (method.name, method.lowbit_name):
+    for name, (slowly, on_cuda) in diagonal_bodies(method).items():
+        library.impl(name, slowly, "CompositeExplicitAutograd")
+        library.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
     extensions.cpp()
+
+
+def diagonal_bodies(
+    method: DiagonalMethod,
+) -> dict[str, tuple[Callable[..., None], Callable[..., None]]]:
+    """Of each operator of a diagonal method, by its name: the specification, and that on CUDA."""
+    files = {
+        method.name: ("diag", by_reference.diagonal(method)),
+        method.lowbit_name: ("lowbit", by_reference.lowbit(method)),
+    }
+    bodies = {}
+    for name, (stem, specified) in files.items():
+        slowly = _warned(stem, specified)
+        bodies[name] = slowly, _on_cuda(name, stem, method, slowly)
+    return bodies
 
 
 def give_matrix_bodies(library: torch.library.Library) -> None:
@@ -111,9 +124,14 @@ def diagonal_kernels(name: str, params: list[Tensor]) -> DiagonalKernels | None:
     """The Triton kernels, or None unless they serve the method and all these parameters."""
     if not all(map(triton_serves, params)):
         return None
-    kernels = extensions.triton("diag")
-    missing = isinstance(kernels, ImportError) or name not in cast(Any, kernels).BODIES
-    return None if missing else cast(DiagonalKernels, kernels)
+    return cast("DiagonalKernels | None", _kernels_with("diag", name))
+
+
+def _kernels_with(stem: str, name: str) -> ModuleType | None:
+    """The file of this stem in kernels/ where they have the diagonal method of this name."""
+    bodies, kernels = extensions.triton("diag_bodies"), extensions.triton(stem)
+    missing = isinstance(bodies, ImportError) or name not in cast(Any, bodies).BODIES
+    return None if missing or isinstance(kernels, ImportError) else kernels
 
 
 def matrix_kernel(
@@ -180,20 +198,24 @@ def _warn_slow(device: str, error: ImportError) -> None:
         )
 
 
-def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[..., None]:
-    """The Triton body; parameters that it does not serve go where they are served."""
+def _on_cuda(
+    name: str, stem: str, method: DiagonalMethod, slow: Callable[..., None]
+) -> Callable[..., None]:
+    """The Triton body of an operator; parameters that it does not serve go where they are served.
+
+    stem: of the file in kernels/ that has it.
+    """
 
     def run(params: list[Tensor], *tensors: Any, **scalars: Any) -> None:
-        kernels = extensions.triton("diag")
-        missing = isinstance(kernels, ImportError) or method.name not in cast(Any, kernels).BODIES
-        body = slow if missing else partial(cast(Any, kernels).update_, method.name)
+        kernels = _kernels_with(stem, method.name)
+        body = slow if kernels is None else partial(kernels.update_, method.name)
         served = list(map(triton_serves, params))
         if all(served):
             body(params, *tensors, **scalars)
             return
         *states, lr = tensors
         on_host = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in scalars.items()}
-        on_cpu = getattr(torch.ops.rootfree_fused, method.name)
+        on_cpu = getattr(torch.ops.rootfree_fused, name)
         for part, part_body, part_lr, part_scalars in (
             (served, body, lr, scalars),
             ([p.is_cuda and p.dtype is torch.float64 for p in params], slow, lr, scalars),
@@ -201,7 +223,8 @@ def _on_cuda(method: DiagonalMethod, slow: Callable[..., None]) -> Callable[...,
         ):
             if any(part):
                 picked = [_select(values, part) for values in (params, *states)]
-                part_body(*picked, part_lr, **part_scalars)
+                lists = {k: _select(v, part) for k, v in part_scalars.items() if type(v) is list}
+                part_body(*picked, part_lr, **{**part_scalars, **lists})
 
     return run
 

@@ -21,7 +21,7 @@ from helpers.optimizers import (
 )
 
 from rootfree_fused import RootFreeAdamW, RootFreeRMSprop, ops
-from rootfree_fused.ops import by_reference, dispatch
+from rootfree_fused.ops import dispatch
 from rootfree_fused.ops.methods import METHODS
 
 NAN, INF = float("nan"), float("inf")
@@ -156,7 +156,8 @@ def test_the_cuda_body_sends_cpu_parameters_to_the_cpu_body(call):
             tensor.copy_(value)
     getattr(torch.ops.rootfree_fused, name)(*expected, **kwargs)
     method = METHODS[name]
-    dispatch._on_cuda(method, by_reference.diagonal(method))(*args, **kwargs)
+    _, on_cuda = dispatch.diagonal_bodies(method)[method.name]
+    on_cuda(*args, **kwargs)
     for group, values in zip(args, expected, strict=True):
         if isinstance(group, list):
             assert_identical(group, values)

@@ -1,0 +1,367 @@
+"""The diagonal methods on weights and states in fewer bytes: one launch for all tensors of a kind.
+
+Per element what diag.py does, in float32 registers, between decoding and encoding; formats.py has
+both, and reference/formats.py the bits. A block of 256 elements has a scale in each state of 8
+bits: a program has whole blocks, so that everything is read once and written once.
+
+Dtypes: params float32, bfloat16 or float16, rounded to nearest, and bfloat16 beside an int8 or
+int16 residual, or rounded stochastically; grads as the parameter or float32, never written; state
+float32, bfloat16, int8 beside float32 scales, or uint8 beside uint8 scales. Bytes a parameter in
+bfloat16 with gradients in it, read and written, where there are two states: 16 with int8 residuals
+and bfloat16 states, 12 with states of 8 bits, 10 without residuals; and 10/256 for the scales.
+
+The step's count, from which random numbers are, is read on the device: a captured step counts on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arithmetic import inverse_of, skips
+from .diag import BLOCK as CHUNK
+from .diag import NUM_WARPS, run_plan
+from .formats import (
+    decoded,
+    encode_e5m3,
+    encode_s8,
+    join_weight,
+    key_of,
+    random_bits,
+    split_weight,
+    to_bfloat16,
+)
+from .slots import BESIDE, ROW
+from .tables import (
+    Kept,
+    Launch,
+    LaunchPlan,
+    at_gradients,
+    contiguous_copies,
+    copy_back,
+    find_plan,
+)
+
+BLOCK = 256  # elements that have a scale
+# The stream of a weight's random numbers; that of a state is its place in its method's order.
+WEIGHT_STREAM = 2
+
+# Elements that a thread moves at once. With 8, what has 16 bits moves by 16 bytes and what has 8 by
+# 8, and a block is one warp's. What is written in 32 bits moves by 4 elements, and all others then
+# too, since shared memory would have to make them agree. Not yet measured.
+VECTOR, VECTOR_OF_WIDE = 8, 4
+
+
+@triton.jit
+def _load_state(ptr, scale_ptr, offs, blocks, mask, block_mask):
+    """What is stored of a state, and its scales, or another thing that is not None."""
+    stored = tl.load(ptr + offs, mask=mask)
+    scale = 0.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + blocks, mask=block_mask)
+    return stored, scale
+
+
+@triton.jit
+def _store_state(
+    ptr, scale_ptr, value, key, STREAM: tl.constexpr, index, offs, blocks, mask, block_mask
+):
+    if ptr.dtype.element_ty == tl.int8:
+        stored, scale = encode_s8(value, mask)
+        tl.store(scale_ptr + blocks, scale, mask=block_mask)
+    elif ptr.dtype.element_ty == tl.uint8:
+        stored, scale = encode_e5m3(value, random_bits(key, STREAM, index), mask)
+        tl.store(scale_ptr + blocks, scale, mask=block_mask)
+    elif ptr.dtype.element_ty == tl.bfloat16:
+        stored = to_bfloat16(value, random_bits(key, STREAM, index))
+    else:
+        stored = value
+    tl.store(ptr + offs, stored, mask=mask)
+
+
+@triton.jit
+def _update_chunk(
+    param_ptr,
+    grad_ptr,
+    first_ptr,
+    second_ptr,
+    residual_ptr,
+    first_scale_ptr,
+    second_scale_ptr,
+    left,
+    first_index,
+    key,
+    lr,
+    scalars_ptr,
+    step_ptr,
+    unscale,
+    UPDATE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WEIGHT_STREAM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """left: elements of the tensor from the chunk's first on, or None where the chunk is full."""
+    blocks = tl.arange(0, CHUNK // BLOCK)[:, None]
+    offs = blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask, block_mask = None, None
+    if left is not None:
+        mask, block_mask = offs < left, blocks * BLOCK < left
+    p = tl.load(param_ptr + offs, mask=mask)
+    g = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
+    first, first_scale = _load_state(first_ptr, first_scale_ptr, offs, blocks, mask, block_mask)
+    if second_ptr is not None:
+        second, second_scale = _load_state(
+            second_ptr, second_scale_ptr, offs, blocks, mask, block_mask
+        )
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offs, mask=mask)
+    # As in diag.py: all loads before the arithmetic.
+    tl.debug_barrier()
+    if unscale is not None:
+        g *= unscale
+    if residual_ptr is not None:
+        p = join_weight(p, residual)
+    first = decoded(first, first_scale)
+    buffer = None
+    if second_ptr is not None:
+        buffer = decoded(second, second_scale)
+    updated = UPDATE(p.to(tl.float32), g, first, buffer, lr, scalars_ptr, step_ptr)
+
+    index = first_index + offs.to(tl.uint32)
+    if residual_ptr is not None:
+        p, residual = split_weight(updated[0], residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + offs, residual, mask=mask)
+    elif STOCHASTIC:
+        p = to_bfloat16(updated[0], random_bits(key, WEIGHT_STREAM, index))
+    else:
+        p = updated[0]
+    tl.store(param_ptr + offs, p.to(param_ptr.dtype.element_ty), mask=mask)
+    _store_state(
+        first_ptr, first_scale_ptr, updated[1], key, 0, index, offs, blocks, mask, block_mask
+    )
+    if second_ptr is not None:
+        _store_state(
+            second_ptr, second_scale_ptr, updated[2], key, 1, index, offs, blocks, mask, block_mask
+        )
+
+
+@triton.jit
+def _scales_at(address_ptr, STATE: tl.constexpr, block):
+    """Where the scales of a chunk are; None where the format has none."""
+    scale_ptr = None
+    if tl.int8 == STATE:
+        scale_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.float32)) + block
+    elif tl.uint8 == STATE:
+        scale_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.uint8)) + block
+    return scale_ptr
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=["lr_ptr", "steps_ptr", "grad_scale_ptr", "found_inf_ptr"]
+)
+def _lowbit_kernel(
+    chunks_ptr,
+    rows_ptr,
+    beside_ptr,
+    scalars_ptr,
+    lr_ptr,
+    steps_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    UPDATE: tl.constexpr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    COUNTS: tl.constexpr,
+    WEIGHT_STREAM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    if skips(found_inf_ptr):
+        return
+    unscale = inverse_of(grad_scale_ptr)
+    pid = tl.program_id(0)
+    row = tl.load(chunks_ptr + pid)
+    row_ptr, more_ptr = rows_ptr + len(ROW) * row, beside_ptr + len(BESIDE) * row
+    start = (pid - tl.load(row_ptr + ROW.first_program)) * CHUNK
+    param_ptr = tl.load(row_ptr + ROW.param).to(tl.pointer_type(PARAM)) + start
+    grad_ptr = tl.load(row_ptr + ROW.grad).to(tl.pointer_type(GRAD)) + start
+    first_ptr = tl.load(row_ptr + ROW.first_state).to(tl.pointer_type(FIRST)) + start
+    first_scale_ptr = _scales_at(more_ptr + BESIDE.first_scales, FIRST, start // BLOCK)
+    second_ptr, second_scale_ptr, residual_ptr = None, None, None
+    if SECOND is not None:
+        second_ptr = tl.load(row_ptr + ROW.second_state).to(tl.pointer_type(SECOND)) + start
+        second_scale_ptr = _scales_at(more_ptr + BESIDE.second_scales, SECOND, start // BLOCK)
+    if RESIDUAL is not None:
+        residual_ptr = tl.load(more_ptr + BESIDE.residual).to(tl.pointer_type(RESIDUAL)) + start
+    steps_ptr += tl.load(row_ptr + ROW.index)
+    step_ptr = None
+    if COUNTS:
+        step_ptr = steps_ptr
+    lr = tl.load(lr_ptr).to(tl.float32)
+    key = key_of(tl.load(more_ptr + BESIDE.seed), tl.load(steps_ptr))
+    first_index = (tl.load(more_ptr + BESIDE.first_index) + start).to(tl.uint32)
+
+    # As in diag.py, but for the rest of a tensor, which may end within a block.
+    if start < tl.load(row_ptr + ROW.aligned):
+        param_ptr = tl.multiple_of(param_ptr, VECTOR * PARAM.primitive_bitwidth // 8)
+        grad_ptr = tl.multiple_of(grad_ptr, VECTOR * GRAD.primitive_bitwidth // 8)
+        first_ptr = tl.multiple_of(first_ptr, VECTOR * FIRST.primitive_bitwidth // 8)
+        if SECOND is not None:
+            second_ptr = tl.multiple_of(second_ptr, VECTOR * SECOND.primitive_bitwidth // 8)
+        if RESIDUAL is not None:
+            residual_ptr = tl.multiple_of(residual_ptr, VECTOR * RESIDUAL.primitive_bitwidth // 8)
+        _update_chunk(
+            param_ptr,
+            grad_ptr,
+            first_ptr,
+            second_ptr,
+            residual_ptr,
+            first_scale_ptr,
+            second_scale_ptr,
+            None,
+            first_index,
+            key,
+            lr,
+            scalars_ptr,
+            step_ptr,
+            unscale,
+            UPDATE,
+            STOCHASTIC,
+            WEIGHT_STREAM,
+            CHUNK,
+            BLOCK,
+        )
+    else:
+        _update_chunk(
+            param_ptr,
+            grad_ptr,
+            first_ptr,
+            second_ptr,
+            residual_ptr,
+            first_scale_ptr,
+            second_scale_ptr,
+            tl.load(row_ptr + ROW.length) - start,
+            first_index,
+            key,
+            lr,
+            scalars_ptr,
+            step_ptr,
+            unscale,
+            UPDATE,
+            STOCHASTIC,
+            WEIGHT_STREAM,
+            CHUNK,
+            BLOCK,
+        )
+
+
+def prepare(lists: Sequence[Sequence[Tensor]], kept: Kept) -> LaunchPlan | None:
+    """What `launch` takes, where no tensor has to be copied; see `diag.prepare`.
+
+    lists: params, grads, and one or two of states in the schema's order. kept: what they have
+    beside, in the same order.
+    """
+    plan = _find_plan(lists, kept)
+    return None if plan.copied else plan
+
+
+move_grads = at_gradients
+
+
+def launch(
+    name: str,
+    plan: LaunchPlan,
+    steps: Tensor,
+    lr: float | Tensor,
+    *,
+    stochastic: bool,
+    bias_correction: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **settings: Any,
+) -> None:
+    """One step by the method of this name on every tensor of a plan; see `diag.launch`.
+
+    stochastic: whether bfloat16 parameters without residuals are rounded so. bias_correction:
+        whether the update reads steps; random numbers do always.
+    """
+    numbers = lr, steps, grad_scale, found_inf
+    chosen = partial(_constants, plan, stochastic, bias_correction)
+    kind = stochastic, bias_correction
+    run_plan(_lowbit_kernel, chosen, name, plan, numbers, settings, kind)
+
+
+def _constants(
+    plan: LaunchPlan, stochastic: bool, bias_correction: bool, launch: Launch
+) -> dict[str, Any]:
+    """The kernel's last parameters, but for UPDATE, and options."""
+    dtypes = launch.dtypes
+    return {
+        "PARAM": dtypes.param,
+        "GRAD": dtypes.grad,
+        "FIRST": dtypes.first_state,
+        "SECOND": dtypes.second_state,
+        "RESIDUAL": dtypes.residual,
+        "STOCHASTIC": stochastic,
+        "COUNTS": bias_correction,
+        "WEIGHT_STREAM": WEIGHT_STREAM,
+        "CHUNK": CHUNK,
+        "BLOCK": BLOCK,
+        "VECTOR": plan.vector,
+        "num_warps": NUM_WARPS,
+        "enable_fp_fusion": True,
+    }
+
+
+@torch.no_grad()
+def update_(
+    name: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *others: Any,
+    seeds: Sequence[int],
+    firsts: Sequence[int],
+    **settings: Any,
+) -> None:
+    """The low-bit operator of the method of this name: `launch` on lists of tensors.
+
+    others: the states, the residuals, a list of scales a state, steps and lr. Tensors that are not
+    contiguous go through copies.
+    """
+    *tensors, steps, lr = others
+    if not params:
+        return
+    count = len(tensors) // 2
+    there = [i for i in range(count) if tensors[i]]
+    lists = [params, grads, *(tensors[i] for i in there)]
+    beside = [tensors[count], *(tensors[count + 1 + i] for i in there)]
+
+    def planned(lists: Sequence[Sequence[Tensor]], beside: Sequence[Sequence[Tensor]]) -> Any:
+        return _find_plan(lists, Kept(beside[0], beside[1:], seeds, firsts))
+
+    plan = planned(lists, beside)
+    if not plan.copied:
+        launch(name, plan, steps, lr, **settings)
+        return
+    dense = contiguous_copies([*lists, *beside], plan.copied)
+    launch(name, planned(dense[: len(lists)], dense[len(lists) :]), steps, lr, **settings)
+    copy_back([params, *lists[2:], *beside], [dense[0], *dense[2:]], plan.copied)
+
+
+def _find_plan(lists: Sequence[Sequence[Tensor]], kept: Kept) -> LaunchPlan:
+    written = [lists[0], *lists[2:]]
+    wide = any(tensor.itemsize > 2 for tensors in written for tensor in tensors)
+    vector = VECTOR_OF_WIDE if wide else VECTOR
+    return find_plan(lists, block=CHUNK, vector=vector, kept=kept)
