@@ -15,7 +15,7 @@ import triton.language as tl
 
 _NAN = tl.constexpr(0x7FC00000)
 _INFINITY = tl.constexpr(0x7F800000)
-_LARGEST_BFLOAT16 = tl.constexpr(0x7F7F)
+_LARGEST_BFLOAT16 = tl.constexpr((2 - 2.0**-7) * 2.0**127)
 # S8: levels squared, and the least scale.
 _LEVELS = tl.constexpr(127.0 * 127.0)
 _UNIT = tl.constexpr(1 / (127.0 * 127.0))
@@ -71,25 +71,26 @@ def join_weight(high, residual):
 
 @triton.jit
 def split_weight(value, RESIDUAL: tl.constexpr):
-    """A float32 weight as bfloat16, and a residual of this dtype."""
+    """A float32 weight as bfloat16, and a residual of this dtype.
+
+    Both are bits of one sum: where those of the residual are more than half, as a signed number
+    they are what is left below the next bfloat16.
+    """
     bits = tl.where(value == value, value.to(tl.uint32, bitcast=True), _NAN)
     if tl.int8 == RESIDUAL:
-        bits = (bits + 0x80) & 0xFFFFFF00
-    high = (bits + 0x8000) >> 16
-    rest = (bits - (high << 16)).to(tl.int32, bitcast=True)
-    if tl.int8 == RESIDUAL:
-        rest >>= 8
-    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True), rest.to(RESIDUAL)
+        bits += 0x80
+        residual = (bits >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
+    else:
+        residual = bits.to(tl.uint16).to(tl.int16, bitcast=True)
+    return ((bits + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), residual
 
 
 @triton.jit
 def to_bfloat16(value, random):
     """bfloat16 by the upper 16 of the random bits; no finite number becomes infinite."""
-    bits = value.to(tl.uint32, bitcast=True)
-    magnitude, sign = bits & 0x7FFFFFFF, (bits >> 16) & 0x8000
-    rounded = tl.minimum((magnitude + (random >> 16)) >> 16, _LARGEST_BFLOAT16)
-    high = tl.where(magnitude < _INFINITY, rounded, magnitude >> 16) | sign
-    high = tl.where(magnitude > _INFINITY, _NAN >> 16, high)
+    added = tl.where(tl.abs(value) < _LARGEST_BFLOAT16, random >> 16, 0)
+    high = (value.to(tl.uint32, bitcast=True) + added) >> 16
+    high = tl.where(value == value, high, _NAN >> 16)
     return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
@@ -103,8 +104,11 @@ def decoded(stored, scale):
         value = decode_s8(stored, scale)
     elif stored.dtype == tl.uint8:
         value = decode_e5m3(stored, scale)
+    elif stored.dtype == tl.bfloat16:
+        bits = stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        value = bits.to(tl.float32, bitcast=True)
     else:
-        value = stored.to(tl.float32)
+        value = stored
     return value
 
 
@@ -138,9 +142,10 @@ def encode_e5m3(value, random, mask):
     largest = _largest(value, mask)
     filled = (largest > 0) & (largest < _INFINITY)
     scale = tl.maximum(largest >> 23, _LEAST_EXPONENT)
+    least = tl.where(filled, (scale - _DEPTH) << 3, _LARGEST_TOP)
     magnitude = value.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
     top = tl.minimum((magnitude + (random >> 12)) >> 20, _LARGEST_TOP).to(tl.int32)
-    code = tl.where(filled, tl.maximum(top - ((scale - _DEPTH) << 3), 0), 0)
+    code = tl.maximum(top - least, 0)
     scale = tl.where(filled, scale, tl.where(largest == 0, 0, _NOT_FINITE))
     return code.to(tl.uint8), scale.to(tl.uint8)
 
