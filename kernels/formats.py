@@ -77,7 +77,7 @@ def split_weight(value, RESIDUAL: tl.constexpr):
     they are what is left below the next bfloat16.
     """
     bits = tl.where(value == value, value.to(tl.uint32, bitcast=True), _NAN)
-    if tl.int8 == RESIDUAL:
+    if RESIDUAL.primitive_bitwidth == 8:
         bits += 0x80
         residual = (bits >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
     else:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rootfree_fused.kernels import diag, matrix, matrix_launches, rootfree_shampoo
+from rootfree_fused.kernels import diag, lowbit, matrix, matrix_launches, rootfree_shampoo
 from rootfree_fused.kernels.matrix_plan import Tiling
 from rootfree_fused.ops.axes import bucket_sizes
 
@@ -76,6 +76,71 @@ def diag_call(case: str, dtypes: Dtypes, lr: float = 0.1) -> Call:
 @cache
 def diag_program(case: str, dtypes: Dtypes, architecture: int) -> Program:
     return compile_call(diag._diag_kernel, diag_call(case, dtypes), architecture)
+
+
+# In fewer bytes -------------------------------------------------------------------------------
+
+
+class LowbitCase(NamedTuple):
+    """Dtypes of a low-bit launch, which may round bfloat16 parameters stochastically."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    residual: torch.dtype | None
+    average: torch.dtype
+    second_moment: torch.dtype
+    stochastic: bool = False
+
+    @property
+    def bytes_moved(self) -> int:
+        """Of a parameter, read and written, but for the scales of blocks."""
+        kept = (self.param, self.residual, self.average, self.second_moment)
+        return self.grad.itemsize + sum(2 * dtype.itemsize for dtype in kept if dtype is not None)
+
+
+INT8, INT16, UINT8 = torch.int8, torch.int16, torch.uint8
+LOWBIT_CASES = {
+    "bfloat16 + 8, bfloat16": LowbitCase(BF16, BF16, INT8, BF16, BF16),
+    "bfloat16 + 8, 8bit": LowbitCase(BF16, BF16, INT8, INT8, UINT8),
+    "bfloat16 + 8, 8bit, float32 gradients": LowbitCase(BF16, F32, INT8, INT8, UINT8),
+    "bfloat16 stochastic, 8bit": LowbitCase(BF16, BF16, None, INT8, UINT8, stochastic=True),
+    "bfloat16 + 16, float32": LowbitCase(BF16, BF16, INT16, F32, F32),
+    "float32, 8bit": LowbitCase(F32, F32, None, INT8, UINT8),
+}
+LOWBIT_METHODS = ("rmsprop momentum", "adamw bias correction")
+
+
+def lowbit_call(method: str, case: LowbitCase) -> Call:
+    """The call for one tensor of one full chunk."""
+
+    def tensors(dtype: torch.dtype | None) -> list[Tensor]:
+        return [] if dtype is None else [torch.zeros(lowbit.CHUNK, dtype=dtype)]
+
+    def scales(dtype: torch.dtype) -> list[Tensor]:
+        return tensors({INT8: F32, UINT8: UINT8}.get(dtype))
+
+    recorder, kernel = Recorder(), lowbit._lowbit_kernel
+    lowbit._lowbit_kernel = recorder
+    formats = [case.average, case.second_moment]
+    name, settings = "adamw_", _ADAMW | {"bias_correction": True}
+    if method == "rmsprop momentum":
+        name, settings = "rmsprop_", _RMSPROP
+        formats.reverse()
+    lists = [*map(tensors, formats), tensors(case.residual), *map(scales, formats)]
+    random = {"seeds": [0], "firsts": [0], "stochastic": case.stochastic}
+    try:
+        params, grads = tensors(case.param), tensors(case.grad)
+        others = *lists, torch.ones(1), torch.tensor(0.1)
+        lowbit.update_(name, params, grads, *others, **random, **settings)
+    finally:
+        lowbit._lowbit_kernel = kernel
+    (call,) = recorder.calls
+    return call
+
+
+@cache
+def lowbit_program(method: str, case: LowbitCase, architecture: int) -> Program:
+    return compile_call(lowbit._lowbit_kernel, lowbit_call(method, case), architecture)
 
 
 # Matrices -------------------------------------------------------------------------------------

@@ -96,6 +96,17 @@ def diag_entry(case: str, dtypes: launches.Dtypes, architecture: int) -> Entry:
     return Entry("diag", configuration, architecture, f"{moved} bytes a parameter", build)
 
 
+def lowbit_entry(method: str, name: str, architecture: int) -> Entry:
+    """Bytes but for those of scales: 10 in 256 elements where both states have 8 bits."""
+    case = launches.LOWBIT_CASES[name]
+
+    def build() -> Program:
+        return launches.lowbit_program(method, case, architecture)
+
+    modelled = f"{case.bytes_moved} bytes a parameter"
+    return Entry("lowbit", f"{method}, {name}", architecture, modelled, build)
+
+
 def matrix_entry(
     name: str,
     tiling: str,
@@ -146,6 +157,9 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
     for case in launches.DIAG_CASES[: 1 if quick else None]:
         for dtypes in launches.DIAG_DTYPES[: 1 if quick else None]:
             yield diag_entry(case, dtypes, architecture)
+    for name in launches.LOWBIT_CASES if not quick else ():
+        for method in launches.LOWBIT_METHODS:
+            yield lowbit_entry(method, name, architecture)
     for tiling in [large] if quick else launches.tilings(architecture):
         for name in launches.matrix_kernels(tiling):
             if name != "gather" or tiling != "small":

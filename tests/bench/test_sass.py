@@ -197,9 +197,12 @@ def test_every_configuration_has_one_row_an_architecture():
         names = [entry[:2] for entry in sass.entries(architecture)]
         assert len(set(names)) == len(names)
         shampoo = {f"shampoo {name}" for name in launches.SHAMPOO_KERNELS}
-        assert {kernel for kernel, _ in names} == {"diag", *launches.MATRIX_KERNELS, *shampoo}
+        of_matrices = {*launches.MATRIX_KERNELS, *shampoo}
+        assert {kernel for kernel, _ in names} == {"diag", "lowbit", *of_matrices}
         diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
         assert sum(kernel == "diag" for kernel, _ in names) == diagonal
+        lowbit = len(launches.LOWBIT_CASES) * len(launches.LOWBIT_METHODS)
+        assert sum(kernel == "lowbit" for kernel, _ in names) == lowbit
         stacked = {kernel for kernel, name in names if name.startswith("stacked")}
         of_stacks = {f"shampoo {name}" for name in launches.SHAMPOO_STACKED}
         of_stacks.update(launches.matrix_kernels("stacked"))

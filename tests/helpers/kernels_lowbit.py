@@ -179,16 +179,26 @@ def hash_kernel(numbers_ptr, seed_ptr, step_ptr, first_ptr, STREAM: tl.constexpr
 
 @triton.jit
 def state_kernel(
-    value_ptr, random_ptr, code_ptr, scale_ptr, back_ptr, FORMAT: tl.constexpr, BLOCKS: tl.constexpr
+    value_ptr,
+    random_ptr,
+    code_ptr,
+    scale_ptr,
+    back_ptr,
+    LEFT: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
+    """LEFT: how many elements there are, None where the blocks are full."""
+    mask = None
     blocks = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     offs = blocks * 256 + tl.arange(0, 256)[None, :]
     value = tl.load(value_ptr + offs)
     random = tl.load(random_ptr + offs).to(tl.uint32)
-    if tl.int8 == FORMAT:
-        code, scale = formats.encode_s8(value, None)
-    elif tl.uint8 == FORMAT:
-        code, scale = formats.encode_e5m3(value, random, None)
+    if LEFT is not None:
+        mask = offs < LEFT
+    if code_ptr.dtype.element_ty == tl.int8:
+        code, scale = formats.encode_s8(value, mask)
+    elif code_ptr.dtype.element_ty == tl.uint8:
+        code, scale = formats.encode_e5m3(value, random, mask)
     else:
         code, scale = formats.to_bfloat16(value, random), tl.full([BLOCKS, 1], 0.0, tl.float32)
     tl.store(code_ptr + offs, code)

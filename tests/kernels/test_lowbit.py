@@ -50,7 +50,6 @@ from rootfree_fused.reference.formats import (
 
 SHAPES = [(n,) for n in (1, 255, 256, 257, 0, 5000)]
 HALF_WAY = {"beta1": 0.5, "beta2": 0.5, "vector_beta2": 0.5, "alpha": 0.5}
-TYPES = {S8: tl.int8, E5M3: tl.uint8, BF16: tl.bfloat16, INT16: tl.int16}
 
 # The interpreter is numpy, which reports the infinities that some of the tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -92,6 +91,27 @@ def test_the_hash_is_that_of_the_specification(of, device):
     assert " ".join(f"{n & 0xFFFFFFFF:08x}" for n in numbers.tolist()) == HASHED[of]
 
 
+def encoded_in_a_kernel(values, random, dtype, left=None):
+    """Codes and scales, and what they are decoded to."""
+    code = torch.zeros(values.shape, dtype=dtype, device=values.device)
+    scale = torch.zeros(len(values), dtype=E5M3 if dtype == E5M3 else F32, device=values.device)
+    back = torch.zeros_like(values)
+    tensors = values, random, code, scale, back
+    run(state_kernel, values.device, *tensors, LEFT=left)
+    return code, scale, back
+
+
+@pytest.mark.parametrize("dtype", [S8, E5M3], ids=str)
+def test_what_lies_behind_the_end_is_no_part_of_a_block(dtype, device):
+    values = torch.rand(4, BLOCK, device=device)
+    values.view(-1)[600:] = torch.tensor([1e30, torch.nan], device=device).repeat(212)
+    random = random_bits(7, torch.tensor(3.0), 0, 0, values)
+    wanted, wanted_scale = encoded(values.view(-1)[:600], dtype, random.view(-1)[:600])
+    code, scale, _ = encoded_in_a_kernel(values, random, dtype, left=600)
+    assert same(code.view(-1)[:600], wanted)
+    assert same(scale[:3], wanted_scale)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("dtype", [S8, E5M3, BF16], ids=str)
 def test_every_number_is_encoded_as_specified(dtype, mixed, device):
@@ -104,10 +124,7 @@ def test_every_number_is_encoded_as_specified(dtype, mixed, device):
         values = finite[order].view(-1, BLOCK) * size[:, None]
     random = random_bits(7, torch.tensor(3.0), 0, 5, values)
     wanted, wanted_scale = encoded(values, dtype, random)
-    code = torch.zeros(values.shape, dtype=dtype, device=device)
-    scale = torch.zeros(len(values), dtype=E5M3 if dtype == E5M3 else F32, device=device)
-    back = torch.zeros_like(values)
-    run(state_kernel, device, values, random, code, scale, back, FORMAT=TYPES[dtype])
+    code, scale, back = encoded_in_a_kernel(values, random, dtype)
     assert same(code, wanted)
     assert same(back, decoded(wanted, wanted_scale))
     assert wanted_scale is None or same(scale, wanted_scale)
@@ -119,7 +136,8 @@ def test_every_weight_is_split_and_joined_as_specified(residual, device):
     high = torch.zeros(values.shape, dtype=BF16, device=device)
     rest = torch.zeros(values.shape, dtype=residual, device=device)
     back = torch.zeros_like(values)
-    run(weight_kernel, device, values, high, rest, back, RESIDUAL=TYPES[residual])
+    chosen = tl.int8 if residual == S8 else tl.int16
+    run(weight_kernel, device, values, high, rest, back, RESIDUAL=chosen)
     wanted = split_weight(values, residual)
     assert same(high, wanted[0])
     assert same(rest, wanted[1])
