@@ -32,7 +32,7 @@ from .optimizers.tuned import BASE, COMPARED
 from .plan import PLANS, WEIGHTS, Choice, Job, all_best, planned
 from .report import losses
 from .train import add_choice, add_tasks
-from .workloads.lowbit import on_bfloat16_weights
+from .workloads.bfloat16 import on_bfloat16_weights
 from .workloads.problems import PROBLEMS, rounded
 from .workloads.training import state_bytes, train
 

@@ -9,6 +9,8 @@ share, IF-Shampoo and root-free Shampoo:
     arithmetic.py       what kernels of several files compute a number at a time
     diag.py             the diagonal methods: one kernel, the launcher
     diag_bodies.py      what each of them does to an element
+    lowbit.py           the diagonal methods on weights and state in fewer bytes
+    formats.py          which those are, on registers
 
     matrix_plan.py      what launches are planned from, and what a plan says
     matrix_launches.py  how the launches of a plan are called

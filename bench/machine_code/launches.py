@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,6 +20,7 @@ from rootfree_fused.kernels import diag, lowbit, matrix, matrix_launches, rootfr
 from rootfree_fused.kernels.matrix_plan import Tiling
 from rootfree_fused.ops.axes import bucket_sizes
 
+from ..workloads.lowbit import INT8, UINT8, LowbitCase
 from .offline import Call, Program, Recorder, compile_call
 
 ARCHITECTURES = (80, 90, 100)
@@ -80,33 +81,6 @@ def diag_program(case: str, dtypes: Dtypes, architecture: int) -> Program:
 
 # In fewer bytes -------------------------------------------------------------------------------
 
-
-class LowbitCase(NamedTuple):
-    """Dtypes of a low-bit launch, which may round bfloat16 parameters stochastically."""
-
-    param: torch.dtype
-    grad: torch.dtype
-    residual: torch.dtype | None
-    average: torch.dtype
-    second_moment: torch.dtype
-    stochastic: bool = False
-
-    @property
-    def bytes_moved(self) -> int:
-        """Of a parameter, read and written, but for the scales of blocks."""
-        kept = (self.param, self.residual, self.average, self.second_moment)
-        return self.grad.itemsize + sum(2 * dtype.itemsize for dtype in kept if dtype is not None)
-
-
-INT8, INT16, UINT8 = torch.int8, torch.int16, torch.uint8
-LOWBIT_CASES = {
-    "bfloat16 + 8, bfloat16": LowbitCase(BF16, BF16, INT8, BF16, BF16),
-    "bfloat16 + 8, 8bit": LowbitCase(BF16, BF16, INT8, INT8, UINT8),
-    "bfloat16 + 8, 8bit, float32 gradients": LowbitCase(BF16, F32, INT8, INT8, UINT8),
-    "bfloat16 stochastic, 8bit": LowbitCase(BF16, BF16, None, INT8, UINT8, stochastic=True),
-    "bfloat16 + 16, float32": LowbitCase(BF16, BF16, INT16, F32, F32),
-    "float32, 8bit": LowbitCase(F32, F32, None, INT8, UINT8),
-}
 LOWBIT_METHODS = ("rmsprop momentum", "adamw bias correction")
 
 

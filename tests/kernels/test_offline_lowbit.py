@@ -12,14 +12,9 @@ from helpers.offline import needs_compiler
 
 from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index, last_index, widths
-from bench.machine_code.launches import (
-    ARCHITECTURES,
-    INT8,
-    LOWBIT_CASES,
-    LOWBIT_METHODS,
-    UINT8,
-    lowbit_program,
-)
+from bench.machine_code.launches import ARCHITECTURES, LOWBIT_METHODS, lowbit_program
+from bench.workloads.lowbit import CASES as LOWBIT_CASES
+from bench.workloads.lowbit import INT8, UINT8
 from rootfree_fused.kernels import lowbit
 
 pytestmark = needs_compiler
@@ -126,10 +121,3 @@ def test_the_product_of_a_level_and_its_scale_is_rounded():
     )
     assert "math.fma" in with_s8
     assert "math.fma" not in without
-
-
-def test_the_modelled_bytes_are_those_of_the_formats():
-    found = {name: case.bytes_moved for name, case in LOWBIT_CASES.items()}
-    assert found["bfloat16 + 8, bfloat16"] == 16
-    assert found["bfloat16 + 8, 8bit"] == 12
-    assert found["bfloat16 stochastic, 8bit"] == 10
