@@ -78,7 +78,7 @@ OTHERS = 0.01  # of what is stored, where an update rounds otherwise than the sp
 
 def fewer_bytes(rows: Rows, device: torch.device, seconds: float) -> None:
     """The operator on one tensor far larger than the caches, in formats, beside a copy."""
-    elements, judged = (20_000, 5000) if small(device) else (10**9, 10**7)
+    elements, judged = (5000, 1000) if small(device) else (10**9, 10**7)
     source, target = (torch.zeros(elements, device=device) for _ in range(2))
     runs: dict[str, Call] = {COPY: functools.partial(target.copy_, source)}
     moved = {COPY: 8.0}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..measuring.common import add_quick_argument, dtype_name, optional
 from ..measuring.rows import commit
+from ..workloads import lowbit
 from . import launches
 from .instructions import CONVERSION, WIDE_ADDRESS, count, tensor_cores
 from .offline import Program
@@ -98,7 +99,7 @@ def diag_entry(case: str, dtypes: launches.Dtypes, architecture: int) -> Entry:
 
 def lowbit_entry(method: str, name: str, architecture: int) -> Entry:
     """Bytes but for those of scales: 10 in 256 elements where both states have 8 bits."""
-    case = launches.LOWBIT_CASES[name]
+    case = lowbit.CASES[name]
 
     def build() -> Program:
         return launches.lowbit_program(method, case, architecture)
@@ -157,7 +158,7 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
     for case in launches.DIAG_CASES[: 1 if quick else None]:
         for dtypes in launches.DIAG_DTYPES[: 1 if quick else None]:
             yield diag_entry(case, dtypes, architecture)
-    for name in launches.LOWBIT_CASES if not quick else ():
+    for name in lowbit.CASES if not quick else ():
         for method in launches.LOWBIT_METHODS:
             yield lowbit_entry(method, name, architecture)
     for tiling in [large] if quick else launches.tilings(architecture):

@@ -22,6 +22,7 @@ from bench.machine_code.instructions import (
     widths,
 )
 from bench.machine_code.occupancy import resident_programs
+from bench.workloads import lowbit
 from rootfree_fused.kernels import matrix as matrix_kernels
 
 # Residency, by hand ---------------------------------------------------------------------------
@@ -201,8 +202,8 @@ def test_every_configuration_has_one_row_an_architecture():
         assert {kernel for kernel, _ in names} == {"diag", "lowbit", *of_matrices}
         diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
         assert sum(kernel == "diag" for kernel, _ in names) == diagonal
-        lowbit = len(launches.LOWBIT_CASES) * len(launches.LOWBIT_METHODS)
-        assert sum(kernel == "lowbit" for kernel, _ in names) == lowbit
+        of_few_bytes = len(lowbit.CASES) * len(launches.LOWBIT_METHODS)
+        assert sum(kernel == "lowbit" for kernel, _ in names) == of_few_bytes
         stacked = {kernel for kernel, name in names if name.startswith("stacked")}
         of_stacks = {f"shampoo {name}" for name in launches.SHAMPOO_STACKED}
         of_stacks.update(launches.matrix_kernels("stacked"))
