@@ -55,8 +55,9 @@ WEIGHT_STREAM = 2
 # Elements that a thread has, and moves at once. With 8, what has 16 bits moves by 16 bytes and what
 # has 8 by 8, and a block is one warp's. What is written in 32 bits moves by 4 elements, and all
 # others then too, since shared memory would have to make them agree. The SASS for sm_80, sm_90 and
-# sm_100 has 8 elements at 70 to 104 registers, 4 at 40 to 61, so 28 KB and more in flight on a
-# multiprocessor: with 8 of them float32 parameters would spill. Times are not yet measured.
+# sm_100 has 8 elements at 80 to 108 registers, 4 at 40 to 62, so 28 KB and more in flight on a
+# multiprocessor. With 8 of them float32 parameters spill; with 4 the others take a quarter more
+# instructions an element, which are near to what bounds the step. Times are not yet measured.
 VECTOR, VECTOR_OF_WIDE = 8, 4
 
 
@@ -137,6 +138,14 @@ def _update_chunk(
     updated = UPDATE(p.to(tl.float32), g, first, buffer, lr, scalars_ptr, step_ptr)
 
     index = first_index + offs.to(tl.uint32)
+    # The states first: the other way round some formats spill.
+    _store_state(
+        first_ptr, first_scale_ptr, updated[1], key, 0, index, offs, blocks, mask, block_mask
+    )
+    if second_ptr is not None:
+        _store_state(
+            second_ptr, second_scale_ptr, updated[2], key, 1, index, offs, blocks, mask, block_mask
+        )
     if residual_ptr is not None:
         p, residual = split_weight(updated[0], residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + offs, residual, mask=mask)
@@ -145,13 +154,6 @@ def _update_chunk(
     else:
         p = updated[0]
     tl.store(param_ptr + offs, p.to(param_ptr.dtype.element_ty), mask=mask)
-    _store_state(
-        first_ptr, first_scale_ptr, updated[1], key, 0, index, offs, blocks, mask, block_mask
-    )
-    if second_ptr is not None:
-        _store_state(
-            second_ptr, second_scale_ptr, updated[2], key, 1, index, offs, blocks, mask, block_mask
-        )
 
 
 @triton.jit
