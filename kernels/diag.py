@@ -170,10 +170,11 @@ def _diag_kernel(
 def prepare(lists: Sequence[Sequence[Tensor]]) -> LaunchPlan | None:
     """What `launch` takes, where no tensor has to be copied.
 
-    lists: params, grads, and one or two of states in the schema's order. The plan holds addresses,
-    not tensors: it is right while each of them stays where and what it is.
+    lists: params, grads, and states in the schema's order; that of a state that is not there is
+    empty. The plan holds addresses, not tensors: it is right while each of them stays where and
+    what it is.
     """
-    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
+    plan = find_plan(list(filter(None, lists)), block=BLOCK, vector=VECTOR)
     return None if plan.copied else plan
 
 

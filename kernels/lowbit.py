@@ -271,13 +271,14 @@ def _lowbit_kernel(
         )
 
 
-def prepare(lists: Sequence[Sequence[Tensor]], kept: Kept) -> LaunchPlan | None:
+def prepare(
+    lists: Sequence[Sequence[Tensor]], *, seeds: Sequence[int], firsts: Sequence[int]
+) -> LaunchPlan | None:
     """What `launch` takes, where no tensor has to be copied; see `diag.prepare`.
 
-    lists: params, grads, and one or two of states in the schema's order. kept: what they have
-    beside, in the same order.
+    lists: params, grads, states, residuals and a list of scales a state, as the operator has them.
     """
-    plan = _find_plan(lists, kept)
+    plan = _find_plan(lists, seeds, firsts)
     return None if plan.copied else plan
 
 
@@ -347,25 +348,29 @@ def update_(
     *tensors, steps, lr = others
     if not params:
         return
-    count = len(tensors) // 2
-    there = [i for i in range(count) if tensors[i]]
-    lists = [params, grads, *(tensors[i] for i in there)]
-    beside = [tensors[count], *(tensors[count + 1 + i] for i in there)]
-
-    def planned(lists: Sequence[Sequence[Tensor]], beside: Sequence[Sequence[Tensor]]) -> Any:
-        return _find_plan(lists, Kept(beside[0], beside[1:], seeds, firsts))
-
-    plan = planned(lists, beside)
+    lists = [params, grads, *tensors]
+    plan = _find_plan(lists, seeds, firsts)
     if not plan.copied:
         launch(name, plan, steps, lr, **settings)
         return
-    dense = contiguous_copies([*lists, *beside], plan.copied)
-    launch(name, planned(dense[: len(lists)], dense[len(lists) :]), steps, lr, **settings)
-    copy_back([params, *lists[2:], *beside], [dense[0], *dense[2:]], plan.copied)
+    dense = contiguous_copies(lists, plan.copied)
+    launch(name, _find_plan(dense, seeds, firsts), steps, lr, **settings)
+    copy_back([params, *tensors], [dense[0], *dense[2:]], plan.copied)
 
 
-def _find_plan(lists: Sequence[Sequence[Tensor]], kept: Kept) -> LaunchPlan:
-    written = [lists[0], *lists[2:]]
+def _find_plan(
+    lists: Sequence[Sequence[Tensor]], seeds: Sequence[int], firsts: Sequence[int]
+) -> LaunchPlan:
+    params, grads, *others = lists
+    count = len(others) // 2
+    there = [i for i in range(count) if others[i]]  # of the states
+    states, scales = ([others[first + i] for i in there] for first in (0, count + 1))
+    kept = Kept(others[count], scales, seeds, firsts)
+    vector = vector_of([params, *states])
+    return find_plan([params, grads, *states], block=CHUNK, vector=vector, kept=kept)
+
+
+def vector_of(written: Sequence[Sequence[Tensor]]) -> int:
+    """Elements of a thread where this is written."""
     wide = any(tensor.itemsize > 2 for tensors in written for tensor in tensors)
-    vector = VECTOR_OF_WIDE if wide else VECTOR
-    return find_plan(lists, block=CHUNK, vector=vector, kept=kept)
+    return VECTOR_OF_WIDE if wide else VECTOR

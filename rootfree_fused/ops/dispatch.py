@@ -25,10 +25,13 @@ _FILES = {"ifshampoo_": "matrix", "rootfree_shampoo_": "rootfree_shampoo"}
 
 
 class DiagonalKernels(Protocol):
-    """What kernels/diag.py gives to steps on known tensors."""
+    """What kernels/diag.py and kernels/lowbit.py give to steps on known tensors."""
 
-    def prepare(self, lists: list[list[Tensor]]) -> Any:
-        """The plan for params, grads and states, or None where tensors must be copied first."""
+    def prepare(self, lists: list[list[Tensor]], **random: Any) -> Any:
+        """The plan for the operator's lists, or None where tensors must be copied first.
+
+        random: the seeds and firsts of an operator on weights and states in fewer bytes.
+        """
 
     def move_grads(self, plan: Any, addresses: Tensor) -> Any:
         """The plan for the same tensors with gradients at other addresses."""
@@ -120,11 +123,14 @@ def backends() -> dict[str, str]:
     }
 
 
-def diagonal_kernels(name: str, params: list[Tensor]) -> DiagonalKernels | None:
-    """The Triton kernels, or None unless they serve the method and all these parameters."""
+def diagonal_kernels(name: str, params: list[Tensor], stem: str = "diag") -> DiagonalKernels | None:
+    """The Triton kernels, or None unless they serve the method and all these parameters.
+
+    stem: of their file.
+    """
     if not all(map(triton_serves, params)):
         return None
-    return cast("DiagonalKernels | None", _kernels_with("diag", name))
+    return cast("DiagonalKernels | None", _kernels_with(stem, name))
 
 
 def _kernels_with(stem: str, name: str) -> ModuleType | None:

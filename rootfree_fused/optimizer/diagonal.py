@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import gradients_suit, usable_gradients
-from ..ops.dispatch import diagonal_kernels
+from ..ops.dispatch import DiagonalKernels, diagonal_kernels
 from ..ops.methods import SECOND_MOMENT, DiagonalMethod
 from ..ops.schemas import as_scalar_tensor
 from . import formats
@@ -18,7 +18,14 @@ from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer, Work
 from .checks import name_of
 from .groups import Group
-from .known_tensors import PreparedUpdate, reader
+from .known_tensors import (
+    Call,
+    PlanAtGradients,
+    PreparedUpdate,
+    addresses_of_grads,
+    at_addresses,
+    reader,
+)
 from .shards import local, local_state
 from .stacks import steps_of
 from .starts import declared_start
@@ -54,7 +61,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
         group = self.param_groups[index]
         if formats.are_used(group):
             for update in lowbit_updates(self._method, index, group, work):
-                update(group, work.scaling)
+                update.update(group, work.scaling)
             return
         states = state_lists(self._method, list(map(local_state, work.states)), group)
         tensors = list(map(local, work.params)), usable_gradients(work.params), *states
@@ -65,16 +72,18 @@ class DiagonalOptimizer(RootFreeOptimizer):
         states, steps = list(map(local_state, work.states)), work.steps
         group = self.param_groups[index]
         if formats.are_used(group):
-            updates = lowbit_updates(self._method, index, group, work)
+            addresses = addresses_of_grads(work.params)
+            calls = lowbit_calls(self._method, index, group, work, addresses)
 
-            def run(_: None, group: Group, scaling: Scaling) -> None:
-                for update in updates:
-                    update(group, scaling)
+            def run(addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
+                for call in calls:
+                    call(addresses, group, scaling)
 
-            return PreparedUpdate(None, run, None)
-        params, grads = list(map(local, work.params)), reader(work.params)
+            return at_addresses(addresses, run)
+        lists = [list(map(local, work.params)), *state_lists(self._method, states, group)]
         suit = gradients_suit(work.params)
-        known = KnownUpdate(self._method, params, states, group, lambda: steps, grads, suit)
+        known = KnownUpdate(self._method, lists, lambda: steps, reader(work.params), suit)
+        known.prepare()
         if known.kernels is None or known.plan is None:
             return PreparedUpdate(None, lambda _, *rest: known.update(*rest), None)
         return PreparedUpdate(known.plan, known.launch, known.kernels.move_grads)
@@ -83,39 +92,51 @@ class DiagonalOptimizer(RootFreeOptimizer):
 class KnownUpdate:
     """The update of known tensors by a diagonal method: by a plan in Triton, or by the operator.
 
+    lists: the parameters, and what the operator takes after their gradients.
     suit: whether `grads` gives the gradients themselves, and no copies.
-    plan: for the gradients that there were when it was made; None where Triton does not serve.
     """
+
+    _stem = "diag"  # of the file in kernels/
 
     def __init__(
         self,
         method: DiagonalMethod,
-        params: list[Tensor],
-        states: list[State],
-        group: Group,
+        lists: list[list[Tensor]],
         steps: Callable[[], Tensor],
         grads: Callable[[], list[Tensor]],
         suit: bool,
+        **random: Any,
     ) -> None:
-        self._method, self._params = method, params
-        self._steps, self._grads = steps, grads
-        self._states = state_lists(method, states, group)
-        self.kernels = diagonal_kernels(method.name, params) if suit else None
-        lists = [params, self._grads(), *filter(None, self._states)]
-        self.plan = self.kernels and self.kernels.prepare(lists)
+        self._method, self._params, self._others = method, lists[0], lists[1:]
+        self._steps, self.grads, self._suit, self._random = steps, grads, suit, random
+        self.kernels: DiagonalKernels | None = None
+        self.plan: Any = None
+
+    def prepare(self) -> None:
+        """Make the plan for the gradients that there are; None where Triton does not serve."""
+        if self._suit:
+            self.kernels = diagonal_kernels(self._method.name, self._params, self._stem)
+        if self.kernels is not None:
+            lists = [self._params, self.grads(), *self._others]
+            self.plan = self.kernels.prepare(lists, **self._random)
 
     def launch(self, plan: Any, group: Group, scaling: Scaling) -> None:
         """One step by a plan."""
-        (counted,) = _counted(self._method, self._steps(), group) or (None,)
-        settings = {**self._method.settings(group), "batch_size": group.get("batch_size", 1.0)}
-        lr = number_or_tensor(group["lr"])
         assert self.kernels is not None
-        self.kernels.launch(self._method.name, plan, counted, lr, **settings, **scaling)
+        steps, settings = self._numbers(group)
+        settings["batch_size"] = group.get("batch_size", 1.0)
+        lr = number_or_tensor(group["lr"])
+        self.kernels.launch(self._method.name, plan, steps, lr, **settings, **scaling)
 
     def update(self, group: Group, scaling: Scaling) -> None:
         """One step by the operator."""
-        tensors = self._params, self._grads(), *self._states
+        tensors = self._params, self.grads(), *self._others
         update_(self._method, group, scaling, *tensors, self._steps())
+
+    def _numbers(self, group: Group) -> tuple[Tensor | None, dict[str, Any]]:
+        """The steps, and the settings, that a launch takes."""
+        (counted,) = _counted(self._method, self._steps(), group) or (None,)
+        return counted, self._method.settings(group)
 
 
 def lowbit_updates(
@@ -136,46 +157,86 @@ def lowbit_updates(
     return [LowbitUpdate(method, own, index, group, work) for own in alike.values()]
 
 
-class LowbitUpdate:
+class LowbitUpdate(KnownUpdate):
     """The update by a diagonal method of the parameters at these indices of a step's work, whose
     weights and states are in the same formats.
     """
 
+    _stem = "lowbit"
+
     def __init__(
         self, method: DiagonalMethod, indices: list[int], index: int, group: Group, work: Work
     ) -> None:
-        self._method = method
         positions = {id(param): i for i, param in enumerate(group["params"])}
         owned = [work.params[i] for i in indices]
         states = [local_state(work.states[i]) for i in indices]
-        self._params, self._grads = list(map(local, owned)), reader(owned)
-        self._states = state_lists(method, states, group)
-        self._beside = [
+        beside = [
             [state[key] for state in states if key in state]
             for key in (RESIDUAL, *map(formats.scale_of, method.states))
         ]
-        self._steps = steps_of(indices, work.steps)
-        self._rounding = {
-            "seeds": [formats.seed_of(index, positions[id(p)], group) for p in owned],
-            "firsts": [formats.first_of(p) for p in owned],
-            "stochastic": group["param_residual"] == "stochastic",
-        }
+        super().__init__(
+            method,
+            [list(map(local, owned)), *state_lists(method, states, group), *beside],
+            steps_of(indices, work.steps),
+            reader(owned),
+            gradients_suit(owned),
+            seeds=[formats.seed_of(index, positions[id(p)], group) for p in owned],
+            firsts=[formats.first_of(p) for p in owned],
+        )
+        self.indices = indices
+        self._stochastic = group["param_residual"] == "stochastic"
 
-    def __call__(self, group: Group, scaling: Scaling) -> None:
-        counted = {"bias_correction": group.get("bias_correction", True)}
+    def update(self, group: Group, scaling: Scaling) -> None:
+        steps, settings = self._numbers(group)
         getattr(torch.ops.rootfree_fused, self._method.lowbit_name)(
             self._params,
-            self._grads(),
-            *self._states,
-            *self._beside,
-            self._steps(),
+            self.grads(),
+            *self._others,
+            steps,
             as_scalar_tensor(group["lr"]),
-            **self._rounding,
-            **(counted if self._method.counts else {}),
-            **self._method.settings(group),
+            **self._random,
+            **settings,
             batch_size=as_scalar_tensor(group.get("batch_size", 1.0)),
             **scaling,
         )
+
+    def _numbers(self, group: Group) -> tuple[Tensor, dict[str, Any]]:
+        settings = {"stochastic": self._stochastic, **self._method.settings(group)}
+        if self._method.counts:
+            settings["bias_correction"] = group.get("bias_correction", True)
+        return self._steps(), settings
+
+
+class UpdateAtGradients:
+    """A `Call` of an update, by its plan where that is for the gradients' addresses.
+
+    owners: at which of the addresses the gradient of each parameter is.
+    """
+
+    def __init__(self, known: KnownUpdate, owners: list[int], addresses: Tensor | None) -> None:
+        known.prepare()
+        self._known = known
+        self._plan = PlanAtGradients(known.kernels, known.plan, owners, known.grads(), addresses)
+
+    def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
+        plan = self._plan.at(addresses)
+        if plan is None:
+            self._known.update(group, scaling)
+        else:
+            self._known.launch(plan, group, scaling)
+
+
+def lowbit_calls(
+    method: DiagonalMethod,
+    index: int,
+    group: Group,
+    work: Work,
+    addresses: Tensor | None,
+    among: Iterable[int] | None = None,
+) -> list[Call]:
+    """The calls of `lowbit_updates`; addresses: of the gradients of all of the work."""
+    updates = lowbit_updates(method, index, group, work, among)
+    return [UpdateAtGradients(update, update.indices, addresses) for update in updates]
 
 
 def number_or_tensor(lr: float | Tensor) -> float | Tensor:

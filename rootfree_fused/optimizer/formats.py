@@ -60,8 +60,8 @@ def check_formats(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
 
 def check_decay(group: Mapping[str, Any]) -> None:
     """Raise where an average moves by less than its format holds."""
-    is_adam = "betas" in group
-    name, decay = ("beta1", group["betas"][0]) if is_adam else ("momentum", group["momentum"])
+    averages = {"beta1": group.get("betas", (0,))[0], "momentum": group.get("momentum", 0)}
+    name, decay = max(averages.items(), key=lambda item: item[1])
     if group["state_format"] == "8bit" and decay > LARGEST_DECAY:
         raise ValueError(
             f"{name} is {decay}, but state_format='8bit' keeps an average of decay up to "

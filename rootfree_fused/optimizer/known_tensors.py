@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import extensions
+from ..ops import dispatch, extensions
 from ..ops.checks import gradients_suit, is_sharded, usable_gradients
+from ..ops.dispatch import DiagonalKernels, MatrixKernels
 from . import known_tensors_in_python
 from .amp_and_graphs import Scaling
 from .stacks import Counts
@@ -40,6 +41,23 @@ class PreparedUpdate(NamedTuple):
     move: Callable[[Any, Tensor], Any] | None
 
 
+# An update of known tensors with a group's settings and a scaler's. First where the gradients of
+# all parameters are (int64, on the host), or None where that is not known.
+Call = Callable[[Tensor | None, dict[str, Any], Scaling], None]
+
+
+def at_addresses(addresses: Tensor | None, run: Call) -> PreparedUpdate:
+    """An update by calls, whose plan is where the gradients are."""
+    return PreparedUpdate(addresses, run, None if addresses is None else lambda _, moved: moved)
+
+
+def addresses_of_grads(params: list[Tensor]) -> Tensor | None:
+    """Where the gradients are, for launches that ask for no more; None where none does."""
+    if not (any(map(dispatch.triton_serves, params)) and gradients_suit(params)):
+        return None
+    return torch.tensor([grad.data_ptr() for grad in reader(params)()], device="cpu")
+
+
 def reader(params: list[Tensor]) -> Callable[[], list[Any]]:
     """How to read the gradients of these parameters, of the dtypes and layouts that they have now.
 
@@ -50,6 +68,39 @@ def reader(params: list[Tensor]) -> Callable[[], list[Any]]:
     if not any(map(is_sharded, params)):
         return lambda: [p.grad for p in params]
     return lambda: host().gradients(params)
+
+
+class PlanAtGradients:
+    """A plan of Triton's launches, for the gradients of some parameters wherever they are.
+
+    plan: for `grads`, those of members of the parameters at the indices `owners`, whose own are at
+        `addresses` now; None where there is none.
+    """
+
+    def __init__(
+        self,
+        kernels: DiagonalKernels | MatrixKernels | None,
+        plan: Any,
+        owners: list[int],
+        grads: list[Tensor],
+        addresses: Tensor | None,
+    ) -> None:
+        self._kernels, self._plan, self._moved = kernels, plan, plan
+        self._addresses = addresses
+        self._owners = torch.tensor(owners, dtype=torch.long, device="cpu")
+        if addresses is not None:  # a member's gradient lies where its owner's does, and so far on
+            own = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
+            self._offsets = own - addresses[self._owners]
+
+    def at(self, addresses: Tensor | None) -> Any:
+        """The plan, or None where the operator has to look at the tensors."""
+        if self._kernels is None or self._plan is None or addresses is None:
+            return None
+        if addresses is not self._addresses:
+            here = addresses[self._owners] + self._offsets
+            self._moved = self._kernels.move_grads(self._plan, here)
+            self._addresses = addresses
+        return self._moved
 
 
 class PreparedStep(NamedTuple):

@@ -6,14 +6,12 @@ import weakref
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
-from ..ops import dispatch
 from ..ops.by_reference import skips
-from ..ops.checks import check_hyperparameters, gradients_suit
+from ..ops.checks import check_hyperparameters
 from . import formats
 from .amp_and_graphs import Scaling
 from .base import Work
@@ -22,9 +20,9 @@ from .checks import check_state, check_whole, name_of
 from .factor_state import default_dtype
 from .groups import Group
 from .joint import Joints, check_gradients, unit_of
-from .known_tensors import PreparedUpdate
+from .known_tensors import Call, PreparedUpdate, addresses_of_grads, at_addresses
 from .layouts import BLOCK_SIZE, names_in
-from .matrix_calls import Call, KnownCalls, MatrixMethod, planned_calls
+from .matrix_calls import KnownCalls, MatrixMethod, planned_calls
 from .portions import Portion, portions, write_
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
 from .shared import NowShared, SharingOptimizer
@@ -217,7 +215,7 @@ class MatrixOptimizer(SharingOptimizer):
             return self._prepare_shared(index, Work(params, states, steps, {}))
         known = KnownCalls()
         group = self.param_groups[index]
-        addresses = _addresses_of_grads(params)
+        addresses = addresses_of_grads(params)
         if not _waits(group, work.scaling):
             after = self._schedule.after(index, group, steps)
             self._calls(index, after, work, known, addresses)
@@ -228,8 +226,7 @@ class MatrixOptimizer(SharingOptimizer):
             assert owner is not None
             owner._step(index, Work(params, states, steps, scaling), known, addresses)
 
-        move = None if addresses is None else lambda _, moved: moved
-        return PreparedUpdate(addresses, update, move)
+        return at_addresses(addresses, update)
 
     def _prepare_shared(self, index: int, work: Work) -> PreparedUpdate:
         shared = self._portions(index, work)
@@ -342,13 +339,6 @@ class MatrixOptimizer(SharingOptimizer):
 
 def _has_matrices(params: list[Tensor]) -> bool:
     return any(is_lazy(p) or sum(size != 1 for size in p.shape) > 1 for p in params)
-
-
-def _addresses_of_grads(params: list[Tensor]) -> Tensor | None:
-    """Where the gradients are, for launches that ask for no more; None where none does."""
-    if not (any(map(dispatch.triton_serves, params)) and gradients_suit(params)):
-        return None
-    return torch.tensor([p.grad.data_ptr() for p in params if p.grad is not None], device="cpu")
 
 
 def _waits(group: Group, scaling: Scaling) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import by_reference, matrix, rootfree_shampoo, structure_names
 from ..ops.checks import gradients_suit
-from ..ops.dispatch import DiagonalKernels, MatrixKernels, matrix_kernel, matrix_kernels
+from ..ops.dispatch import matrix_kernel, matrix_kernels
 from ..ops.methods import RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod, settings_of
 from ..ops.schemas import as_scalar_tensor
 from ..reference.matrix import largest_update
@@ -23,19 +23,21 @@ from . import formats
 from .amp_and_graphs import Scaling
 from .base import Work
 from .buckets import Bucket, BucketPlan, Stacks
-from .diagonal import KnownUpdate, lowbit_updates, number_or_tensor
+from .diagonal import (
+    KnownUpdate,
+    UpdateAtGradients,
+    lowbit_calls,
+    number_or_tensor,
+    state_lists,
+)
 from .groups import Group
 from .joint import Joints
-from .known_tensors import reader
+from .known_tensors import Call, PlanAtGradients, reader
 from .schedule import UpdatesFactors
 from .stacks import members_of, steps_of
 from .state import ROWS, State, momentum_buffers
 from .staying import RowsOfRanks
 from .unpacked import Unpacked
-
-# An operator's call on known tensors, with a group's settings and a scaler's. First where the
-# gradients of all parameters are (int64, on the host), or None where that is not known.
-Call = Callable[[Tensor | None, Group, Scaling], None]
 
 
 class KnownCalls:
@@ -98,10 +100,9 @@ def planned_calls(
     if plan.vectors:
         vectors = method.vectors[group["vector_method"]]
         if in_formats:
-            updates = lowbit_updates(vectors, index, group, work, plan.vectors)
-            calls += [partial(_without_addresses, update) for update in updates]
+            calls += lowbit_calls(vectors, index, group, work, addresses, plan.vectors)
         else:
-            calls.append(_Vectors(vectors, plan.vectors, work, group, addresses))
+            calls.append(_vectors(vectors, plan.vectors, work, group, addresses))
     # One call for all buckets of a device that update their factors, and one for the others; on the
     # CPU they run one by one.
     together: dict[tuple[bool, Hashable], list[Bucket]] = defaultdict(list)
@@ -161,66 +162,23 @@ class _Members:
         return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-class _PlanAtGradients:
-    """A plan of Triton's launches, for the gradients of some parameters wherever they are.
-
-    plan: for `grads`, those of members of the parameters at the indices `owners`, whose own are at
-        `addresses` now; None where there is none.
-    """
-
-    def __init__(
-        self,
-        kernels: DiagonalKernels | MatrixKernels | None,
-        plan: Any,
-        owners: list[int],
-        grads: list[Tensor],
-        addresses: Tensor | None,
-    ) -> None:
-        self._kernels, self._plan, self._moved = kernels, plan, plan
-        self._addresses = addresses
-        self._owners = torch.tensor(owners, dtype=torch.long, device="cpu")
-        if addresses is not None:  # a member's gradient lies where its owner's does, and so far on
-            own = torch.tensor([grad.data_ptr() for grad in grads], device="cpu")
-            self._offsets = own - addresses[self._owners]
-
-    def at(self, addresses: Tensor | None) -> Any:
-        """The plan, or None where the operator has to look at the tensors."""
-        if self._kernels is None or self._plan is None or addresses is None:
-            return None
-        if addresses is not self._addresses:
-            here = addresses[self._owners] + self._offsets
-            self._moved = self._kernels.move_grads(self._plan, here)
-            self._addresses = addresses
-        return self._moved
-
-
-class _Vectors:
+def _vectors(
+    method: DiagonalMethod,
+    indices: list[int],
+    work: Work,
+    group: Group,
+    addresses: Tensor | None,
+) -> Call:
     """The call of the operator for the parameters at these indices, which have no factors.
 
     Members matter to a method that sees a tensor as a whole; to others an element is an element.
     """
-
-    def __init__(
-        self,
-        method: DiagonalMethod,
-        indices: list[int],
-        work: Work,
-        group: Group,
-        addresses: Tensor | None,
-    ) -> None:
-        own = _Members(indices, work, group.get("batch_axes", 0) if method.by_tensor else 0)
-        states = own.own_states(method.states) if method.by_tensor else own.states
-        steps = steps_of(own.owners, work.steps)
-        suit = gradients_suit(own.params)
-        self._known = known = KnownUpdate(method, own.params, states, group, steps, own.grads, suit)
-        self._plan = _PlanAtGradients(known.kernels, known.plan, own.owners, own.grads(), addresses)
-
-    def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
-        plan = self._plan.at(addresses)
-        if plan is None:
-            self._known.update(group, scaling)
-        else:
-            self._known.launch(plan, group, scaling)
+    own = _Members(indices, work, group.get("batch_axes", 0) if method.by_tensor else 0)
+    states = own.own_states(method.states) if method.by_tensor else own.states
+    steps = steps_of(own.owners, work.steps)
+    lists = [own.params, *state_lists(method, states, group)]
+    known = KnownUpdate(method, lists, steps, own.grads, gradients_suit(own.params))
+    return UpdateAtGradients(known, own.owners, addresses)
 
 
 class _Matrices:
@@ -289,7 +247,7 @@ class _Matrices:
             sizes=[bucket.layout.sizes for bucket in buckets],
             update_factors=update_factors,
         )
-        self._plan = _PlanAtGradients(kernels, plan, members.owners, own, addresses)
+        self._plan = PlanAtGradients(kernels, plan, members.owners, own, addresses)
         self._launch = kernels and kernels.launch
 
     def __call__(self, addresses: Tensor | None, group: Group, scaling: Scaling) -> None:

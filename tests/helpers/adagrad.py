@@ -41,6 +41,9 @@ class RootFreeAdagrad(DiagonalOptimizer):
         maximize=False,
         capturable=False,
         amp_scaling=False,
+        param_residual=None,
+        state_format="float32",
+        rounding_seed=0,
         **unknown,
     ):
         defaults = {
@@ -52,5 +55,8 @@ class RootFreeAdagrad(DiagonalOptimizer):
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
+            "param_residual": param_residual,
+            "state_format": state_format,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults, unknown)

@@ -151,14 +151,17 @@ def test_numbers_of_the_host_come_from_pinned_memory(stand_in):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("residual", [None, 8])
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "ifshampoo-axes"])
-def test_a_whole_step_is_captured(name, offset, stand_in):
+def test_a_whole_step_is_captured(name, residual, offset, stand_in):
     """With gradients made under capture, vectors and matrices; also such that start unaligned."""
-    params = parameters((8, 16), (8, 16), (5,), (7, 3))
+    dtype = torch.bfloat16 if residual else torch.float32
+    params = parameters((8, 16), (8, 16), (5,), (7, 3), dtype=dtype)
     settings = {"update_interval": 1} if name.endswith("-interval") else {}
+    settings["param_residual"] = residual
     optimizer = build(name, params, capturable=True, lr=torch.tensor(0.1), **settings)
     for p in params:
-        p.data = torch.cat([torch.zeros(offset), p.data.flatten()])[offset:].view(p.shape)
+        p.data = torch.cat([p.data.new_zeros(offset), p.data.flatten()])[offset:].view(p.shape)
     with as_on_cuda():
         seen = []  # kept, so that the next gradients lie elsewhere
         for t in range(3):

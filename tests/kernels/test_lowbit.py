@@ -34,7 +34,7 @@ from helpers.operators import for_operators
 from triton.runtime import interpreter
 
 from bench.host import as_on_cuda
-from rootfree_fused.kernels import lowbit, tables
+from rootfree_fused.kernels import lowbit
 from rootfree_fused.kernels.slots import ROW
 from rootfree_fused.ops import dispatch
 from rootfree_fused.ops.methods import METHODS
@@ -300,10 +300,9 @@ def test_lr_and_steps_may_be_on_either_device(kind, device):
 
 
 def plan_of(lists, grads):
-    """Of tensors of two states."""
-    params, first, second, residuals, *scales = lists.actual
-    kept = tables.Kept(residuals, scales, lists.random["seeds"], lists.random["firsts"])
-    return lowbit.prepare([params, grads, first, second], kept)
+    params, *others = lists.actual
+    seeds, firsts = lists.random["seeds"], lists.random["firsts"]
+    return lowbit.prepare([params, grads, *others], seeds=seeds, firsts=firsts)
 
 
 def test_hundreds_of_tensors_are_one_launch(device):
@@ -340,8 +339,8 @@ def test_only_aligned_full_chunks_promise_alignment(late, device):
 
     scales = [[torch.zeros(9, dtype=dtype, device=device)] for dtype in (F32, E5M3)]
     lists = [tensor(BF16, "param"), tensor(BF16, "grad"), tensor(S8, "state"), tensor(E5M3, "")]
-    kept = tables.Kept(tensor(S8, "residual"), scales, [0], [0])
-    (launch,) = lowbit.prepare(lists, kept).launches
+    lists += [tensor(S8, "residual"), *scales]
+    (launch,) = lowbit.prepare(lists, seeds=[0], firsts=[0]).launches
     assert launch.rows.host[0, ROW.aligned] == 0
     assert launch.programs == 3
 
@@ -378,9 +377,9 @@ def test_what_the_kernels_do_not_take(wrong, device):
 
     params = tensor("param", BF16)
     lists = [params, [torch.zeros_like(params[0])], tensor("average", S8), tensor("moment", E5M3)]
-    scales = [tensor("", F32), tensor("scale", E5M3)]
+    lists += [tensor("residual", S8), tensor("", F32), tensor("scale", E5M3)]
     with pytest.raises(TypeError, match=r"params\[0\].*int8 with float32 scales"):
-        lowbit.prepare(lists, tables.Kept(tensor("residual", S8), scales, [0], [0]))
+        lowbit.prepare(lists, seeds=[0], firsts=[0])
 
 
 # The operators -------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_factors_of_which_one_is_zero_are_damaged():
 def test_a_checkpoint_from_before_a_setting_is_what_it_was(name):
     """It was stepped as the setting's default steps; one of other parameters does not fit."""
     settings = [key for key in LATER if key in SETTINGS[name][0]._added_later]
-    assert len(settings) == 4
+    assert len(settings) == 7
     params, others = parameters((6, 4), (4,)), parameters((6, 4), (4,))
     optimizer, twin = build(name, params), build(name, others)
     run(optimizer, params, 2)
