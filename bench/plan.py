@@ -50,7 +50,6 @@ _ALL: list[Settings] = [
 _SHORT: Settings = {"betas": (0.9, 0.9)}
 FORMATS: dict[str, list[Settings]] = {
     "RootFreeAdamW": [*_ALL, *({**_SHORT, **own} for own in (_ALL[0], *_ALL[4:7]))],
-    "RootFreeRMSprop": [_ALL[0], _ALL[1], *_ALL[4:7]],
     "IFShampoo": [_ALL[0], _ALL[1], _ALL[2], *_ALL[4:7]],
     "RootFreeShampoo": [_ALL[0], _ALL[1], _ALL[2], *_ALL[4:7]],
 }

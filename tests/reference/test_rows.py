@@ -98,7 +98,9 @@ def test_rootfree_shampoo(columns, row_beta, cut):
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize(
-    "others", [(DENSE,), (DIAGONAL,), (Blocks(2, joint_norm=True),), (DENSE, DENSE)], ids=str
+    "others",
+    [(DENSE,), (DIAGONAL,), (Blocks(2, joint_norm=True),), (DENSE, DENSE)],
+    ids=lambda structures: ",".join(s.name for s in structures),
 )
 def test_ifshampoo(others, cut):
     torch.manual_seed(0)
