@@ -17,6 +17,7 @@ SOURCES = [
     "csrc/lowbit.cpp",
     "csrc/matrix.cpp",
     "csrc/module.cpp",
+    "csrc/packing.cpp",
     "csrc/rootfree_shampoo.cpp",
 ]
 KNOWN_TENSORS = ["csrc/known_tensors.cpp"]

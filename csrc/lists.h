@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -53,17 +54,25 @@ inline std::vector<double> read_steps(AtenTensorHandle steps, size_t count) {
   const auto* data = static_cast<const float*>(get(torch_get_const_data_ptr, steps));
   const int64_t stride = *get(aoti_torch_get_strides, steps);
   std::vector<double> all(count);
-  for (size_t i = 0; i < count; ++i) all[i] = data[i * stride];
+  for (size_t i = 0; i < count; ++i) {
+    all[i] = data[i * stride];
+    STD_TORCH_CHECK(std::abs(all[i]) <= 0x1p62, "steps[", i, "] must be a number of steps");
+  }
   return all;
 }
 
-// Reads the scale and the infs of a gradient scaler; false where the step is to be skipped.
+// Reads the infs that a gradient scaler found; false where the step is to be skipped.
+inline bool next_found_inf(Arguments& arguments) {
+  const AtenTensorHandle found_inf = arguments.next_optional_tensor();
+  return !found_inf || read_number(found_inf, "found_inf") == 0;
+}
+
+// The same with the scale before it.
 template <class Options>
 bool next_scaling(Arguments& arguments, Options& options) {
   const AtenTensorHandle grad_scale = arguments.next_optional_tensor();
-  const AtenTensorHandle found_inf = arguments.next_optional_tensor();
   if (grad_scale) options.grad_scale = read_number(grad_scale, "grad_scale");
-  return !found_inf || read_number(found_inf, "found_inf") == 0;
+  return next_found_inf(arguments);
 }
 
 // Whether the rules of these options may depend on the number of steps.

@@ -9,10 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "formats.h"
-#include "isa.h"
+#include "codecs.h"
 #include "lists.h"
-#include "operands.h"
 #include "update.h"
 
 namespace rootfree_fused {
@@ -24,40 +22,13 @@ static_assert(chunk_size % block_size == 0);
 constexpr int RESIDUAL = OPERANDS;
 constexpr uint32_t weight_stream = 2;
 
-// What is run of a block, for the instruction set in use: without tails where the block is whole.
-template <auto function>
-struct OfBlock;
-
-template <class... Arguments, void (*function)(int64_t count, Arguments...)>
-struct OfBlock<function> {
-  static ROOTFREE_INLINE void run(int64_t count, Arguments... arguments) {
-    if (count == block_size) {
-      function(block_size, arguments...);
-    } else {
-      function(count, arguments...);
-    }
-  }
-  static auto current() { return Compiled<run>::current(); }
-};
-
-// Of one block and of two; in registers, since a struct would be read before it is written.
-using Code = void (*)(int64_t count, float* values, char* stored, char* beside, Random random);
+// Of two blocks, as `Code` is of one.
 using CodeBoth = void (*)(int64_t count, float* values0, char* stored0, char* beside0,
                           Random random0, float* values1, char* stored1, char* beside1,
                           Random random1);
 template <class Rule>
 using Update = void (*)(int64_t count, const Rule&, float* param, const float* grad, float* state0,
                         float* state1);
-
-// Nulls: of float32, which is updated where it is.
-struct Codec {
-  Code decode = nullptr, encode = nullptr;
-};
-
-template <void (*function)(int64_t count, Block)>
-ROOTFREE_INLINE void code(int64_t count, float* values, char* stored, char* beside, Random random) {
-  function(count, {values, stored, beside, random});
-}
 
 template <void (*function)(int64_t count, Block, Block)>
 ROOTFREE_INLINE void code_both(int64_t count, float* values0, char* stored0, char* beside0,
@@ -66,42 +37,12 @@ ROOTFREE_INLINE void code_both(int64_t count, float* values0, char* stored0, cha
   function(count, {values0, stored0, beside0, random0}, {values1, stored1, beside1, random1});
 }
 
-template <class Format>
-Codec codec_of() {
-  return {OfBlock<code<Format::decode>>::current(), OfBlock<code<Format::encode>>::current()};
-}
-
 template <class Rule>
 ROOTFREE_INLINE void update_block(int64_t count, const Rule& rule, float* param, const float* grad,
                                   float* state0, float* state1) {
   const Rule own = rule;  // which no store changes
   update_all(own, param, grad, state0, state1, 0, count);
 }
-
-// A tensor's elements, of which a block is gathered where they are not dense in the order of axes.
-struct Elements {
-  char* data = nullptr;
-  int64_t element_size;
-  StridedAxes<1> axes;
-
-  char* read(int64_t begin, int64_t end, char* buffer) const {
-    if (axes.empty()) return data ? data + begin * element_size : nullptr;
-    copy_elements<Copy::GATHER>(element_size, data, buffer, axes, 0, begin, end);
-    return buffer;
-  }
-  void write(int64_t begin, int64_t end, char* buffer) const {
-    if (axes.empty()) return;
-    copy_elements<Copy::SCATTER>(element_size, data, buffer, axes, 0, begin, end);
-  }
-};
-
-// One a block.
-struct Scales {
-  char* data = nullptr;
-  int64_t size;
-
-  char* at(int64_t element) const { return data ? data + element / block_size * size : nullptr; }
-};
 
 template <class Rule>
 struct Task : Chunked {
@@ -158,26 +99,15 @@ struct Lists {
   bool stochastic;
 };
 
-struct Dtypes {
-  int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
-          f16 = aoti_torch_dtype_float16(), i8 = aoti_torch_dtype_int8(),
-          i16 = aoti_torch_dtype_int16(), u8 = aoti_torch_dtype_uint8();
-};
-
-const Dtypes& dtypes() {
-  static const Dtypes all;
-  return all;
-}
-
 Codec codec_of_weight(int32_t param, AtenTensorHandle residual, bool stochastic, size_t i) {
   const auto [f32, bf16, f16, i8, i16, u8] = dtypes();
   STD_TORCH_CHECK(!stochastic || (param == bf16 && !residual), "params[", i,
                   "] cannot be rounded stochastically: only bfloat16 without residuals is");
   if (residual) {
-    if (param == bf16 && dtype(residual) == i8) return codec_of<TwoParts<int8_t>>();
-    if (param == bf16 && dtype(residual) == i16) return codec_of<TwoParts<int16_t>>();
-    STD_TORCH_CHECK(false, "param_residuals[", i,
+    const Codec codec = codec_of_parts(dtype(residual));
+    STD_TORCH_CHECK(param == bf16 && codec.decode, "param_residuals[", i,
                     "] must be int8 or int16, and params of residuals bfloat16");
+    return codec;
   }
   if (stochastic) return codec_of<Stochastic>();
   if (param == f32) return {};
@@ -195,58 +125,12 @@ Codec codec_of_grad(int32_t grad, int32_t param, size_t i) {
   return {};
 }
 
-// `scale`: the dtype of a block's scale, which the formats without one leave at 0.
-Codec codec_of_state(int32_t state, bool& has_scale, int32_t& scale, size_t i) {
-  const auto [f32, bf16, f16, i8, i16, u8] = dtypes();
-  has_scale = state == i8 || state == u8;
-  scale = state == i8 ? f32 : u8;
-  if (state == f32) return {};
-  if (state == bf16) return codec_of<Stochastic>();
-  if (state == i8) return codec_of<S8>();
-  if (state == u8) return codec_of<E5M3>();
-  STD_TORCH_CHECK(false, "the states of params[", i, "] must be float32, bfloat16, int8 or uint8");
-}
-
 // Of two states, or null where they are encoded one after the other.
 CodeBoth encoder_of_both(int32_t state0, int32_t state1) {
   const auto [f32, bf16, f16, i8, i16, u8] = dtypes();
   if (state0 == i8 && state1 == u8) return OfBlock<code_both<encode_both<S8, E5M3>>>::current();
   if (state0 == u8 && state1 == i8) return OfBlock<code_both<encode_both<E5M3, S8>>>::current();
   return nullptr;
-}
-
-// Of operand k of parameter i, whose shape it has.
-Elements elements_of(AtenTensorHandle tensor, AtenTensorHandle param, int k, size_t i) {
-  const int64_t dim = get(aoti_torch_get_dim, param);
-  const int64_t* sizes = get(aoti_torch_get_sizes, param);
-  STD_TORCH_CHECK(is_cpu(tensor) && get(aoti_torch_get_dim, tensor) == dim &&
-                      std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
-                  "params[", i,
-                  "], its gradient, residual and states must be CPU tensors of one shape");
-  Elements elements;
-  elements.element_size = aoti_torch_dtype_element_size(dtype(tensor));
-  if (!get(aoti_torch_is_contiguous, tensor)) {
-    elements.axes = merged(axes_of<1>(dim, sizes, {get(aoti_torch_get_strides, tensor)}));
-  }
-  for (const auto& axis : elements.axes) {
-    STD_TORCH_CHECK(k == GRAD || axis.strides[0], "params[", i,
-                    "], its residual or a state is expanded: elements share their memory");
-  }
-  // Through the const pointer a copy-on-write gradient stays shared.
-  elements.data =
-      static_cast<char*>(k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
-                                   : get(torch_get_mutable_data_ptr, tensor));
-  return elements;
-}
-
-Scales scales_of(AtenTensorHandle tensor, int32_t expected, int64_t numel, size_t i) {
-  STD_TORCH_CHECK(is_cpu(tensor) && dtype(tensor) == expected &&
-                      get(aoti_torch_get_numel, tensor) == (numel + block_size - 1) / block_size &&
-                      get(aoti_torch_is_contiguous, tensor),
-                  "the scales of params[", i, "] must be contiguous CPU tensors of one ",
-                  expected == dtypes().f32 ? "float32" : "uint8", " a block of ", block_size);
-  return {static_cast<char*>(get(torch_get_mutable_data_ptr, tensor)),
-          static_cast<int64_t>(aoti_torch_dtype_element_size(expected))};
 }
 
 template <class Rule>
@@ -274,7 +158,6 @@ std::vector<Task<Rule>> plan(const Lists& lists, Options options, bool at_steps)
   int64_t chunks = 0;
   for (size_t i = 0; i < lists.operands[PARAM].size(); ++i) {
     const double step = lists.steps[i];
-    STD_TORCH_CHECK(std::abs(step) <= 0x1p62, "steps[", i, "] must be a number of steps");
     if constexpr (has_steps<Options>) {
       if (at_steps) options.set_step(step);
     }
@@ -282,6 +165,7 @@ std::vector<Task<Rule>> plan(const Lists& lists, Options options, bool at_steps)
       return random_of(lists.seeds[i], static_cast<int64_t>(step), number, lists.firsts[i]);
     };
     const AtenTensorHandle param = lists.operands[PARAM][i];
+    const Entry entry{"params", "its gradient, residual and states", i};
     Task<Rule> task{{get(aoti_torch_get_numel, param), chunks},
                     Rule(options),
                     OfBlock<update_block<Rule>>::current(),
@@ -293,16 +177,19 @@ std::vector<Task<Rule>> plan(const Lists& lists, Options options, bool at_steps)
     for (int k = 0; k < OPERANDS; ++k) {
       if (lists.operands[k].empty()) continue;
       const AtenTensorHandle tensor = lists.operands[k][i];
-      task.elements[k] = elements_of(tensor, param, k, i);
+      task.elements[k] = elements_of(tensor, param, k != GRAD, entry);
       if (k == GRAD) {
         task.codecs[k] = codec_of_grad(dtype(tensor), dtype(param), i);
       } else if (k != PARAM) {
-        bool has_scale;
-        int32_t scale;
-        task.codecs[k] = codec_of_state(dtype(tensor), has_scale, scale, i);
-        STD_TORCH_CHECK(has_scale != lists.scales[k].empty(), "the states of params[", i,
+        const int32_t state = dtype(tensor);
+        task.codecs[k] = codec_of_state(state);
+        STD_TORCH_CHECK(task.codecs[k].decode || state == dtypes().f32, "the states of params[", i,
+                        "] must be float32, bfloat16, int8 or uint8");
+        STD_TORCH_CHECK(has_scales(state) != lists.scales[k].empty(), "the states of params[", i,
                         "] need scales if they are int8 or uint8, and else have none");
-        if (has_scale) task.scales[k] = scales_of(lists.scales[k][i], scale, task.numel, i);
+        if (has_scales(state)) {
+          task.scales[k] = scales_of(lists.scales[k][i], state, task.numel, entry);
+        }
       }
     }
     if (!lists.operands[STATE1].empty()) {
@@ -314,7 +201,7 @@ std::vector<Task<Rule>> plan(const Lists& lists, Options options, bool at_steps)
     }
     const AtenTensorHandle residual = lists.residuals.empty() ? nullptr : lists.residuals[i];
     task.codecs[PARAM] = codec_of_weight(dtype(param), residual, lists.stochastic, i);
-    if (residual) task.elements[RESIDUAL] = elements_of(residual, param, RESIDUAL, i);
+    if (residual) task.elements[RESIDUAL] = elements_of(residual, param, true, entry);
     chunks += chunk_count(task.numel);
     tasks.push_back(std::move(task));
   }

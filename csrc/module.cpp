@@ -1,5 +1,5 @@
 // The extension module rootfree_fused._C: importing it gives the operators their CPU bodies, which
-// diag.cpp, lowbit.cpp, matrix.cpp and rootfree_shampoo.cpp register.
+// diag.cpp, lowbit.cpp, packing.cpp, matrix.cpp and rootfree_shampoo.cpp register.
 #include <Python.h>
 
 #include <torch/csrc/stable/library.h>
