@@ -5,6 +5,7 @@ from .capture import CapturedStep
 from .diag import RootFreeAdamW, RootFreeRMSprop
 from .lowbit import to_bfloat16_
 from .matrix import IFShampoo
+from .rescale import rescale_
 from .shampoo import RootFreeShampoo
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "RootFreeAdamW",
     "RootFreeRMSprop",
     "RootFreeShampoo",
+    "rescale_",
     "to_bfloat16_",
 ]
 __version__ = "0.1.0"
