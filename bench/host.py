@@ -60,6 +60,8 @@ def as_on_cuda() -> Iterator[None]:
     bodies = {
         "ifshampoo_": dispatch._ifshampoo_on_cuda(by_reference.ifshampoo_),
         "rootfree_shampoo_": dispatch._rootfree_shampoo_on_cuda(by_reference.rootfree_shampoo_),
+        "unpack_": dispatch._format_on_cuda("unpack_", by_reference.unpack_),
+        "pack_": dispatch._format_on_cuda("pack_", by_reference.pack_),
     }
     for method in (RMSPROP, ADAMW, VECTOR_ADAM):
         for name, (_, on_cuda) in dispatch.diagonal_bodies(method).items():

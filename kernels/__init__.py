@@ -10,6 +10,7 @@ share, IF-Shampoo and root-free Shampoo:
     diag.py             the diagonal methods: one kernel, the launcher
     diag_bodies.py      what each of them does to an element
     lowbit.py           the diagonal methods on weights and state in fewer bytes
+    packing.py          such weights and state as float32 tensors, and back
     formats.py          which those are, on registers
 
     matrix_plan.py      what launches are planned from, and what a plan says

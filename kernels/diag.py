@@ -238,26 +238,48 @@ def run_plan(
     lr, steps, grad_scale, found_inf = numbers
     on_device_lr = lr if isinstance(lr, Tensor) and not lr.is_cpu else None
     scalars = body.scalars(float(lr) if on_device_lr is None else 0.0, **settings)
+
+    def pointers(device: torch.device) -> tuple[Tensor | None, ...]:
+        table = scalar_table(device, scalars).on_device()
+        return (
+            table,
+            table if on_device_lr is None else readable(on_device_lr, device),
+            readable(None if steps is None else steps.contiguous(), device),
+            readable(grad_scale, device),
+            readable(found_inf, device),
+        )
+
+    def chosen(launch: Launch) -> dict[str, Any]:
+        return {"UPDATE": body.update, **constants(launch)}
+
+    call_launches(kernel, plan, pointers, chosen, (name, kind))
+
+
+def call_launches(
+    kernel: Any,
+    plan: LaunchPlan,
+    pointers: Callable[[torch.device], tuple[Tensor | None, ...]],
+    constants: Callable[[Launch], dict[str, Any]],
+    kind: Hashable,
+) -> None:
+    """The launches of a plan, each on its device.
+
+    kernel: of the plan's tables, and of pointers; then of constants.
+    pointers: on a device. constants: of a launch; those of the same `kind` are equal.
+    """
     for i, launch in enumerate(plan.launches):
         device = launch.device
         if launch.programs == 0:
             continue
         with torch.cuda.device(device.index if device.type == "cuda" else -1):
-            table = scalar_table(device, scalars).on_device()
-            pointers = (
-                table if on_device_lr is None else readable(on_device_lr, device),
-                readable(None if steps is None else steps.contiguous(), device),
-                readable(grad_scale, device),
-                readable(found_inf, device),
-            )
             tables = launch.chunks.on_device(), launch.rows.on_device()
             if launch.beside is not None:
                 tables += (launch.beside.on_device(),)
-            args = *tables, table, *pointers
-            known = i, name, kind, kind_of(*pointers)
+            more = pointers(device)
+            args = *tables, *more
+            known = i, kind, kind_of(*more)
             if not plan.known.repeat(known, args):
-                chosen = {"UPDATE": body.update, **constants(launch)}
-                plan.known.call(known, kernel, launch.programs, args, chosen)
+                plan.known.call(known, kernel, launch.programs, args, constants(launch))
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ VECTOR, VECTOR_OF_WIDE = 8, 4
 
 
 @triton.jit
-def _load_state(ptr, scale_ptr, offs, blocks, mask, block_mask):
+def load_state(ptr, scale_ptr, offs, blocks, mask, block_mask):
     """What is stored of a state, and its scales, or another thing that is not None."""
     stored = tl.load(ptr + offs, mask=mask)
     scale = 0.0
@@ -72,7 +72,7 @@ def _load_state(ptr, scale_ptr, offs, blocks, mask, block_mask):
 
 
 @triton.jit
-def _store_state(
+def store_state(
     ptr, scale_ptr, value, key, STREAM: tl.constexpr, index, offs, blocks, mask, block_mask
 ):
     if ptr.dtype.element_ty == tl.int8:
@@ -118,9 +118,9 @@ def _update_chunk(
         mask, block_mask = offs < left, blocks * BLOCK < left
     p = tl.load(param_ptr + offs, mask=mask)
     g = tl.load(grad_ptr + offs, mask=mask).to(tl.float32)
-    first, first_scale = _load_state(first_ptr, first_scale_ptr, offs, blocks, mask, block_mask)
+    first, first_scale = load_state(first_ptr, first_scale_ptr, offs, blocks, mask, block_mask)
     if second_ptr is not None:
-        second, second_scale = _load_state(
+        second, second_scale = load_state(
             second_ptr, second_scale_ptr, offs, blocks, mask, block_mask
         )
     if residual_ptr is not None:
@@ -139,11 +139,11 @@ def _update_chunk(
 
     index = first_index + offs.to(tl.uint32)
     # The states first: the other way round some formats spill.
-    _store_state(
+    store_state(
         first_ptr, first_scale_ptr, updated[1], key, 0, index, offs, blocks, mask, block_mask
     )
     if second_ptr is not None:
-        _store_state(
+        store_state(
             second_ptr, second_scale_ptr, updated[2], key, 1, index, offs, blocks, mask, block_mask
         )
     if residual_ptr is not None:
@@ -157,7 +157,7 @@ def _update_chunk(
 
 
 @triton.jit
-def _scales_at(address_ptr, state_ptr, block):
+def scales_at(address_ptr, state_ptr, block):
     """Where the scales of a chunk are; None where the format of the state has none."""
     scale_ptr = None
     if state_ptr.dtype.element_ty == tl.int8:
@@ -202,11 +202,11 @@ def _lowbit_kernel(
     param_ptr = tl.load(row_ptr + ROW.param).to(tl.pointer_type(PARAM)) + start
     grad_ptr = tl.load(row_ptr + ROW.grad).to(tl.pointer_type(GRAD)) + start
     first_ptr = tl.load(row_ptr + ROW.first_state).to(tl.pointer_type(FIRST)) + start
-    first_scale_ptr = _scales_at(more_ptr + BESIDE.first_scales, first_ptr, start // BLOCK)
+    first_scale_ptr = scales_at(more_ptr + BESIDE.first_scales, first_ptr, start // BLOCK)
     second_ptr, second_scale_ptr, residual_ptr = None, None, None
     if SECOND is not None:
         second_ptr = tl.load(row_ptr + ROW.second_state).to(tl.pointer_type(SECOND)) + start
-        second_scale_ptr = _scales_at(more_ptr + BESIDE.second_scales, second_ptr, start // BLOCK)
+        second_scale_ptr = scales_at(more_ptr + BESIDE.second_scales, second_ptr, start // BLOCK)
     if RESIDUAL is not None:
         residual_ptr = tl.load(more_ptr + BESIDE.residual).to(tl.pointer_type(RESIDUAL)) + start
     steps_ptr += tl.load(row_ptr + ROW.index)

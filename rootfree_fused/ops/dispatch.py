@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
+from itertools import chain
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -101,7 +102,9 @@ def give_matrix_bodies(library: torch.library.Library) -> None:
 def give_format_bodies(library: torch.library.Library) -> None:
     """Give the operators between formats their bodies."""
     for name, specified in (("unpack_", by_reference.unpack_), ("pack_", by_reference.pack_)):
-        library.impl(name, specified, "CompositeExplicitAutograd")
+        slowly = _warned("packing", specified)
+        library.impl(name, slowly, "CompositeExplicitAutograd")
+        library.impl(name, _format_on_cuda(name, slowly), "CUDA")
         torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
 
 
@@ -255,6 +258,18 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
                 f"params[{i}] is on {param.device} but a tensor of the call is on meta, where it "
                 f"has no values; move it with .to({str(param.device)!r})"
             )
+
+
+def _format_on_cuda(name: str, slow: Callable[..., None]) -> Callable[..., None]:
+    """The Triton body of an operator between formats, or where it serves not all, the other."""
+
+    def run(*tensors: Any, **scalars: Any) -> None:
+        kernels = extensions.triton("packing")
+        served = all(map(triton_serves, chain(*tensors[:3])))
+        missing = isinstance(kernels, ImportError)
+        (getattr(kernels, name) if served and not missing else slow)(*tensors, **scalars)
+
+    return run
 
 
 def _ifshampoo_on_cuda(slow: Callable[..., None]) -> Callable[..., None]:
