@@ -90,6 +90,15 @@ def fewer_bytes(rows: Rows, device: torch.device, seconds: float) -> None:
         if right:
             runs[name] = lowbit.Step(case, elements, device).run
             moved[name] = case.bytes_with_scales
+    for formats in lowbit.TIMED_PACKED:
+        packed = lowbit.Packed(lowbit.PACKED[formats], target)
+        share = lowbit.packed_otherwise(lowbit.PACKED[formats], judged, device)
+        for name, run in (("pack_", packed.pack), ("unpack_", packed.unpack)):
+            name = f"{name}, {formats}"
+            rows.add(FEWER_BYTES, name, "error", share, "of what is stored", right=share == 0)
+            if share == 0:
+                runs[name] = run
+                moved[name] = lowbit.PACKED[formats].bytes_with_scales
     times = interleave(runs, device_timer(device), seconds=seconds)
     rates = {name: moved[name] * elements / timing.median for name, timing in times.items()}
     for name, timing in times.items():

@@ -16,11 +16,18 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from rootfree_fused.kernels import diag, lowbit, matrix, matrix_launches, rootfree_shampoo
+from rootfree_fused.kernels import (
+    diag,
+    lowbit,
+    matrix,
+    matrix_launches,
+    packing,
+    rootfree_shampoo,
+)
 from rootfree_fused.kernels.matrix_plan import Tiling
 from rootfree_fused.ops.axes import bucket_sizes
 
-from ..workloads.lowbit import INT8, UINT8, LowbitCase
+from ..workloads.lowbit import INT8, UINT8, LowbitCase, Packed, PackedCase
 from .offline import Call, Program, Recorder, compile_call
 
 ARCHITECTURES = (80, 90, 100)
@@ -115,6 +122,23 @@ def lowbit_call(method: str, case: LowbitCase) -> Call:
 @cache
 def lowbit_program(method: str, case: LowbitCase, architecture: int) -> Program:
     return compile_call(lowbit._lowbit_kernel, lowbit_call(method, case), architecture)
+
+
+PACKING = ("unpack", "pack")
+
+
+def packing_call(name: str, case: PackedCase) -> Call:
+    """The call for one tensor of one full chunk."""
+    recorder, tensor = Recorder(), Packed(case, torch.zeros(lowbit.CHUNK))
+    with patch.object(packing, "_convert_kernel", recorder):
+        getattr(tensor, name)(getattr(packing, f"{name}_"))
+    (call,) = recorder.calls
+    return call
+
+
+@cache
+def packing_program(name: str, case: PackedCase, architecture: int) -> Program:
+    return compile_call(packing._convert_kernel, packing_call(name, case), architecture)
 
 
 # Matrices -------------------------------------------------------------------------------------

@@ -108,6 +108,16 @@ def lowbit_entry(method: str, name: str, architecture: int) -> Entry:
     return Entry("lowbit", f"{method}, {name}", architecture, modelled, build)
 
 
+def packing_entry(name: str, formats: str, architecture: int) -> Entry:
+    """Bytes but for those of scales: at most 4 in 256 elements."""
+    case = lowbit.PACKED[formats]
+
+    def build() -> Program:
+        return launches.packing_program(name, case, architecture)
+
+    return Entry(name, formats, architecture, f"{case.bytes_moved} bytes an element", build)
+
+
 def matrix_entry(
     name: str,
     tiling: str,
@@ -161,6 +171,9 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
     for name in lowbit.CASES if not quick else ():
         for method in launches.LOWBIT_METHODS:
             yield lowbit_entry(method, name, architecture)
+    for formats in lowbit.PACKED if not quick else ():
+        for name in launches.PACKING:
+            yield packing_entry(name, formats, architecture)
     for tiling in [large] if quick else launches.tilings(architecture):
         for name in launches.matrix_kernels(tiling):
             if name != "gather" or tiling != "small":

@@ -53,6 +53,66 @@ CASES = {
 TIMED = tuple(CASES)[:3]
 
 
+class PackedCase(NamedTuple):
+    """Dtypes of what stands for a float32 tensor, and of its residual or scales."""
+
+    stored: torch.dtype
+    beside: torch.dtype | None
+
+    @property
+    def bytes_moved(self) -> int:
+        """Of an element that is packed or unpacked, but for the scales of blocks."""
+        kept = self.stored, None if self.stored in _SCALE_BYTES else self.beside
+        return F32.itemsize + sum(dtype.itemsize for dtype in kept if dtype is not None)
+
+    @property
+    def bytes_with_scales(self) -> float:
+        """As `bytes_moved`, with the scales."""
+        return self.bytes_moved + _SCALE_BYTES.get(self.stored, 0) / BLOCK
+
+
+PACKED = {
+    "bfloat16 + 8": PackedCase(BF16, INT8),
+    "bfloat16 + 16": PackedCase(BF16, INT16),
+    "bfloat16": PackedCase(BF16, None),
+    "S8": PackedCase(INT8, F32),
+    "E5M3": PackedCase(UINT8, UINT8),
+}
+TIMED_PACKED = ("bfloat16 + 8", "S8")
+
+
+class Packed:
+    """A float32 tensor of one axis, and what stands for it."""
+
+    def __init__(self, case: PackedCase, values: Tensor) -> None:
+        count = len(values)
+        others = -(-count // BLOCK) if case.stored in _SCALE_BYTES else count
+        self.values = [values]
+        self.stored = [torch.zeros_like(values, dtype=case.stored)]
+        self.beside = [] if case.beside is None else [values.new_zeros(others, dtype=case.beside)]
+        self.steps = torch.ones(1, device=values.device)
+
+    def pack(self, body: Callable[..., None] = torch.ops.rootfree_fused.pack_) -> None:
+        """Store the tensor."""
+        random: dict[str, Any] = {"seeds": [0], "firsts": [0], "stream": 0}
+        body(self.stored, self.beside, self.values, self.steps, **random)
+
+    def unpack(self, body: Callable[..., None] = torch.ops.rootfree_fused.unpack_) -> None:
+        """The tensor from what is stored."""
+        body(self.values, self.stored, self.beside)
+
+
+def packed_otherwise(case: PackedCase, elements: int, device: torch.device) -> float:
+    """The share of a tensor that is another once stored and read than by the specification."""
+    values = torch.randn(elements, device=device, generator=torch.Generator(device).manual_seed(0))
+    found, wanted = (Packed(case, values.clone()) for _ in range(2))
+    found.pack()
+    found.unpack()
+    wanted.pack(by_reference.pack_)
+    wanted.unpack(by_reference.unpack_)
+    return (found.values[0] != wanted.values[0]).double().mean().item()
+
+
 class Step:
     """RootFreeAdamW's operator on a tensor, from averages of 0 and second moments of 1."""
 

@@ -199,11 +199,18 @@ def test_every_configuration_has_one_row_an_architecture():
         assert len(set(names)) == len(names)
         shampoo = {f"shampoo {name}" for name in launches.SHAMPOO_KERNELS}
         of_matrices = {*launches.MATRIX_KERNELS, *shampoo}
-        assert {kernel for kernel, _ in names} == {"diag", "lowbit", *of_matrices}
+        assert {kernel for kernel, _ in names} == {
+            "diag",
+            "lowbit",
+            *launches.PACKING,
+            *of_matrices,
+        }
         diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
         assert sum(kernel == "diag" for kernel, _ in names) == diagonal
         of_few_bytes = len(lowbit.CASES) * len(launches.LOWBIT_METHODS)
         assert sum(kernel == "lowbit" for kernel, _ in names) == of_few_bytes
+        for packing in launches.PACKING:
+            assert sum(kernel == packing for kernel, _ in names) == len(lowbit.PACKED)
         stacked = {kernel for kernel, name in names if name.startswith("stacked")}
         of_stacks = {f"shampoo {name}" for name in launches.SHAMPOO_STACKED}
         of_stacks.update(launches.matrix_kernels("stacked"))

@@ -1,4 +1,4 @@
-"""The low-bit kernel compiled for GPUs that are not here: registers, widths, order of loads."""
+"""The low-bit kernels compiled for GPUs that are not here: registers, widths, order of loads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from helpers.offline import needs_compiler
 
 from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index, last_index, widths
-from bench.machine_code.launches import ARCHITECTURES, LOWBIT_METHODS, lowbit_program
+from bench.machine_code.launches import (
+    ARCHITECTURES,
+    LOWBIT_METHODS,
+    PACKING,
+    lowbit_program,
+    packing_program,
+)
 from bench.workloads.lowbit import CASES as LOWBIT_CASES
-from bench.workloads.lowbit import INT8, UINT8
+from bench.workloads.lowbit import INT8, PACKED, UINT8
 from rootfree_fused.kernels import lowbit
 
 pytestmark = needs_compiler
@@ -121,3 +127,25 @@ def test_the_product_of_a_level_and_its_scale_is_rounded():
     )
     assert "math.fma" in with_s8
     assert "math.fma" not in without
+
+
+# To float32 tensors and back ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PACKING)
+@pytest.mark.parametrize("formats", PACKED)
+def test_what_is_packed_moves_by_vectors_and_does_not_spill(formats, name, architecture):
+    of = PACKED[formats]
+    assert sass.packing_entry(name, formats, architecture).row()["spill_bytes"] == 0
+    program = packing_program(name, of, architecture)
+    assert first_index(program.instructions, LOCAL_MEMORY) == len(program.instructions)
+    packs = name == "pack"
+    values, kept = (Counter(widths(program.flow.main_path, what)) for what in ("LDG", "STG"))
+    if not packs:
+        values, kept = kept, values
+    vector = lowbit.VECTOR if packs else lowbit.VECTOR_OF_WIDE
+    assert values[16] + 2 * values[32] == vector // 4
+    moved = [dtype.itemsize * vector for dtype in (of.stored, of.beside) if dtype is not None]
+    if of.stored in SCALES:
+        moved[1] = SCALES[of.stored]
+    assert kept == Counter(moved) if packs else Counter(moved) <= kept
