@@ -157,7 +157,7 @@ ROOTFREE_INLINE void encode_scaled(int64_t count, Block block) {
   }
 }
 
-// int8: the sign, and the root of |x| over the largest of the block, to nearest.
+// int8: the sign, and the root of |x| over the largest of the block, stochastically.
 struct S8 {
   static constexpr float levels = 127 * 127, inverse_levels = 1.0 / (127 * 127);
   static constexpr float least_scale = 0x1p-100f;  // below it a block is zero
@@ -184,8 +184,12 @@ struct S8 {
       zero = !(scale > 0);
       unit = levels / scale;
     }
-    ROOTFREE_INLINE int8_t operator()(float value, uint32_t) const {
-      const int32_t code = std::sqrt(std::abs(value) * unit) + 0.5f;
+    ROOTFREE_INLINE int8_t operator()(float value, uint32_t random) const {
+      const float level = std::abs(value) * unit;
+      const int32_t k = std::sqrt(level), more = random >> 16;
+      const int32_t between = (k * k << 16) + more * (2 * k + 1);  // k^2 and (k + 1)^2
+      const int32_t up = between < static_cast<int32_t>(level * 0x1p16f) ? k + 1 : k;
+      const int32_t code = up < 127 ? up : 127;
       return value < 0 ? -code : code;
     }
   };

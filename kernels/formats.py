@@ -113,14 +113,20 @@ def decoded(stored, scale):
 
 
 @triton.jit
-def encode_s8(value, mask):
-    """Codes -127 to 127, and the largest |x| of each block, or NaN where one is not finite."""
+def encode_s8(value, random, mask):
+    """Codes -127 to 127 by the upper 16 of the random bits, and the largest |x| of each block.
+
+    The scale is NaN where one is not finite.
+    """
     largest = _largest(value, mask)
     scale = largest.to(tl.float32, bitcast=True)
     scale = tl.where(scale < _LEAST_SCALE, 0.0, scale)
     unit = tl.div_rn(_LEVELS, tl.maximum(scale, _LEAST_SCALE))
-    level = (tl.sqrt_rn(tl.abs(value) * unit) + 0.5).to(tl.int32)
-    code = tl.where(value < 0, -level, level)
+    level = tl.abs(value) * unit
+    k = tl.sqrt_rn(level).to(tl.int32)
+    between = (k * k << 16) + (random >> 16).to(tl.int32) * (2 * k + 1)  # k^2 and (k + 1)^2
+    k = tl.minimum(k + (between < (level * 2.0**16).to(tl.int32)).to(tl.int32), 127)
+    code = tl.where(value < 0, -k, k)
     filled = (scale > 0) & (largest < _INFINITY)
     scale = tl.where(largest < _INFINITY, scale, float("nan"))
     return tl.where(filled, code, 0).to(tl.int8), scale

@@ -76,7 +76,7 @@ def store_state(
     ptr, scale_ptr, value, key, STREAM: tl.constexpr, index, offs, blocks, mask, block_mask
 ):
     if ptr.dtype.element_ty == tl.int8:
-        stored, scale = encode_s8(value, mask)
+        stored, scale = encode_s8(value, random_bits(key, STREAM, index), mask)
         tl.store(scale_ptr + blocks, scale, mask=block_mask)
     elif ptr.dtype.element_ty == tl.uint8:
         stored, scale = encode_e5m3(value, random_bits(key, STREAM, index), mask)

@@ -51,7 +51,6 @@ class DiagonalOptimizer(RootFreeOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        formats.check_decay(group)
 
     def _check_taken(self, index: int, position: int, group: Group) -> None:
         super()._check_taken(index, position, group)

@@ -27,8 +27,6 @@ SETTINGS: Mapping[str, Any] = {"param_residual": None, "state_format": "float32"
 BEFORE: Mapping[str, Any] = {**SETTINGS, "rounding_seed": 0}
 # State of fewer elements, and of vectors, keeps float32: a thousandth of the memory.
 SMALLEST = 4096
-# What decays slower than this loses its steps to the rounding of S8.
-LARGEST_DECAY = 0.98
 
 RESIDUALS = {8: torch.int8, 16: torch.int16}
 
@@ -55,18 +53,6 @@ def check_formats(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
             f"cuts the blocks of {BLOCK} that state_format='8bit' has a scale of; give it a group "
             f"with state_format='bfloat16', or shard its first axis alone and have the others "
             f"multiply to a multiple of {BLOCK}"
-        )
-
-
-def check_decay(group: Mapping[str, Any]) -> None:
-    """Raise where an average moves by less than its format holds."""
-    averages = {"beta1": group.get("betas", (0,))[0], "momentum": group.get("momentum", 0)}
-    name, decay = max(averages.items(), key=lambda item: item[1])
-    if group["state_format"] == "8bit" and decay > LARGEST_DECAY:
-        raise ValueError(
-            f"{name} is {decay}, but state_format='8bit' keeps an average of decay up to "
-            f"{LARGEST_DECAY}: the steps of a slower one are lost to rounding; pass "
-            "state_format='bfloat16'"
         )
 
 

@@ -73,7 +73,6 @@ class MatrixOptimizer(SharingOptimizer):
                 "average is not of the other structures; pass one of these, or use IFShampoo"
             )
 
-        formats.check_decay(group)
         self._check_formats(group)
 
     def _check_formats(self, group: Group) -> None:

@@ -3,7 +3,7 @@
     float32, float64, float16   as it is
     bfloat16                    rounded stochastically
     int8 (S8)                   averages: the sign, and the root of |x| over the largest of its
-                                block, to nearest
+                                block, rounded stochastically
     uint8 (E5M3)                second moments: 5 bits of exponent and 3 of mantissa under the
                                 power of two of its block, rounded stochastically; never zero
 
@@ -12,8 +12,8 @@ is left. Its scale is of S8 the largest |x| (float32), of E5M3 the exponent of t
 float32 has it (uint8). A bfloat16 weight has an int8 or int16 residual beside it, or is rounded
 stochastically.
 
-Second moments move by steps below a rounding: to nearest they would stay where they are. Random
-numbers are a hash of seed, step, stream and index of the element, the same on every device and for
+Averages move by steps below a rounding: to nearest they would stay where they are. Random numbers
+are a hash of seed, step, stream and index of the element, the same on every device and for
 every part of a tensor: with the step kept, a run that resumes rounds as one that goes on.
 
 Only the largest of a block, a quotient, a product, a root and integers: what is encoded from equal
@@ -30,9 +30,9 @@ from torch import Tensor
 from .matrix import join, split
 
 BLOCK = 256
-# A random number that rounds to nearest, and the formats of state that are not rounded so.
+# A random number that rounds to nearest, and the formats that are not rounded so.
 HALF = 1 << 31
-STOCHASTIC = (torch.bfloat16, torch.uint8)
+STOCHASTIC = (torch.bfloat16, torch.int8, torch.uint8)
 
 _WORD = 0xFFFFFFFF
 _NAN, _INFINITY = 0x7FC00000, 0x7F800000
@@ -176,7 +176,7 @@ def encoded(
     random: as of `random_bits`, or HALF to round to nearest.
     """
     if dtype == torch.int8:
-        return encode_s8(value)
+        return encode_s8(value, random)
     if dtype == torch.uint8:
         return encode_e5m3(value, random)
     return (to_bfloat16(value, random) if dtype == torch.bfloat16 else value.to(dtype)), None
@@ -191,10 +191,11 @@ def to_bfloat16(value: Tensor, random: Tensor | int) -> Tensor:
     return high.to(torch.int16).view(torch.bfloat16)
 
 
-def encode_s8(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127 to 127, to nearest, and the largest |x| of each block.
+def encode_s8(value: Tensor, random: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Codes -127 to 127 by the upper 16 of the random bits, and the largest |x| of each block.
 
-    A block with a number that is not finite has the scale NaN; one below 2^-100 is zero.
+    Of the levels k^2 and (k + 1)^2 around |x| each is taken as often as the mean asks for. A block
+    with a number that is not finite has the scale NaN; one below 2^-100 is zero.
     """
     blocks = _blocks(value)
     largest = _magnitude(blocks).amax(1)
@@ -203,9 +204,13 @@ def encode_s8(value: Tensor) -> tuple[Tensor, Tensor]:
         largest >= _INFINITY, torch.nan
     )
     unit = _LEVELS / scale.clamp_min(_LEAST_SCALE)
-    code = ((blocks.abs() * unit[:, None]).sqrt() + 0.5).floor()
-    code = torch.where(scale[:, None] > 0, torch.where(blocks < 0, -code, code), 0.0)
-    return _unblocked(code.to(torch.int8), value), scale
+    level = blocks.abs() * unit[:, None]
+    filled = (scale > 0)[:, None]
+    k = torch.where(filled, level.sqrt(), 0.0).long()
+    bits = _blocks(random) if isinstance(random, Tensor) else random
+    between = (k * k << 16) + (bits >> 16) * (2 * k + 1)
+    k = (k + (between < torch.where(filled, level * 2.0**16, 0.0).long())).clamp_max(127)
+    return _unblocked(torch.where(blocks < 0, -k, k).to(torch.int8), value), scale
 
 
 def decode_s8(codes: Tensor, scale: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def state_kernel(
     if LEFT is not None:
         mask = offs < LEFT
     if code_ptr.dtype.element_ty == tl.int8:
-        code, scale = formats.encode_s8(value, mask)
+        code, scale = formats.encode_s8(value, random, mask)
     elif code_ptr.dtype.element_ty == tl.uint8:
         code, scale = formats.encode_e5m3(value, random, mask)
     else:

@@ -370,11 +370,6 @@ def test_settings_that_do_not_fit_are_refused(error, words, dtype, settings):
         optimizer_of("adamw", parameters(dtype=dtype), **settings)
 
 
-def test_a_slow_momentum_is_refused_in_8_bits():
-    with pytest.raises(ValueError, match=r"momentum is 0\.99"):
-        optimizer_of("rmsprop", parameters(), None, "8bit", momentum=0.99)
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("param_residual", 16), ("state_format", "8bit"), ("rounding_seed", 1)]
 )

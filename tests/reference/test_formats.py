@@ -112,22 +112,22 @@ def test_random_numbers_are_uniform_and_independent():
         assert abs(correlation) < 5 / n**0.5
 
 
-def test_s8_is_to_nearest_and_keeps_the_largest():
+def test_s8_takes_a_level_beside_and_keeps_the_largest():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 300, generator=generator) * torch.logspace(-25, 25, 5)[:, None]
-    codes, scale = encoded(x, torch.int8)
-    assert codes.shape == x.shape
-    assert scale.shape == (6,)
-    value = decoded(codes, scale)
     whole = torch.nn.functional.pad(x.reshape(-1), (0, 36)).view(6, 256)
-    assert torch.equal(scale, whole.abs().amax(1))
-    # Half a level of the root: |sqrt(x/s) - k/127| <= 1/254.
-    root = (whole.double().abs() / scale.double()[:, None]).sqrt().reshape(-1)[: x.numel()]
-    assert ((root - codes.reshape(-1).double().abs() / 127).abs() <= 1 / 254 + 1e-6).all()
-    assert torch.equal(codes.sign().float()[codes != 0], x.sign()[codes != 0])
-    again, scale_again = encoded(value, torch.int8)
-    assert torch.equal(again, codes)
-    assert torch.equal(scale_again, scale)
+    for bits in (HALF, random(1, x.shape), 0, 2**32 - 1):
+        codes, scale = encoded(x, torch.int8, bits)
+        assert codes.shape == x.shape
+        assert torch.equal(scale, whole.abs().amax(1))
+        assert (codes.abs() == 127).sum() >= len(scale)
+        value = decoded(codes, scale)
+        root = (whole.double().abs() / scale.double()[:, None]).sqrt().reshape(-1)[: x.numel()]
+        assert ((root * 127 - codes.reshape(-1).double().abs()).abs() < 1 + 1e-4).all()
+        assert torch.equal(codes.sign().float()[codes != 0], x.sign()[codes != 0])
+        again, scale_again = encoded(value, torch.int8, HALF)
+        assert torch.equal(again, codes)
+        assert torch.equal(scale_again, scale)
 
 
 def test_s8_has_a_least_scale():
@@ -152,11 +152,11 @@ def test_e5m3_has_its_levels_in_order_and_keeps_them():
             assert torch.equal(again, codes[:248])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16])
 def test_stochastic_rounding_is_unbiased(dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.exp2(torch.randn(1024, generator=generator) * 3) * 1e-6
-    if dtype == torch.bfloat16:
+    if dtype != torch.uint8:
         x = x * torch.randn(1024, generator=generator).sign()
     total, rounds = torch.zeros(1024).double(), 10_000
     for step in range(rounds // 100):  # a hundred numbers an element at a time
@@ -166,6 +166,10 @@ def test_stochastic_rounding_is_unbiased(dtype):
     step_width = torch.exp2(x.double().abs().log2().floor()) * (
         2.0**-3 if dtype == torch.uint8 else 2.0**-7
     )
+    if dtype == torch.int8:
+        scale = x.double().abs().view(4, 256).amax(1).repeat_interleave(256)
+        level = x.double().abs() / scale * 127**2
+        step_width = (2 * level.sqrt().floor() + 1) / 127**2 * scale
     sigmas = (total / rounds - x.double()).abs() / (step_width / 2 / rounds**0.5)
     assert (sigmas < 5).all()
     assert sigmas.square().mean().sqrt() < 1
@@ -200,6 +204,21 @@ def test_s_never_freezes(dtype, weight, target, steps):
 def test_to_nearest_it_would(dtype):
     s = walk(dtype, 0.001, 1e-4, 200, lambda step: HALF)
     assert (s == 1).all()
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.98, 0.999])
+def test_an_average_without_gradients_goes_to_zero(decay):
+    """Beside an entry that stays: to nearest it would stay on the way."""
+    average = torch.ones(1024)
+    stored, expected = encoded(average, torch.int8), 1.0
+    for step in range(int(4 / (1 - decay))):
+        average = decoded(*stored) * decay
+        average[::256] = 1.0
+        expected *= decay
+        stored = encoded(average, torch.int8, random(step, 1024))
+    rest = decoded(*stored).view(4, 256)[:, 1:].double()
+    assert abs(rest.mean() - expected) < 5 * rest.std() / rest.numel() ** 0.5 + 1e-5
+    assert (walk(torch.int8, 0.02, 0.0, 400, lambda step: HALF) > 0.01).all()
 
 
 def test_no_second_moment_is_flushed_to_zero():
