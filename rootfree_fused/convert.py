@@ -268,6 +268,7 @@ def to_format(
         for key, param in zip(old["params"], group["params"], strict=True):
             if own := states.get(key):
                 spec = optimizer._full_spec(param, group)
+                own = optimizer._gathered(param, group, own)
                 states[key] = formats.converted(own, spec, param.device)
     return {"state": states, "param_groups": groups}
 

@@ -57,7 +57,8 @@ def to_bfloat16_(
         optimizer._declare(index, group, list(filter(trains, group["params"])))
     owned = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     kept = [split_weight(local(p.detach()), formats.RESIDUALS[param_residual]) for p, _ in owned]
-    model.to(torch.bfloat16)
+    with optimizer._without_weak_references():
+        model.to(torch.bfloat16)
     for index, group in enumerate(optimizer.param_groups):
         group["param_residual"] = param_residual
         optimizer._shaped_by.get(index, {})["param_residual"] = param_residual

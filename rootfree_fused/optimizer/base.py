@@ -6,7 +6,7 @@ Tensors that C++ knows again (`_prepared`) were checked when they were met first
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -26,6 +26,7 @@ from .amp_and_graphs import (
     steps_taken,
 )
 from .checks import check_devices, check_gradient, check_state, memory, name_of
+from .formats import Place
 from .groups import DeclaringOptimizer, Group, devices_of
 from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
 from .shards import local
@@ -35,12 +36,17 @@ from .state import RESIDUAL, DeclaredState, State
 
 
 class Work(NamedTuple):
-    """A group's step: what has a gradient, and `steps`, each count with this step included."""
+    """A group's step: what has a gradient, and `steps`, each count with this step included.
+
+    places: what the random numbers of its formats are told by, where other tensors stand for the
+        group's parameters.
+    """
 
     params: list[Tensor]
     states: list[State]
     steps: Tensor
     scaling: Scaling
+    places: Sequence[Place] | None = None
 
 
 class UnpreparedStep(NamedTuple):

@@ -29,7 +29,7 @@ from .checks import check_state
 from .formats import check_kept
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
-from .state import Initial, State, copied, is_own, unused_state
+from .state import EVERYWHERE, Initial, State, copied, is_own, unused_state
 
 
 def state_dict(optimizer: DeclaringOptimizer) -> dict[str, Any]:
@@ -159,7 +159,8 @@ def _check_loaded(
     }
     if not optimizer._keeps(param, group):
         loaded = {
-            name: value if name == "step" else value.new_empty(0) for name, value in loaded.items()
+            name: value if name in EVERYWHERE else value.new_empty(0)
+            for name, value in loaded.items()
         }
     # What a wrapper keeps here is its own: as it was saved, on the parameter's device.
     others = {name: copied(value) for name, value in saved.items() if name not in own}

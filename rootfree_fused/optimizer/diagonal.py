@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.checks import gradients_suit, usable_gradients
+from ..ops.checks import gradients_suit, is_sharded, usable_gradients
 from ..ops.dispatch import DiagonalKernels, diagonal_kernels
 from ..ops.methods import SECOND_MOMENT, DiagonalMethod
 from ..ops.schemas import as_scalar_tensor
@@ -54,7 +54,8 @@ class DiagonalOptimizer(RootFreeOptimizer):
 
     def _check_taken(self, index: int, position: int, group: Group) -> None:
         super()._check_taken(index, position, group)
-        formats.check_formats(name_of(index, position, group), group["params"][position], group)
+        name, param = name_of(index, position, group), group["params"][position]
+        formats.check_formats(name, param, group, is_sharded(param))
 
     def _update(self, index: int, work: Work) -> None:
         group = self.param_groups[index]
@@ -149,11 +150,13 @@ def lowbit_updates(
 
     index: of the group. among: at which positions of the work; None for all.
     """
+    places = work.places or formats.places_of(index, group, work.params)
     alike = defaultdict(list)
     for i in range(len(work.params)) if among is None else among:
         kept = [(k, v.dtype) for k, v in work.states[i].items() if formats.is_kept(k)]
         alike[tuple(sorted(kept, key=str))].append(i)
-    return [LowbitUpdate(method, own, index, group, work) for own in alike.values()]
+    placed = work._replace(places=places)
+    return [LowbitUpdate(method, own, group, placed) for own in alike.values()]
 
 
 class LowbitUpdate(KnownUpdate):
@@ -164,10 +167,11 @@ class LowbitUpdate(KnownUpdate):
     _stem = "lowbit"
 
     def __init__(
-        self, method: DiagonalMethod, indices: list[int], index: int, group: Group, work: Work
+        self, method: DiagonalMethod, indices: list[int], group: Group, work: Work
     ) -> None:
-        positions = {id(param): i for i, param in enumerate(group["params"])}
+        assert work.places is not None
         owned = [work.params[i] for i in indices]
+        places = [work.places[i] for i in indices]
         states = [local_state(work.states[i]) for i in indices]
         beside = [
             [state[key] for state in states if key in state]
@@ -179,8 +183,8 @@ class LowbitUpdate(KnownUpdate):
             steps_of(indices, work.steps),
             reader(owned),
             gradients_suit(owned),
-            seeds=[formats.seed_of(index, positions[id(p)], group) for p in owned],
-            firsts=[formats.first_of(p) for p in owned],
+            seeds=[place.seed for place in places],
+            firsts=[place.first for place in places],
         )
         self.indices = indices
         self._stochastic = group["param_residual"] == "stochastic"

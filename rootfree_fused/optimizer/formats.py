@@ -6,9 +6,9 @@ reference/formats.py has the bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..ops.checks import is_sharded
 from ..ops.methods import second_moments
 from ..reference.formats import BLOCK, decoded, encoded
-from .shards import as_part_of, local
+from .shards import as_laid_out, as_part_of, local
 from .state import RESIDUAL, Initial, is_own
 
 ParamResidual = Literal["stochastic", 8, 16] | None
@@ -31,8 +31,11 @@ SMALLEST = 4096
 RESIDUALS = {8: torch.int8, 16: torch.int16}
 
 
-def check_formats(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
-    """Raise where a parameter has not what the settings ask for."""
+def check_formats(name: str, param: Tensor, group: Mapping[str, Any], in_parts: bool) -> None:
+    """Raise where a parameter has not what the settings ask for.
+
+    in_parts: whether its state lies on ranks as it does.
+    """
     if is_lazy(param):
         return
     residual, state = group["param_residual"], group["state_format"]
@@ -47,7 +50,7 @@ def check_formats(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
             f"{name} is float64 but state_format is {state!r}; give it a group with "
             "state_format='float32', which keeps float64 for it"
         )
-    if _format_of(param, group) == "8bit" and is_sharded(param) and not _has_whole_blocks(param):
+    if in_parts and not has_whole_blocks(param, group):
         raise NotImplementedError(
             f"{name}, of shape {tuple(param.shape)}, lies on ranks as {param.placements}, which "  # type: ignore[attr-defined]
             f"cuts the blocks of {BLOCK} that state_format='8bit' has a scale of; give it a group "
@@ -77,8 +80,10 @@ def _format_of(param: Tensor, group: Mapping[str, Any]) -> str:
     return "float32" if small else group["state_format"]
 
 
-def _has_whole_blocks(param: Any) -> bool:
-    """Whether no block of a DTensor has elements of two ranks."""
+def has_whole_blocks(param: Any, group: Mapping[str, Any]) -> bool:
+    """Whether no block that has a scale has elements of two ranks, of a DTensor."""
+    if _format_of(param, group) != "8bit":
+        return True
     whole_rows = all(p.is_replicate() or getattr(p, "dim", None) == 0 for p in param.placements)
     return whole_rows and param[0].numel() % BLOCK == 0
 
@@ -101,7 +106,7 @@ def in_formats(
                 _scale_shape(param), scale.dtype, scale.item(), optional=initial.optional
             )
             if is_sharded(param):
-                found[scale_of(key)] = replace(found[scale_of(key)], batch_axes=1, spread=param)
+                found[scale_of(key)] = replace(found[scale_of(key)], spread=param)
     if (residual := group["param_residual"]) in RESIDUALS:
         found[RESIDUAL] = Initial(tuple(param.shape), RESIDUALS[residual], like=param)
     return found
@@ -119,6 +124,19 @@ def _scale_shape(param: Tensor) -> tuple[int, ...]:
 
 
 # Random numbers -----------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """What random numbers are told by: the seed of a parameter, and where in it a part begins."""
+
+    seed: int
+    first: int
+
+
+def places_of(index: int, group: Mapping[str, Any], params: Sequence[Tensor]) -> list[Place]:
+    """Of this rank's parts of some parameters of a group; index: of the group."""
+    positions = {id(param): i for i, param in enumerate(group["params"])}
+    return [Place(seed_of(index, positions[id(p)], group), first_of(p)) for p in params]
 
 
 def seed_of(index: int, position: int, group: Mapping[str, Any]) -> int:
@@ -215,6 +233,8 @@ def _residual(saved: Any, declared: Initial, device: torch.device) -> Any:
         return declared(device)
     if not isinstance(saved, Tensor):
         return saved
+    if is_sharded(saved) and is_sharded(declared.like):
+        saved = as_laid_out(saved, declared.like)  # as bytes
     own = _as_int16(local(saved))
     if own.dtype == torch.int8 and declared.dtype == torch.int16:
         own = own.to(torch.int16) << 8

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -94,6 +95,14 @@ class DeclaringOptimizer(Optimizer):
     ) -> Mapping[str, Any]:
         """Saved state of a parameter as this optimizer's own state is laid out."""
         return received(saved, self._full_spec(param, group), param.device)
+
+    def _gathered(self, param: Tensor, group: Group, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Saved state with whole what is whole here, a collective where ranks share it."""
+        return saved
+
+    def _without_weak_references(self) -> AbstractContextManager[None]:
+        """For the time that parameters become others in place, which torch refuses with these."""
+        return nullcontext()
 
     def _complete(self, group: Group) -> None:
         """Resolve settings whose default depends on the parameters."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops.checks import is_sharded
+from .formats import has_whole_blocks
 from .groups import Group, trains
 from .joint import unit_of
 from .owners import Cost, Volume, owners_of, staying, summed_elements
@@ -157,6 +158,7 @@ def has_free_rows(param: Any, group: Mapping[str, Any]) -> bool:
         and layout is not None
         and layout.has_diagonal_rows
         and layout.sizes[0] == param.shape[0]
+        and has_whole_blocks(param, group)
     )
 
 

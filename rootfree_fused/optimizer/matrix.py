@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from ..ops.by_reference import skips
-from ..ops.checks import check_hyperparameters
+from ..ops.checks import check_hyperparameters, is_sharded
 from . import formats
 from .amp_and_graphs import Scaling
 from .base import Work
@@ -23,7 +23,7 @@ from .joint import Joints, check_gradients, unit_of
 from .known_tensors import Call, PreparedUpdate, addresses_of_grads, at_addresses
 from .layouts import BLOCK_SIZE, names_in
 from .matrix_calls import KnownCalls, MatrixMethod, planned_calls
-from .portions import Portion, portions, write_
+from .portions import Portion, portions
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
 from .shared import NowShared, SharingOptimizer
 from .starts import start_, waiting_members
@@ -90,11 +90,6 @@ class MatrixOptimizer(SharingOptimizer):
                 f"vector_method is {group['vector_method']!r} and batch_axes {group['batch_axes']} "
                 "in a group with a param_residual or a state_format; pass vector_method='adam'"
             )
-        if self._sharing.any_in([group]):
-            raise NotImplementedError(
-                "matrices that ranks share have no param_residual and no state_format yet; keep "
-                "float32 weights and state_format='float32', or take RootFreeAdamW"
-            )
 
     def _complete(self, group: Group) -> None:
         params = [p for p in group["params"] if isinstance(p, Tensor) and not p.is_meta]
@@ -145,7 +140,8 @@ class MatrixOptimizer(SharingOptimizer):
         name, param = name_of(index, position, group), group["params"][position]
         check_whole(name, param)
         self._check_shared(name, param, group)
-        formats.check_formats(name, param, group)
+        in_parts = is_sharded(param) and not self._sharing.shares(param, group)
+        formats.check_formats(name, param, group, in_parts)
 
     def _portions(self, index: int, work: Work) -> list[Portion]:
         """What of a step's work is this rank's, wave by wave; first what it shares with none."""
@@ -167,9 +163,9 @@ class MatrixOptimizer(SharingOptimizer):
                 self._starts.start_(portion.waiting, group, work.scaling)
             own = portion.work._replace(scaling=work.scaling)
             for call in self._calls(index, updates_factors, own, calls, None, portion.rows):
-                call(None, group if portion.wave is None else of_owner, work.scaling)
-            if portion.wave is not None:
-                write_(portion.wave, group, work.scaling)
+                call(None, group if portion.weights is None else of_owner, work.scaling)
+            if portion.weights is not None:
+                portion.weights.write_(group, work.scaling)
             portion.release_()
 
     # Step --------------------------------------------------------------------------------------

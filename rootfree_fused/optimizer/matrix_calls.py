@@ -97,6 +97,8 @@ def planned_calls(
         work = work._replace(params=joints.params, states=joints.states)
         calls.append(lambda *_: joints.read_())
     in_formats = formats.are_used(group)
+    if in_formats and work.places is None:
+        work = work._replace(places=formats.places_of(index, group, work.params))
     if plan.vectors:
         vectors = method.vectors[group["vector_method"]]
         if in_formats:
@@ -114,7 +116,7 @@ def planned_calls(
         if not in_formats:
             calls.append(_Matrices(method, buckets, update, work, group, addresses, joints, rows))
             continue
-        unpacked = Unpacked(index, group, [i for bucket in buckets for i in bucket.params], work)
+        unpacked = Unpacked(group, [i for bucket in buckets for i in bucket.params], work)
         wide = work._replace(params=unpacked.params, states=unpacked.states)
         calls.append(partial(_without_addresses, unpacked.read_))
         calls.append(_Matrices(method, buckets, update, wide, group, addresses, unpacked, rows))

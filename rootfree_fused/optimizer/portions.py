@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import is_sharded, usable_gradients
+from . import formats
 from .amp_and_graphs import Scaling
 from .base import Work
 from .exchange import Wave
@@ -16,8 +17,9 @@ from .groups import Group
 from .shards import local
 from .sharing import Sharing
 from .starts import AUTO, Waiting, waiting_members
-from .state import State
+from .state import RESIDUAL, State
 from .staying import RowsOfRanks
+from .unpacked import Unpacked
 
 
 @dataclass
@@ -25,8 +27,9 @@ class Portion:
     """Some of a step's parameters; the others have no state in `work`, and so no update.
 
     wave: what ranks exchange for it, None for what is stepped by elements, whole, or by rows, on
-    each. rows: of its only matrix, where each steps those that it has.
-    local: by the parameter what stands in its place, this rank's part of a DTensor.
+    each. weights: what moves by what a wave brings. rows: of its only matrix, where each steps
+    those that it has. local: by the parameter what stands in its place, this rank's part of a
+    DTensor.
     """
 
     work: Work
@@ -34,6 +37,7 @@ class Portion:
     local: list[tuple[Tensor, Tensor]]
     waiting: list[Waiting]
     rows: RowsOfRanks | None = None
+    weights: Weights | None = None
 
     def read_(self) -> None:
         """Bring the gradients, and forget the updates of the wave before."""
@@ -52,8 +56,37 @@ class Portion:
             part.grad = None
 
 
+class Weights:
+    """This rank's parts of the matrices of a wave, which move by what the owners find."""
+
+    def __init__(self, wave: Wave, group: Group, work: Work) -> None:
+        self._wave = wave
+        ids = {id(matrix.param) for matrix in wave.matrices}
+        here = [i for i, p in enumerate(work.params) if id(p) in ids and local(p).numel()]
+        params, states = list(work.params), list(work.states)
+        for i in here:
+            params[i] = local(params[i].detach())
+            states[i] = {k: local(v) for k, v in states[i].items() if k == RESIDUAL}
+        self._unpacked = Unpacked(group, here, work._replace(params=params, states=states))
+        self._parts = {id(work.params[i]): self._unpacked.params[i] for i in here}
+
+    def write_(self, group: Group, scaling: Scaling) -> None:
+        """Send what the owners found, and move this rank's parts of the parameters by it."""
+        params, moves = [], []
+        for matrix, moved in self._wave.scatter():
+            if id(matrix.param) in self._parts:
+                params.append(self._parts[id(matrix.param)])
+                moves.append(moved.to(matrix.dtype))
+        if params:
+            self._unpacked.read_()
+            move_(params, moves, group, scaling)
+            self._unpacked.write_(group, scaling)
+
+
 def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Portion]:
     """The work of this rank on its own, wave by wave what it does for others, and with others."""
+    if formats.are_used(group):
+        work = work._replace(places=formats.places_of(index, group, work.params))
     pairs = list(zip(work.params, work.states, strict=True))
     nothing = [torch.empty(0)] * len(pairs)
     params, states = list(nothing), [State() for _ in pairs]
@@ -77,7 +110,9 @@ def portions(sharing: Sharing, index: int, group: Group, work: Work) -> list[Por
             assert matrix.moved is not None
             params[i], states[i] = matrix.moved, work.states[i]
         indices = [at[id(matrix.param)] for matrix in own]
-        found.append(_portion(work, params, states, wave, [], group, indices))
+        whole = work._replace(places=work.places and [p._replace(first=0) for p in work.places])
+        found.append(_portion(whole, params, states, wave, [], group, indices))
+        found[-1].weights = Weights(wave, group, work)
     for i, (param, state) in enumerate(pairs):
         if sharing.stays(param, group):
             params, states = list(nothing), [State() for _ in pairs]
@@ -118,17 +153,6 @@ def _portion(
         own = [params[i] for i in matrices], [states[i] for i in matrices]
         waiting = waiting_members(group, *own, rows)
     return Portion(work._replace(params=params, states=states), wave, parts, waiting, rows)
-
-
-def write_(wave: Wave, group: Group, scaling: Scaling) -> None:
-    """Send what the owners found, and move this rank's parts of the parameters by it."""
-    params, moves = [], []
-    for matrix, moved in wave.scatter():
-        if matrix.param.grad is not None:
-            params.append(local(matrix.param.detach()))
-            moves.append(moved.to(matrix.dtype))
-    if params:
-        move_(params, moves, group, scaling)
 
 
 def move_(params: list[Tensor], moves: list[Tensor], group: Group, scaling: Scaling) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +17,14 @@ from .amp_and_graphs import Scaling
 from .base import RootFreeOptimizer
 from .checkpoint import declare_and_check, separated
 from .checks import name_of
+from .formats import scale_of, sent
 from .groups import Group
 from .holders import Replicas
 from .joint import unit_of
 from .owners import Cost, update_flops
 from .shards import as_laid_out, as_part_of, local_state
 from .sharing import Sharing, full
-from .state import Initial, State, is_of_rows
+from .state import EVERYWHERE, Initial, State, copied, is_of_rows
 
 
 class NowShared(Exception):
@@ -66,7 +68,8 @@ class SharingOptimizer(RootFreeOptimizer):
         layout = unit_of(param, group).layout
         assert layout is not None
         flops = update_flops(layout, self._flops_of_blocks)
-        spec = super()._full_spec(param, group).values()
+        full_spec = super()._full_spec(param, group)
+        spec = [initial for key, initial in full_spec.items() if key not in EVERYWHERE]
         size = sum(math.prod(initial.shape) * initial.dtype.itemsize for initial in spec)
         return Cost(flops * math.prod(param.shape) / math.prod(layout.sizes), size)
 
@@ -78,7 +81,12 @@ class SharingOptimizer(RootFreeOptimizer):
                 for key, initial in spec.items()
             }
         if self._sharing.shares(param, group):  # whole, whatever part of the parameter is here
-            return {k: i if i.like is None else replace(i, like=None) for k, i in spec.items()}
+            return {
+                key: initial
+                if key in EVERYWHERE or initial.lies_as is None
+                else replace(initial, like=None, spread=None)
+                for key, initial in spec.items()
+            }
         if self._sharing.has_members(param, group):
             return {
                 key: initial
@@ -111,7 +119,7 @@ class SharingOptimizer(RootFreeOptimizer):
         # The same keys on every rank, and nothing in them where another has it.
         return {
             key: initial
-            if key == "step"
+            if key in EVERYWHERE
             else Initial((0,), initial.dtype, optional=initial.optional)
             for key, initial in spec.items()
         }
@@ -137,8 +145,8 @@ class SharingOptimizer(RootFreeOptimizer):
 
     def _saved_state(self, param: Tensor, group: Group, state: Mapping[str, Any]) -> Any:
         if self._is_shared and is_sharded(state.get("factor_0")):
-            own = super()._saved_state(param, group, local_state(state))
-            saved = {key: as_part_of(state[key], value) for key, value in own.items()}
+            own = copied(local_state(state))
+            saved = sent({key: as_part_of(state[key], value) for key, value in own.items()})
             if not self._stays(param, group):
                 return saved
         else:
@@ -148,23 +156,29 @@ class SharingOptimizer(RootFreeOptimizer):
     def _whole_state(
         self, param: Tensor, group: Group, saved: Mapping[str, Any]
     ) -> Mapping[str, Any]:
+        saved = super()._whole_state(param, group, self._gathered(param, group, saved))
+        if self._sharing.shares(param, group) or not self._sharing.has_members(param, group):
+            return saved
         spec = self._full_spec(param, group)
-        if self._sharing.shares(param, group):
-            of_rows = {key for key, initial in spec.items() if initial.lies_as is not None}
-            return {key: v if key in of_rows else full(v) for key, v in saved.items()}
-        if not self._sharing.has_members(param, group):
-            return super()._whole_state(param, group, saved)
         laid = {
             key: as_laid_out(value, param) if key in spec and key != "step" else value
             for key, value in saved.items()
         }
         own = separated(local_state(laid), spec)
-        return {
-            key: as_part_of(laid[key.removesuffix("_residual")], value)
-            if is_sharded(laid[key.removesuffix("_residual")])
-            else value
-            for key, value in own.items()
-        }
+        of = {key: laid.get(key, laid.get(key.removesuffix("_residual"))) for key in own}
+        return {key: as_part_of(of[key], value) for key, value in own.items()}
+
+    def _without_weak_references(self) -> AbstractContextManager[None]:
+        return self._sharing.without_weak_references()
+
+    def _gathered(self, param: Tensor, group: Group, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self._sharing.shares(param, group) and not self._sharing.has_members(param, group):
+            return saved
+        spec = self._full_spec(param, group)
+        spread = {key for key, initial in spec.items() if initial.lies_as is not None}
+        # In another format than here: a value and its scales may be cut at other elements.
+        spread -= {key for key in spec if scale_of(key) in saved.keys() - spec.keys()}
+        return {key: value if key in spread else full(value) for key, value in saved.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._is_shared:

@@ -10,8 +10,8 @@ settings.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .holders import Held, Holders, Replicas
 from .owners import Cost
 from .ranks import Ranks
 from .shards import local, local_state
-from .state import Initial, State
+from .state import EVERYWHERE, Initial, State
 from .staying import RowsOfRanks
 
 PATIENCE = 60.0  # seconds that a rank that saves waits for the others
@@ -77,6 +77,17 @@ class Sharing(Holders):
             own = {} if empty else local_state(state)
             self._local[param] = tuple(state.values()), own
         return own
+
+    @contextmanager
+    def without_weak_references(self) -> Iterator[None]:
+        """Without any to a parameter for a time."""
+        held = list(self._held.items())
+        self._held.clear()
+        self._local.clear()
+        try:
+            yield
+        finally:
+            self._held.update(held)
 
     # What --------------------------------------------------------------------------------------
 
@@ -256,7 +267,7 @@ class Sharing(Holders):
             return how(value, shape, held.owner)
 
         return {
-            key: value if key == "step" or key not in spec else spread(value, spec[key].shape)
+            key: value if key in EVERYWHERE or key not in spec else spread(value, spec[key].shape)
             for key, value in state.items()
         }
 

@@ -27,7 +27,7 @@ from .formats import scale_of
 from .joint import joined, unit_of
 from .layouts import Layout
 from .shards import local, over_ranks
-from .state import MOMENTUM, State, is_own
+from .state import EVERYWHERE, MOMENTUM, State, is_own
 from .staying import RowsOfRanks
 
 AUTO = "auto"
@@ -229,7 +229,7 @@ def _state_of(state: State, member: _Member) -> State:
     """The state of one member, as views."""
     if not member:
         return state
-    return {k: v[member] for k, v in state.items() if is_own(k) and k != "step"}
+    return {k: v[member] for k, v in state.items() if is_own(k) and k not in EVERYWHERE}
 
 
 def _all_started(state: State, batch_axes: int) -> bool:

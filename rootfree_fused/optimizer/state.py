@@ -25,6 +25,8 @@ ROWS = "row_square_avg"  # v of root-free Shampoo
 ADDED_LATER = frozenset({MOMENTUM, f"{MOMENTUM}_scale"})
 # Beside a bfloat16 weight.
 RESIDUAL = "param_residual"
+# What every rank has of a matrix whose factors one has for all.
+EVERYWHERE = frozenset({"step", RESIDUAL})
 
 
 # What the keys of an axis start with, whose tensors are stacked over parameters.

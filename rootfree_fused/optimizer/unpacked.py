@@ -52,20 +52,20 @@ class Unpacked:
     """The parameters and states of a step with matrices in float32, in the place of those that are
     in fewer bytes.
 
-    `read_` makes these tensors before the step, `write_` stores and empties them after it. index:
-    of the group. among: the positions of the matrices. owners: of those that have a stand-in.
+    `read_` makes these tensors before the step, `write_` stores and empties them after it. among:
+    the positions of the matrices. owners: of those that have a stand-in.
     """
 
-    def __init__(self, index: int, group: Group, among: Sequence[int], work: Work) -> None:
-        params, states, steps = work.params, work.states, work.steps
+    def __init__(self, group: Group, among: Sequence[int], work: Work) -> None:
+        params, states, steps, places = work.params, work.states, work.steps, work.places
         self.params, self.states = list(params), list(states)
         self._grads = {i: reader([params[i]]) for i in among}
         self._packed: list[_Packed] = []
-        positions = {id(param): i for i, param in enumerate(group["params"])}
         alike: dict[Any, list[tuple[int, Tensor, Tensor | None, Tensor]]] = defaultdict(list)
         for i in among:
             param, state = params[i], states[i]
-            if group["param_residual"] is not None:
+            # The owner of a matrix has float32 in the place of the weight, which is not there.
+            if group["param_residual"] is not None and param.dtype == torch.bfloat16:
                 self.params[i] = _float32_like(param)
                 own = i, param, state.get(RESIDUAL), self.params[i]
                 alike[WEIGHT_STREAM, None].append(own)
@@ -76,10 +76,11 @@ class Unpacked:
                 own = i, momentum, state.get(formats.scale_of(MOMENTUM)), wide
                 alike[_MOMENTUM_STREAM, momentum.dtype].append(own)
         for (stream, _), found in alike.items():
+            assert places is not None
             indices, stored, beside, values = map(list, zip(*found, strict=True))
             rounding = {
-                "seeds": [formats.seed_of(index, positions[id(params[i])], group) for i in indices],
-                "firsts": [formats.first_of(params[i]) for i in indices],
+                "seeds": [places[i].seed for i in indices],
+                "firsts": [places[i].first for i in indices],
                 "stream": stream,
             }
             others = [other for other in beside if other is not None]
