@@ -76,7 +76,7 @@ def is_kept(key: str) -> bool:
 
 def _format_of(param: Tensor, group: Mapping[str, Any]) -> str:
     """The format of a parameter's state."""
-    small = param.dim() < 2 or param.numel() < SMALLEST
+    small = param.dim() - group.get("batch_axes", 0) < 2 or param.numel() < SMALLEST
     return "float32" if small else group["state_format"]
 
 

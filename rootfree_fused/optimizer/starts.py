@@ -27,7 +27,7 @@ from .formats import scale_of
 from .joint import joined, unit_of
 from .layouts import Layout
 from .shards import local, over_ranks
-from .state import EVERYWHERE, MOMENTUM, State, is_own
+from .state import MOMENTUM, STACKED, State
 from .staying import RowsOfRanks
 
 AUTO = "auto"
@@ -229,7 +229,8 @@ def _state_of(state: State, member: _Member) -> State:
     """The state of one member, as views."""
     if not member:
         return state
-    return {k: v[member] for k, v in state.items() if is_own(k) and k not in EVERYWHERE}
+    starts = (*STACKED, *second_moments())  # the blocks of others may run over members
+    return {k: v[member] for k, v in state.items() if str(k).startswith(starts)}
 
 
 def _all_started(state: State, batch_axes: int) -> bool:

@@ -268,3 +268,17 @@ def test_first_axes_of_a_batch_are_kept_with_the_rest():
     param = torch.nn.Parameter(torch.ones(1, 8, 12))
     optimizer = IFShampoo([param], batch_size=1, batch_axes=1)
     assert optimizer.state[param]["factor_0"].shape == (1, 8, 8)
+
+
+def test_stacks_start_whose_blocks_of_8_bits_run_over_members():
+    stack, vectors = parameters = [
+        torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((40, 11, 11), (40, 121))
+    ]
+    formats = {"param_residual": 8, "state_format": "8bit"}
+    optimizer = IFShampoo(parameters, batch_size=1, batch_axes=1, **formats)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.state[stack]["momentum_buffer"].dtype == torch.int8
+    assert optimizer.state[vectors]["momentum_buffer"].dtype == torch.float32
+    assert all((optimizer.state[p]["step"] == 1).all() for p in parameters)
