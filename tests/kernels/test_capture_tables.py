@@ -13,7 +13,15 @@ import rootfree_fused.optimizer.base
 from bench.host import as_on_cuda
 from bench.machine_code.launches import SHAMPOO, matrix_tensors
 from bench.machine_code.offline import Recorder
-from rootfree_fused.kernels import diag, matrix, matrix_launches, rootfree_shampoo, tables
+from rootfree_fused.kernels import (
+    diag,
+    lowbit,
+    matrix,
+    matrix_launches,
+    packing,
+    rootfree_shampoo,
+    tables,
+)
 
 CUDA = torch.device("cuda")
 
@@ -52,9 +60,8 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    recorders = {
-        (module, name) for module in (diag, matrix, rootfree_shampoo) for name in vars(module)
-    }
+    modules = diag, lowbit, packing, matrix, rootfree_shampoo
+    recorders = {(module, name) for module in modules for name in vars(module)}
     for module, name in recorders:
         if name.endswith("_kernel"):
             monkeypatch.setattr(module, name, Recorder())
