@@ -3,7 +3,7 @@
 from .batch_size import BatchSizeCounter
 from .capture import CapturedStep
 from .diag import RootFreeAdamW, RootFreeRMSprop
-from .lowbit import to_bfloat16_
+from .lowbit import to_bfloat16_, to_float32_
 from .matrix import IFShampoo
 from .rescale import rescale_
 from .shampoo import RootFreeShampoo
@@ -17,5 +17,6 @@ __all__ = [
     "RootFreeShampoo",
     "rescale_",
     "to_bfloat16_",
+    "to_float32_",
 ]
 __version__ = "0.1.0"

@@ -1,19 +1,19 @@
-"""A float32 model in bfloat16, with what that rounds away kept by the optimizer."""
+"""A float32 model in bfloat16, with what that rounds away kept by the optimizer, and back."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .optimizer import formats
 from .optimizer.base import RootFreeOptimizer
 from .optimizer.checks import name_of
-from .optimizer.groups import trains
+from .optimizer.groups import Group, trains
 from .optimizer.shards import local
 from .optimizer.state import RESIDUAL
-from .reference.formats import split_weight
+from .reference.formats import split_weight, unpacked
 
 
 @torch.no_grad()
@@ -23,7 +23,8 @@ def to_bfloat16_(
     """Make a float32 model bfloat16, as `model.to(torch.bfloat16)`, and lose none of its weights.
 
     What a weight has beyond its bfloat16 goes into the optimizer's state, whose groups then have
-    this `param_residual`. The optimizer's other state stays as it is.
+    this `param_residual`. The optimizer's other state stays as it is. `to_float32_` is the way
+    back.
 
     Args:
         model: it has all parameters of the optimizer, in float32. Its buffers become bfloat16 too.
@@ -33,8 +34,65 @@ def to_bfloat16_(
 
     Raises:
         TypeError: no module, an optimizer without residuals, or parameters in another dtype.
-        ValueError: a parameter of the optimizer that is not the model's, or no such residual.
+        ValueError: a parameter of the optimizer that is not the model's, no such residual, or a
+            group whose other settings take none. Nothing has changed then.
     """
+    owned = _owned(
+        model,
+        optimizer,
+        torch.float32,
+        "a bfloat16 model needs no conversion: pass param_residual to the constructor",
+    )
+    if param_residual not in (8, 16):
+        raise ValueError(f"param_residual is {param_residual!r}; pass 8 or 16")
+    param_residual = 8 if param_residual == 8 else 16
+    _set_residual(optimizer, param_residual, write=False)
+
+    for index, group in enumerate(optimizer.param_groups):
+        optimizer._declare(index, group, list(filter(trains, group["params"])))
+    kept = [split_weight(local(p.detach()), formats.RESIDUALS[param_residual]) for p, _ in owned]
+    with optimizer._without_weak_references():
+        model.to(torch.bfloat16)
+    _set_residual(optimizer, param_residual)
+    for (param, group), (high, low) in zip(owned, kept, strict=True):
+        local(param.detach()).copy_(high)
+        if state := dict.get(optimizer.state, param):
+            state[RESIDUAL] = optimizer._full_spec(param, group)[RESIDUAL](param.device)
+            local(state[RESIDUAL]).copy_(low)
+
+
+@torch.no_grad()
+def to_float32_(model: nn.Module, optimizer: RootFreeOptimizer) -> None:
+    """Make a bfloat16 model float32, with all that its optimizer has kept of the weights.
+
+    The way back from `to_bfloat16_`, for a model to export or to go on with in float32. Groups then
+    have `param_residual` None; the optimizer's other state stays as it is.
+
+    Args:
+        model: it has all parameters of the optimizer, in bfloat16. Its buffers become float32 too.
+        optimizer: with any `param_residual`.
+
+    Raises:
+        TypeError: no module, an optimizer without residuals, or parameters in another dtype.
+        ValueError: a parameter of the optimizer that is not the model's.
+    """
+    owned = _owned(model, optimizer, torch.bfloat16, "a float32 model needs no conversion")
+    states = [dict.get(optimizer.state, param) or {} for param, _ in owned]
+    residuals = [state.get(RESIDUAL) for state in states]
+    values = [
+        unpacked(local(param.detach()), None if residual is None else local(residual))
+        for (param, _), residual in zip(owned, residuals, strict=True)
+    ]
+    with optimizer._without_weak_references():
+        model.to(torch.float32)
+    _set_residual(optimizer, None)
+    for (param, _), state, value in zip(owned, states, values, strict=True):
+        local(param.detach()).copy_(value)
+        state.pop(RESIDUAL, None)
+
+
+def _owned(model: Any, optimizer: Any, dtype: torch.dtype, cure: str) -> list[tuple[Tensor, Group]]:
+    """The parameters of an optimizer with their groups, after a check that all can be converted."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the module that is trained")
     known = isinstance(optimizer, RootFreeOptimizer) and formats.have_settings(optimizer.defaults)
@@ -42,29 +100,25 @@ def to_bfloat16_(
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; pass one that has a param_residual"
         )
-    if param_residual not in (8, 16):
-        raise ValueError(f"param_residual is {param_residual!r}; pass 8 or 16")
     inside = {id(param) for param in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             name = name_of(index, position, group)
             if id(param) not in inside:
                 raise ValueError(f"{name} is not one of the model; pass the model that has it")
-            if param.dtype != torch.float32:
-                raise TypeError(f"{name} is {param.dtype}; only float32 has what a residual keeps")
+            if param.dtype != dtype:
+                raise TypeError(f"{name} is {param.dtype} and not {dtype}; {cure}")
+    return [(p, group) for group in optimizer.param_groups for p in group["params"]]
 
+
+def _set_residual(
+    optimizer: RootFreeOptimizer, param_residual: int | None, *, write: bool = True
+) -> None:
+    """Give every group this `param_residual`; without `write`, raise where one cannot have it."""
     for index, group in enumerate(optimizer.param_groups):
-        optimizer._declare(index, group, list(filter(trains, group["params"])))
-    owned = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    kept = [split_weight(local(p.detach()), formats.RESIDUALS[param_residual]) for p, _ in owned]
-    with optimizer._without_weak_references():
-        model.to(torch.bfloat16)
-    for index, group in enumerate(optimizer.param_groups):
-        group["param_residual"] = param_residual
-        optimizer._shaped_by.get(index, {})["param_residual"] = param_residual
-        optimizer._prepared.forget(index)
-    for (param, group), (high, low) in zip(owned, kept, strict=True):
-        local(param.detach()).copy_(high)
-        if state := dict.get(optimizer.state, param):
-            state[RESIDUAL] = optimizer._full_spec(param, group)[RESIDUAL](param.device)
-            local(state[RESIDUAL]).copy_(low)
+        changed = {**group, "param_residual": param_residual}
+        optimizer._check_named(index, optimizer._check_group, changed)
+        if write:
+            group["param_residual"] = param_residual
+            optimizer._shaped_by.get(index, {})["param_residual"] = param_residual
+            optimizer._prepared.forget(index)

@@ -26,7 +26,7 @@ from .checkpoint_checks import (
     takes,
 )
 from .checks import check_state
-from .formats import check_kept
+from .formats import check_kept, check_residual
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
 from .state import EVERYWHERE, Initial, State, copied, is_own, unused_state
@@ -71,6 +71,10 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
     owners = [(param, group) for group in groups for param in group["params"]]
     saved = state_dict["state"]
     check_named(saved, keys)
+    for group in saved_groups:
+        for key in group["params"]:
+            if saved.get(key):
+                check_residual(f"state_dict of parameter {key}", group, saved[key])
     wrappers = {key: copied(value) for key, value in saved.items() if key not in keys}
     # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
     loaded = [
@@ -90,6 +94,7 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
 
 def declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:
     """Allocate what state a group lacks, and raise where some does not fit."""
+    optimizer._check_kept(index, group)
     params = [p for p in group["params"] if trains(p) or dict.get(optimizer.state, p)]
     for param, (name, spec) in zip(params, optimizer._declare(index, group, params), strict=True):
         check_state(name, param, optimizer.state[param], spec)

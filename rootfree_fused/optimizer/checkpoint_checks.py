@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..ops.checks import DTYPES, HYPERPARAMETERS, is_sharded
 from ..ops.methods import second_moments
+from ..reference.formats import NOT_FINITE
 from ..reference.structures import Blocks
-from .shards import as_laid_out
+from .shards import as_laid_out, local
 from .state import ROWS, Initial, State, initial_step, is_own
 
 _DAMAGED = "the checkpoint is damaged or was saved after the run diverged; load an earlier one"
@@ -218,11 +219,17 @@ def _checked(where: str, key: str, initial: Initial, value: Any) -> Tensor:
     if is_step and value.dtype is not torch.bool and not value.is_complex():
         return _count(where, value.item(), declared.dtype)
     if not _is_lossless(value.dtype, declared.dtype):
+        cure = f"use parameters of the saved dtype, or cast it to {declared.dtype} first"
+        if not declared.is_floating_point():
+            cure = "load convert.to_format(state_dict, optimizer)"
         raise ValueError(
             f"{where} is {value.dtype} but this optimizer keeps {declared.dtype}, which would lose "
-            f"bits; use parameters of the saved dtype, or cast it to {declared.dtype} first"
+            f"bits; {cure}"
         )
-    _check_numbers(where, value, not_negative=key in (ROWS, *second_moments()))
+    is_scale = key.endswith("_scale")
+    _check_numbers(where, value, not_negative=is_scale or key in (ROWS, *second_moments()))
+    if is_scale and value.dtype == torch.uint8 and bool((local(value) == NOT_FINITE).any()):
+        raise ValueError(f"{where} holds nan: {_DAMAGED}")
     blocks = initial.structure if isinstance(initial.structure, Blocks) else None
     if blocks and not is_sharded(value) and _is_padded_with_more(blocks, value, initial.size):
         raise ValueError(

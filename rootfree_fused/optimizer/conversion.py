@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import formats
 from .base import RootFreeOptimizer
 from .checkpoint import saved_group
 from .checkpoint_checks import check_state_dict
@@ -85,7 +86,9 @@ def assembled(optimizer: RootFreeOptimizer, converted: Sequence[Converted]) -> d
             _check_same(index, positions[0], settings, position, converted[position].settings)
             spec = optimizer._full_spec(param, merged)
             initial = {k: start(param.device) for k, start in spec.items() if k not in unused}
-            states[position] = {**initial, **converted[position].state}
+            state = {**initial, **converted[position].state}
+            used = formats.have_settings(group) and formats.are_used(group)
+            states[position] = formats.converted(state, spec, param.device) if used else state
         groups.append({**saved_group(merged), "params": list(positions)})
     return {"state": states, "param_groups": groups}
 

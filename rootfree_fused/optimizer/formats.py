@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..ops.checks import is_sharded
+from ..ops.checks import check_hyperparameters, is_sharded
 from ..ops.methods import second_moments
 from ..reference.formats import BLOCK, decoded, encoded
 from .shards import as_laid_out, as_part_of, local
-from .state import RESIDUAL, Initial, is_own
+from .state import RESIDUAL, STACKED, Initial, is_own
 
 ParamResidual = Literal["stochastic", 8, 16] | None
 StateFormat = Literal["float32", "bfloat16", "8bit"]
@@ -193,8 +193,15 @@ def received(
 def converted(
     saved: Mapping[str, Any], spec: Mapping[str, Initial], device: torch.device
 ) -> dict[str, Any]:
-    """Saved state in the formats that are declared, to nearest where these hold less."""
-    averages = {k: i for k, i in spec.items() if k != RESIDUAL and not k.endswith("_scale")}
+    """Saved state in the formats that are declared, to nearest where these hold less.
+
+    Factors, which are bfloat16 and 16 bits beside it in every format, stay as they are.
+    """
+    averages = {
+        key: initial
+        for key, initial in spec.items()
+        if key != RESIDUAL and not key.endswith("_scale") and not key.startswith(STACKED)
+    }
     found = received(saved, averages, device)
     for key in averages.keys() & found.keys():
         value, dtype = found[key], averages[key].dtype
@@ -241,6 +248,16 @@ def _residual(saved: Any, declared: Initial, device: torch.device) -> Any:
     return as_part_of(saved, own, declared.shape)
 
 
+def check_residual(where: str, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Raise where a saved state has lost the residual that its group says it has."""
+    if group.get("param_residual") in RESIDUALS and not isinstance(state.get(RESIDUAL), Tensor):
+        raise ValueError(
+            f"{where} has no {RESIDUAL} but its group has param_residual="
+            f"{group['param_residual']!r}: the checkpoint is damaged; load an earlier one, or set "
+            "param_residual=None in that group, which takes the weights for what they are"
+        )
+
+
 # Whether a format keeps every bit of what was saved in another.
 _KEEPS: Mapping[str, Callable[[Any, Any], bool]] = {
     "param_residual": lambda own, saved: saved in (own, None, "stochastic") or own == 16,
@@ -255,6 +272,10 @@ def check_kept(index: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -
         ValueError: the saved state has bits that these formats would lose.
     """
     own = {name: group[name] for name in SETTINGS if name in group}
+    try:
+        check_hyperparameters({name: saved[name] for name in own})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"state_dict group {index}: {error}") from None
     for name, value in own.items():
         if not _KEEPS[name](value, saved[name]):
             raise ValueError(

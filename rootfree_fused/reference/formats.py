@@ -41,8 +41,9 @@ _LARGEST_BFLOAT16 = 0x7F7F
 _LEVELS = 127 * 127
 _LEAST_SCALE = 2.0**-100
 # E5M3: exponents below that of the largest, the least scale, whose code 0 is the least normal
-# number, the scale of a block that is not finite, and the largest finite upper 12 bits.
-_DEPTH, _LEAST_EXPONENT, _NOT_FINITE, _LARGEST_TOP = 30, 31, 255, 0x7F7
+# number, and the largest finite upper 12 bits; the scale of a block that is not finite.
+_DEPTH, _LEAST_EXPONENT, _LARGEST_TOP = 30, 31, 0x7F7
+NOT_FINITE = 255
 
 
 def mix(x: Tensor) -> Tensor:
@@ -229,11 +230,11 @@ def encode_e5m3(value: Tensor, random: Tensor | int) -> tuple[Tensor, Tensor]:
     blocks = _magnitude(_blocks(value))
     largest = blocks.amax(1)
     scale = (largest >> 23).clamp_min(_LEAST_EXPONENT).masked_fill(largest == 0, 0)
-    scale = scale.masked_fill(largest >= _INFINITY, _NOT_FINITE)
+    scale = scale.masked_fill(largest >= _INFINITY, NOT_FINITE)
     bits = _blocks(random) if isinstance(random, Tensor) else random
     top = ((blocks + (bits >> 12)) >> 20).clamp_max(_LARGEST_TOP)
     code = (top - ((scale - _DEPTH) << 3)[:, None]).clamp_min(0)
-    code = code.masked_fill(((scale == 0) | (scale == _NOT_FINITE))[:, None], 0)
+    code = code.masked_fill(((scale == 0) | (scale == NOT_FINITE))[:, None], 0)
     return _unblocked(code.to(torch.uint8), value), scale.to(torch.uint8)
 
 
@@ -241,7 +242,7 @@ def decode_e5m3(codes: Tensor, scale: Tensor) -> Tensor:
     """(1 + f/8) 2^e of the power of two of each block, for codes 8 (e + 30) + f."""
     exponent = scale.reshape(-1, 1).to(torch.int32)
     top = _blocks(codes).to(torch.int32) + ((exponent - _DEPTH) << 3)
-    value = (top << 20).masked_fill(exponent == 0, 0).masked_fill(exponent == _NOT_FINITE, _NAN)
+    value = (top << 20).masked_fill(exponent == 0, 0).masked_fill(exponent == NOT_FINITE, _NAN)
     return _unblocked(value.view(torch.float32), codes)
 
 
