@@ -33,8 +33,9 @@ def interpreted():
     """Run the package's kernels in Triton's interpreter, on CPU tensors.
 
     TRITON_INTERPRET=1 does the same for a whole process, which then cannot compile anything. Here
-    bfloat16 is also rounded to nearest and multiplied as numbers, as a GPU does; the interpreter
-    alone truncates, and multiplies the bit patterns. Three TF32 products are three, too.
+    bfloat16 is also rounded to nearest and multiplied as numbers, as a GPU does, X X^T symmetric;
+    the interpreter alone truncates, and multiplies the bit patterns. Three TF32 products are three,
+    too.
     """
     changed = [
         (module, name, value, interpreter.InterpretedFunction(value.fn))
@@ -112,16 +113,20 @@ def _patching_once(patch_lang, scopes):
 
 
 def _multiplying_as_a_gpu(create_dot):
-    def widened(operand):
-        if operand.dtype.scalar != triton.language.bfloat16:
-            return operand
-        data = (operand.data.astype("uint32") << 16).view("float32")
-        return interpreter.TensorHandle(data, triton.language.float32)
+    def exact(operand):
+        data = operand.data
+        if operand.dtype.scalar == triton.language.bfloat16:
+            data = (data.astype("uint32") << 16).view("float32")
+        return data.astype("float64")
 
     def dot(self, a, b, total, precision, *args):
         if precision.name == "TF32x3":
             block = tensor_cores.product(*(torch.from_numpy(operand.data) for operand in (a, b)))
             return interpreter.TensorHandle(total.data + block.numpy(), total.dtype.scalar)
-        return create_dot(self, widened(a), widened(b), total, precision, *args)
+        if a.dtype.primitive_bitwidth != 16:
+            return create_dot(self, a, b, total, precision, *args)
+        # Of products in float32 the sums' order may be another on either side of a diagonal.
+        block = (exact(a) @ exact(b)).astype(total.data.dtype)
+        return interpreter.TensorHandle(total.data + block, total.dtype.scalar)
 
     return dot
