@@ -41,11 +41,13 @@ from .measuring.rows import Rows, wrong_of_ours
 from .optimizers import PROVIDERS
 from .optimizers.diagonal import CHECK_STEPS, Provider, replayed
 from .report import tables
-from .workloads import networks
+from .workloads import lowbit, networks
 
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
 CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
 SHORT = ("ResNet-50, float32", "tensors of 1,000, float32")  # how their names end
+FEWER_BYTES = "30M in one tensor, fewer bytes"  # on a GPU a case of `bench gpu`
+ADAMW = "RootFreeAdamW"
 CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
 
 
@@ -195,6 +197,50 @@ def measure(
         rows.add_time(case, name, "host time", timing)
 
 
+OTHERS = 0.01  # of what is stored, where an update rounds otherwise than the specification
+
+
+def measure_formats(
+    case: str, elements: int, judged: int, rows: Rows, device: torch.device, seconds: float
+) -> None:
+    """Check and time the operators on one tensor in fewer bytes, beside a copy; on the CPU beside
+    the step in float32 too.
+
+    judged: how many elements are compared with the specification.
+    """
+    source, target = (torch.zeros(elements, device=device) for _ in range(2))
+    runs: dict[str, Call] = {COPY: functools.partial(target.copy_, source)}
+    moved = {COPY: 8.0}
+    if device.type == "cpu":
+        optimizer = built(PROVIDERS[ADAMW], [source.clone()], [source])
+        runs[f"{ADAMW}, float32"] = optimizer.step
+        moved[f"{ADAMW}, float32"] = step_bytes(optimizer) / elements
+    for formats in lowbit.TIMED:
+        kept, name = lowbit.CASES[formats], f"{ADAMW}, {formats}"
+        share = lowbit.others_than_specified(kept, judged, device)
+        right = share <= OTHERS
+        rows.add(case, name, "error", share, "of what is stored", right=right)
+        if right:
+            runs[name] = lowbit.Step(kept, elements, device).run
+            moved[name] = kept.bytes_with_scales
+    for formats in lowbit.TIMED_PACKED:
+        packed = lowbit.Packed(lowbit.PACKED[formats], target)
+        share = lowbit.packed_otherwise(lowbit.PACKED[formats], judged, device)
+        for name, run in (("pack_", packed.pack), ("unpack_", packed.unpack)):
+            name = f"{name}, {formats}"
+            rows.add(case, name, "error", share, "of what is stored", right=share == 0)
+            if share == 0:
+                runs[name] = run
+                moved[name] = lowbit.PACKED[formats].bytes_with_scales
+    times = interleave(runs, device_timer(device), seconds=seconds)
+    rates = {name: moved[name] * elements / timing.median for name, timing in times.items()}
+    for name, timing in times.items():
+        rows.add_time(case, name, "time", timing)
+        rate, model = rates[name], {"bytes_per_parameter": moved[name]}
+        rows.add(case, name, "bandwidth", rate / 1e9, "GB/s", **model)
+        rows.add(case, name, "bandwidth fraction", rate / rates[COPY], "x copy")
+
+
 def _host_times(
     providers: dict[str, Provider],
     optimizers: dict[str, Optimizer],
@@ -214,7 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measurement_arguments(parser)
     add_short_argument(parser, SHORT)
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="timing budget of each of the 15 or 16 cases"
+        "--seconds", type=float, default=4.0, help="timing budget of each of the 16 cases"
     )
 
 
@@ -226,6 +272,11 @@ def run(args: argparse.Namespace) -> int:
     chosen = cases(device, args.quick)
     if args.short:
         chosen = {name: case for name, case in chosen.items() if name.endswith(SHORT)}
-    for case in rows.remaining(chosen):
-        measure(case, *chosen[case], rows, device, seconds)
+    in_formats = [FEWER_BYTES] if device.type == "cpu" else []
+    for case in rows.remaining([*chosen, *in_formats]):
+        if case == FEWER_BYTES:
+            elements, judged = (5000, 1000) if args.quick else (30_000_000, 1_000_000)
+            measure_formats(case, elements, judged, rows, device, seconds)
+        else:
+            measure(case, *chosen[case], rows, device, seconds)
     return int(bool(wrong_of_ours(rows.finish(tables.diag))))

@@ -18,7 +18,6 @@ from rootfree_fused.optimizer.shards import local
 from . import diag
 from .matrix import checked_step, step_flops
 from .measuring.common import (
-    COPY,
     Call,
     Shape,
     device_timer,
@@ -32,7 +31,6 @@ from .measuring.rows import Rows
 from .optimizers import PEERS, PROVIDERS
 from .optimizers.diagonal import ALLOWED_ERROR, capturable, captured
 from .optimizers.peers import EIGH, ifshampoo, in_blocks, limited, rootfree_shampoo
-from .workloads import lowbit
 from .workloads.operator import GEMMS, kernel_times
 
 Case = Callable[[Rows, torch.device, float], None]
@@ -72,40 +70,11 @@ def large_diagonal(rows: Rows, device: torch.device, seconds: float) -> None:
         diag.measure(case, [(elements,)], dtype, rows, device, seconds / 2, chosen)
 
 
-FEWER_BYTES = "one large tensor in fewer bytes"
-OTHERS = 0.01  # of what is stored, where an update rounds otherwise than the specification
-
-
 def fewer_bytes(rows: Rows, device: torch.device, seconds: float) -> None:
     """The operator on one tensor far larger than the caches, in formats, beside a copy."""
     elements, judged = (5000, 1000) if small(device) else (10**9, 10**7)
-    source, target = (torch.zeros(elements, device=device) for _ in range(2))
-    runs: dict[str, Call] = {COPY: functools.partial(target.copy_, source)}
-    moved = {COPY: 8.0}
-    for formats in lowbit.TIMED:
-        case, name = lowbit.CASES[formats], f"RootFreeAdamW, {formats}"
-        share = lowbit.others_than_specified(case, judged, device)
-        right = share <= OTHERS
-        rows.add(FEWER_BYTES, name, "error", share, "of what is stored", right=right)
-        if right:
-            runs[name] = lowbit.Step(case, elements, device).run
-            moved[name] = case.bytes_with_scales
-    for formats in lowbit.TIMED_PACKED:
-        packed = lowbit.Packed(lowbit.PACKED[formats], target)
-        share = lowbit.packed_otherwise(lowbit.PACKED[formats], judged, device)
-        for name, run in (("pack_", packed.pack), ("unpack_", packed.unpack)):
-            name = f"{name}, {formats}"
-            rows.add(FEWER_BYTES, name, "error", share, "of what is stored", right=share == 0)
-            if share == 0:
-                runs[name] = run
-                moved[name] = lowbit.PACKED[formats].bytes_with_scales
-    times = interleave(runs, device_timer(device), seconds=seconds)
-    rates = {name: moved[name] * elements / timing.median for name, timing in times.items()}
-    for name, timing in times.items():
-        rows.add_time(FEWER_BYTES, name, "time", timing)
-        rate, model = rates[name], {"bytes_per_parameter": moved[name]}
-        rows.add(FEWER_BYTES, name, "bandwidth", rate / 1e9, "GB/s", **model)
-        rows.add(FEWER_BYTES, name, "bandwidth fraction", rate / rates[COPY], "x copy")
+    case = "one large tensor in fewer bytes"
+    diag.measure_formats(case, elements, judged, rows, device, seconds)
 
 
 def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:

@@ -134,9 +134,27 @@ DIAG_CASES = (
 def diag(files: Files) -> str:
     """Milliseconds of a step in the chosen cases."""
     rows = files["epyc/diag"]
-    names = [name for name in unique(rows, "provider") if name not in PROBE_BYTES]
+    shown = [row for row in rows if row["case"] in DIAG_CASES]
+    names = [name for name in unique(shown, "provider") if name not in PROBE_BYTES]
     lines = [[name, *(_cell(rows, name, case) for case in DIAG_CASES)] for name in names]
-    return page(markdown(("ms a step", *DIAG_CASES), lines), _measured(rows))
+    return page(markdown(("ms a step", *DIAG_CASES), lines), _measured(shown))
+
+
+FEWER_BYTES = "30M in one tensor, fewer bytes"
+
+
+def formats_speed(files: Files) -> str:
+    """Milliseconds of a step in fewer bytes, and how many of the step in float32."""
+    rows = select(files["epyc/diag"], case=FEWER_BYTES)
+    times = [row for row in select(rows, metric="time") if row["provider"] not in PROBE_BYTES]
+    exact = _one(times, provider=f"{ADAMW}, float32")["value"]
+    lines = []
+    for time in times:
+        moved = _one(rows, provider=time["provider"], metric="bandwidth")["detail"]
+        cells = [f"{moved['bytes_per_parameter']:.3g}", timed(time, band=False)]
+        lines.append([time["provider"], *cells, f"{time['value'] / exact:.2f}"])
+    header = ("30M in one tensor", "bytes moved a parameter", "ms a step", "x float32")
+    return page(markdown(header, lines), _measured(rows))
 
 
 def _cell(rows: list[Row], provider: str, case: str) -> str:
@@ -290,6 +308,7 @@ TABLES: dict[str, Callable[[Files], str]] = {
     "losses": trained,
     "structures": structured,
     "formats": in_formats,
+    "formats_speed": formats_speed,
     "epyc": _of_machine("epyc"),
     "xeon": _of_machine("xeon-amx"),
 }
