@@ -52,7 +52,7 @@ class Holders:
         self._process_group, self._replicas, self._cost = process_group, replicas, cost
         self._held = WeakTensorKeyDictionary()
         self._ranks: dict[Any, Ranks] = {}
-        self._alone: Any = None  # the group of this rank
+        self._of_mesh: dict[Any, Ranks] = {}
 
     def shares(self, param: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether several ranks do the work of a parameter with factors."""
@@ -121,29 +121,39 @@ class Holders:
 
     def _ranks_of(self, param: Any) -> Ranks:
         if not is_sharded(param):
-            count = dist.get_world_size(self._process_group)
-            return self._known(self._process_group, param.device, [(r,) for r in range(count)])
-        mesh, shared = param.device_mesh, list(range(param.device_mesh.ndim))
+            group = self._process_group
+            ranks = dist.get_process_group_ranks(group)
+            return self._known(param.device, ranks, [(i,) for i in range(len(ranks))], group)
+        mesh, axes = param.device_mesh, tuple(range(param.device_mesh.ndim))
         if self._replicas == "repeat":
-            shared = [d for d in shared if not param.placements[d].is_replicate()]
-        if len(shared) < mesh.ndim:
-            if not shared:
-                self._alone = self._alone or _alone()
-                return self._known(self._alone, param.device, [(0,)])
-            mesh = mesh[tuple(_names(mesh)[d] for d in shared)]
-        if mesh.ndim > 1:
-            _names(mesh)
-        group = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
-        places = product(*map(range, mesh.mesh.shape))
-        where = {int(mesh.mesh[at]): at for at in places}
-        ranks = dist.get_process_group_ranks(group)
-        return self._known(group, param.device, [where[rank] for rank in ranks])
+            axes = tuple(d for d in axes if not param.placements[d].is_replicate())
+        key = mesh, axes, param.device
+        if key not in self._of_mesh:
+            where = _places(mesh, axes)
+            group = mesh.get_group(axes[0]) if len(axes) == 1 else None
+            ranks = dist.get_process_group_ranks(group) if group is not None else sorted(where)
+            places = [where[rank] for rank in ranks]
+            self._of_mesh[key] = self._known(param.device, ranks, places, group)
+        return self._of_mesh[key]
 
-    def _known(self, group: Any, device: torch.device, coordinates: list[tuple[int, ...]]) -> Ranks:
-        key = id(group), device, tuple(coordinates)
+    def _known(
+        self,
+        device: torch.device,
+        ranks: list[int],
+        coordinates: Sequence[tuple[int, ...]],
+        group: Any,
+    ) -> Ranks:
+        key = device, tuple(ranks), tuple(coordinates), id(group)
         if key not in self._ranks:
-            self._ranks[key] = Ranks(group, device, coordinates)
+            self._ranks[key] = Ranks(ranks, device, coordinates, group)
         return self._ranks[key]
+
+
+def _places(mesh: Any, axes: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Where each rank is in these axes of a mesh that is where this one is in the others."""
+    here, everyone = mesh.get_coordinate(), mesh.mesh
+    lines = [range(n) if d in axes else (here[d],) for d, n in enumerate(everyone.shape)]
+    return {int(everyone[at]): tuple(at[d] for d in axes) for at in product(*lines)}
 
 
 def has_free_rows(param: Any, group: Mapping[str, Any]) -> bool:
@@ -179,18 +189,3 @@ def _check_group(group: Any) -> None:
         )
     if dist.get_rank(group) < 0:
         raise ValueError("process_group is one that this rank is no member of; pass one that it is")
-
-
-def _names(mesh: Any) -> tuple[str, ...]:
-    names = mesh.mesh_dim_names
-    if names is None:
-        raise ValueError(
-            f"a parameter lies on {mesh}, a mesh of {mesh.ndim} axes without names; pass "
-            "mesh_dim_names to init_device_mesh"
-        )
-    found: tuple[str, ...] = names
-    return found
-
-
-def _alone() -> Any:
-    return dist.new_group([dist.get_rank()], use_local_synchronization=True)

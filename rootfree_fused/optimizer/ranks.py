@@ -8,26 +8,39 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _MET: Counter[str] = Counter()  # how often these ranks have met, whichever optimizer asked
+# Of a world the groups that were made of some of its ranks, for all optimizers.
+_GROUPS: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 
 
 class Ranks:
     """The ranks that share the work of some matrices: those of a mesh, or of a process group.
 
-    coordinates: where each rank is in the mesh.
+    ranks: in the world, in the order of the group. coordinates: where each is in the mesh.
+    group: of these ranks, None where there is none yet.
     """
 
     def __init__(
-        self, group: Any, device: torch.device, coordinates: Sequence[tuple[int, ...]]
+        self,
+        ranks: Sequence[int],
+        device: torch.device,
+        coordinates: Sequence[tuple[int, ...]],
+        group: Any = None,
     ) -> None:
-        self.group, self.device = group, device
+        self._ranks, self._given, self.device = list(ranks), group, device
         self.coordinates = list(coordinates)
-        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.size, self.rank = len(ranks), self._ranks.index(dist.get_rank())
+
+    @cached_property
+    def group(self) -> Any:
+        """Made at the first collective, to which all of them come."""
+        return group_of(self._ranks) if self._given is None else self._given
 
     def exchange(
         self, received: Tensor, sent: Tensor, sizes: list[int], own_sizes: list[int]
@@ -62,7 +75,7 @@ class Ranks:
         What a rank does that was alone here is as if it had not come.
         """
         store = dist.distributed_c10d._get_default_store()
-        ranks = str(dist.get_process_group_ranks(self.group))
+        ranks = str(self._ranks)
         key = f"rootfree_fused/{ranks}/{_MET[ranks]}"
         end, came = time.monotonic() + patience, store.add(key, 1)
         while came < self.size:
@@ -119,6 +132,23 @@ class Ranks:
             copy.copy_(whole)
         dist.broadcast(copy, group_src=owner, group=self.group)
         return copy
+
+
+def group_of(ranks: Sequence[int]) -> Any:
+    """The group of ranks of several axes of a mesh, a collective of them alone.
+
+    A mesh that is flattened has such a group too, but keeps what it was flattened to: from then on
+    torch gathers wrongly what lies on it with Shard(0) on two axes, in rows that are uneven.
+    Other ranks need not come, nor know of it: they may have other matrices, or another mesh.
+    """
+    world = dist.group.WORLD
+    if len(ranks) == dist.get_world_size():
+        return world
+    groups = _GROUPS.setdefault(world, {})
+    key = tuple(ranks)
+    if key not in groups:
+        groups[key] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[key]
 
 
 def rows_of(length: int, ranks: int) -> list[int]:

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -20,7 +21,6 @@ from rootfree_fused.optimizer.shards import local
 
 # Over four ranks 16, 16, 16, 13 rows; 3, 3, 3, 0; and a matrix of dense factors; a vector.
 SHAPES = (61, 4), (9, 2), (2, 3), (5,)
-EVEN = (60, 4), (12, 2), (4, 3), (4,)
 DIAGONAL_ROWS = {"structures": "dense_or_diagonal", "max_dense_dim": 4}
 LAYOUTS = {
     "FSDP2 of 4": ((4,), [Shard(0)]),
@@ -96,7 +96,7 @@ def everything(model, optimizer):
 def alike_on_ranks(param, state):
     """Whether what no rank has a part of has the same bits on all."""
     mesh_ = param.device_mesh
-    group = (mesh_ if mesh_.ndim == 1 else mesh_._flatten()).get_group()
+    group = mesh_.get_group() if mesh_.ndim == 1 else dist.group.WORLD
     plain = [value for value in state.values() if not isinstance(value, DTensor)]
     assert len(plain) > 1
     for value in plain:
@@ -111,8 +111,7 @@ def rows_follow_the_whole(name, layout, changes, steps=5):
     """The largest error beside one process, and which rows stay."""
     if not takes_part(layout):
         return None
-    # torch gathers what is cut twice along one axis rightly if it is even.
-    shapes = changes.pop("shapes", EVEN if layout == "rows over both axes" else SHAPES)
+    shapes = changes.pop("shapes", SHAPES)
     dtype = changes.pop("dtype", F64)
     models = [tall(of, dtype, shapes) for of in ("one process", layout)]
     plain, spread = (optimizer_of(name, model, **changes) for model in models)
@@ -126,6 +125,48 @@ def rows_follow_the_whole(name, layout, changes, steps=5):
         assert not stays or alike_on_ranks(p, spread.state[p])
     found = everything(models[1], spread), everything(models[0], plain)
     return far(*found), stay
+
+
+def gathered_by_torch(name):
+    """Whether torch gathers what lies on a mesh rightly before and after steps on it."""
+    value = torch.arange(61 * 4.0).view(61, 4)
+    on = mesh(2, 2), [Shard(0), Shard(0)]
+    other = distribute_tensor(value, *on, src_data_rank=None)
+    found = [torch.equal(other.full_tensor(), value)]
+    for layout in ("rows over both axes", "HSDP"):
+        model = tall(layout)
+        optimizer = optimizer_of(name, model)
+        set_gradients([model], 0)
+        optimizer.step()
+        optimizer.state_dict()
+        found.append(torch.equal(other.full_tensor(), value))
+    return found
+
+
+def two_of_four(name):
+    """The error of matrices of two ranks, on a mesh of two axes without names; others have none.
+
+    One of the ranks reads its state before; all make a group afterwards.
+    """
+    two, rank = DeviceMesh("cpu", [[0], [1]]), dist.get_rank()
+    error = 0.0
+    if rank < 2:
+        models = [tall(), tall()]
+        for i, value in enumerate(models[1].values):
+            on = two, [Shard(0), Replicate()]
+            spread = distribute_tensor(value.detach(), *on, src_data_rank=None)
+            models[1].values[i] = torch.nn.Parameter(spread)
+        optimizers = [optimizer_of(name, model) for model in models]
+        assert rank == 0 or len(optimizers[1].state) == len(SHAPES)
+        dist.barrier(two.get_group(0))
+        for seed in range(3):
+            set_gradients(models, seed)
+            for optimizer in optimizers:
+                optimizer.step()
+        error = far(*(everything(*pair) for pair in zip(models, optimizers, strict=True)))
+    own = torch.ones(())
+    dist.all_reduce(own, group=dist.new_group())
+    return error, own.item()
 
 
 def rows_send(name, interval, shapes=SHAPES):

@@ -21,6 +21,18 @@ def test_every_layout_is_the_whole_matrix(ranks, name, layout):
     assert max(error for error, _ in found) < 1e-15
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_leave_a_mesh_as_it_was(ranks, name):
+    assert ranks.run("gathered_by_torch", name) == [[True] * 3] * 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_of_two_axes_without_names_step_without_the_others(ranks, name):
+    found = ranks.run("two_of_four", name)
+    assert max(error for error, _ in found) < 1e-15
+    assert all(count == 4 for _, count in found)
+
+
 SETTINGS = [
     ({"structures": ("diagonal", "block"), "block_size": 2}, 1e-15),
     ({"structures": "diagonal"}, 1e-15),
