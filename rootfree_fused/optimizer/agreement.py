@@ -12,28 +12,32 @@ from torch import Tensor
 
 from ..ops.checks import HYPERPARAMETERS
 from .amp_and_graphs import Scaling
-from .groups import Group
+from .groups import Group, devices_of
 
 # Of a header: this rank takes no step; its parameters are others than those that were agreed on.
 FAULT, ANEW = 1, 2
 LACKING = "parameters without a gradient"
-COUNTS = "steps of matrices whose rows stay"
+COUNTS = "steps of parameters"
 STEPS = "steps that this optimizer began"
 Told = list[dict[str, Any]]
+_CURES = {
+    LACKING: "give all ranks a gradient, zeros if there is none, or no rank",
+    COUNTS: "start its state anew on all with optimizer.state.pop(param), or load a checkpoint",
+}
 
 
 def told(
     groups: Sequence[Group],
     shared: Container[int],
-    counts: Mapping[int, Tensor | None],
+    states: dict[Any, Any],
     steps: int,
     scaling: Scaling,
 ) -> Told:
     """Of each group what must be the same on all ranks.
 
     shared: by their ids, the parameters of which several ranks must have a gradient, or none.
-    counts: by their ids, the step counts of those whose rows stay, by which all ranks sum grams, or
-    none. steps: how many this optimizer began, since a rank that left one out is a step behind.
+    states: of the parameters, whose counts tell a state that started anew, and which factors are
+    updated. steps: how many this optimizer began, since a rank that left one out is a step behind.
     """
     found = bool(scaling["found_inf"].item()) if "found_inf" in scaling else False
     return [
@@ -44,16 +48,33 @@ def told(
                 for i, p in enumerate(group["params"])
                 if id(p) in shared and p.grad is None
             ],
-            COUNTS: [
-                count.item()
-                for p in group["params"]
-                if group["update_interval"] > 1 and (count := counts.get(id(p))) is not None
-            ],
+            COUNTS: {
+                i: _count_of(dict.get(states, p))
+                for i, p in enumerate(group["params"])
+                if id(p) in shared and may_read
+            },
             "found_inf": found,
             STEPS: steps,
         }
         for group in groups
+        for may_read in [_may_read_counts(group, shared)]
     ]
+
+
+def _may_read_counts(group: Group, shared: Container[int]) -> bool:
+    """Whether no step waits for a device to read them, unless they decide what is updated."""
+    first = next((p for p in group["params"] if id(p) in shared), None)
+    if first is None or group["update_interval"] > 1:
+        return True
+    return devices_of(["step"], first, group)["step"].type == "cpu"
+
+
+def _count_of(state: Mapping[str, Any] | None) -> float | None:
+    """0 of state that is not allocated yet; None of what is no count, which its rank refuses."""
+    count = state.get("step", 0.0) if state else 0.0
+    if isinstance(count, Tensor):
+        return count.item() if count.numel() == 1 and not count.is_meta else None
+    return count if isinstance(count, float) else None
 
 
 def _short_name(position: int, group: Group) -> int | str:
@@ -110,10 +131,18 @@ def trouble_of(everyones: Sequence[tuple[str | None, bool, Told]]) -> str | None
         for index, (one, other) in enumerate(zip(first, own, strict=False)):
             for key in one:
                 if one[key] != other.get(key):
-                    cure = "give all ranks a gradient, zeros if there is none, or no rank"
+                    what, of_first, of_other = _difference(key, one[key], other.get(key))
                     return (
-                        f"{key} of group {index} is {one[key]} on rank 0 and {other.get(key)} on "
+                        f"{what} of group {index} is {of_first} on rank 0 and {of_other} on "
                         f"rank {rank} of those that share its matrices; nothing was changed on any "
-                        f"rank: {cure if key == LACKING else 'make it the same on all'}"
+                        f"rank: {_CURES.get(key, 'make it the same on all')}"
                     )
     return None
+
+
+def _difference(key: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """What differs, and how: of counts the first that does."""
+    if key != COUNTS or not isinstance(other, dict):
+        return key, one, other
+    at = next(i for i in [*one, *other] if one.get(i) != other.get(i))
+    return f"step of parameter {at}", one.get(at), other.get(at)

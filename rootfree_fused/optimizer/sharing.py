@@ -201,10 +201,8 @@ class Sharing(Holders):
             RuntimeError: another rank has a fault, or other gradients, settings or parameters.
         """
         self._begun += 1
-        counts = {
-            key: dict.get(states, rows.param, {}).get("step") for key, rows in self._staying.items()
-        }
-        what = told(groups, self._shared, counts, self._begun, scaling)
+        # Of a rank that takes no step the others read no more than its fault.
+        what = [] if fault else told(groups, self._shared, states, self._begun, scaling)
         word, status = word_of(what), FAULT if fault else ANEW if anew else 0
         for rows in self._staying.values():
             rows.grad_scale = scaling["grad_scale"].item() if "grad_scale" in scaling else 1.0

@@ -135,7 +135,8 @@ def test_checkpoints_go_on_elsewhere(ranks, name, before, after, how, dtype, tmp
         ("no gradient on one", (0, 1, 2, 3), "without a gradient of group 0 is [] on rank 0 and"),
         ("another lr", (0, 1, 2, 3), "lr of group 0 is 0.05 on rank 0 and 0.125 on rank 1"),
         ("a setting out of range", (0, 2, 3), "rank 1 took no step (ValueError: in group 0, damp"),
-        ("another count", (0, 1, 2, 3), "rows stay of group 0 is [1.0, 1.0] on rank 0 and [3.0, "),
+        ("another count", (0, 1, 2, 3), "of parameter 0 of group 0 is 1.0 on rank 0 and 3.0 on"),
+        ("a matrix anew on one", (0, 1, 2, 3), "is 1.0 on rank 0 and 0.0 on rank 1 of those that"),
         ("a lost state", (0, 1, 2), "rank 3 took no step (ValueError: the state of parameter 0"),
     ],
 )
@@ -151,6 +152,12 @@ def test_rows_without_a_gradient_on_all_ranks_stay(ranks, name):
     answers = ranks.run("rows_disagree", name, "no gradient on all")
     assert all(stayed[0] for stayed in answers)
     assert [stayed[1] for stayed in answers] == [False, False, False, True], "the last has no row"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_start_anew_on_all_ranks_go_on(ranks, name):
+    for stayed in ranks.run("rows_disagree", name, "a matrix anew on all"):
+        assert not all(stayed)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -118,6 +118,9 @@ def test_a_full_state_on_the_host_is_what_all_load(ranks, name, broadcast):
         ("a lost state", (0, 1, 2), "rank 3 took no step (ValueError: the state of parameter 0"),
         ("another order", (0, 1, 2, 3), "where rank 2 of the 4 that share it has"),
         ("a tensor lr", (0, 1, 2, 3), "lr of group 0 is 0.05 on rank 0 and 0.25 on rank 1"),
+        ("another type", (0, 2, 3), "rank 1 took no step (TypeError: in group 0, update_int"),
+        ("state anew on one", (0, 1, 2, 3), "step of parameter 0 of group 0 is 0.0 on rank 0 and "),
+        ("a matrix anew on one", (0, 1, 2, 3), "is 1.0 on rank 0 and 0.0 on rank 3"),
         ("no such structure", (0, 2, 3), "rank 1 took no step (ValueError: in group 0, structu"),
         ("one trains no more", (0, 1, 2, 3), "rank 1 of the 4 that share matrices has other par"),
         ("a group more", (0, 1, 2, 3), "rank 3 of the 4 that share matrices has other parameters"),
@@ -136,6 +139,12 @@ def test_what_one_rank_does_otherwise_all_are_told(ranks, name, case, on, words)
 def test_a_parameter_without_a_gradient_on_all_ranks_stays(ranks, name):
     for stayed in ranks.run("disagrees", name, "no gradient on all"):
         assert stayed[0]
+        assert not all(stayed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_that_starts_anew_on_all_ranks_goes_on(ranks, name):
+    for stayed in ranks.run("disagrees", name, "state anew on all"):
         assert not all(stayed)
 
 
