@@ -36,6 +36,9 @@ _REPLACED = {
     "decoupled_weight_decay": "pass weight_decay_mode='decoupled' or 'momentum' where there is one",
 }
 
+# What the constructor has for all groups.
+_OF_ALL_GROUPS = frozenset({"process_group", "replicas", "update_dtype"})
+
 
 def refuse_unknown(owner: type, names: Iterable[str], replaced: Mapping[str, str]) -> None:
     """Raise a TypeError for arguments that the constructor of `owner` does not have.
@@ -58,7 +61,7 @@ def refuse_misspelt(
     for key in keys:
         if key in settings or not isinstance(key, str):
             continue
-        if key in HYPERPARAMETERS or key in _REPLACED or key in replaced:
+        if key in HYPERPARAMETERS | _OF_ALL_GROUPS or key in _REPLACED or key in replaced:
             cure = _cure(owner, key, replaced)
             raise TypeError(f"{owner.__name__} has no setting {key!r}, as in group {index}; {cure}")
         close = get_close_matches(key.lower(), settings, cutoff=0.8)
@@ -69,9 +72,18 @@ def refuse_misspelt(
             )
 
 
+def refuse_of_all_groups(owner: type, group: Mapping[Any, Any]) -> None:
+    """Raise a TypeError for arguments of the constructor, which have no effect in a group."""
+    for key in sorted(_OF_ALL_GROUPS & group.keys()):
+        cure = _cure(owner, key, {})
+        raise TypeError(f"{owner.__name__} has no setting {key!r} of a group; {cure}")
+
+
 def _cure(owner: type, name: str, replaced: Mapping[str, str]) -> str:
-    known = ", ".join(list(inspect.signature(owner).parameters)[1:-1])
-    return {**_REPLACED, **replaced}.get(name, f"it has {known}")
+    known = list(inspect.signature(owner).parameters)[1:-1]
+    if name in known:
+        return "take it out of the group and pass it to the constructor, for all groups"
+    return {**_REPLACED, **replaced}.get(name, f"it has {', '.join(known)}")
 
 
 def name_of(index: int, position: int, group: Mapping[str, Any]) -> str:

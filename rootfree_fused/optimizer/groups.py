@@ -25,6 +25,7 @@ from .checks import (
     lacks,
     name_of,
     refuse_misspelt,
+    refuse_of_all_groups,
     refuse_unknown,
 )
 from .formats import received, sent
@@ -160,6 +161,7 @@ class DeclaringOptimizer(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Check the hyperparameters of a group and require all; they become Python's numbers."""
+        refuse_of_all_groups(type(self), group)
         if "batch_size" in self.defaults and group.get("batch_size") is None:
             raise ValueError(
                 "batch_size is missing; pass it to the constructor or in every group: the number "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from helpers.optimizers import SETTINGS, assert_identical, build, parameters, run, snapshot
 
 pytestmark = pytest.mark.parametrize("name", SETTINGS)
@@ -38,14 +39,37 @@ def test_a_key_of_a_group_that_would_have_no_effect_is_refused(name, key, cure, 
     assert_identical(snapshot(optimizer, params[:1]), before)
 
 
-# What is an optimizer's, and no group's.
-OF_ALL_GROUPS = {"process_group", "replicas", "update_dtype"}
+OF_ALL_GROUPS = {"process_group": None, "replicas": "repeat", "update_dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("key", OF_ALL_GROUPS)
+def test_what_is_for_all_groups_is_refused_in_one(name, key, device):
+    params = parameters((3,), (3,), device=device)
+    optimizer = build(name, params[:1])
+    run(optimizer, params[:1], 1)
+    before, saved = snapshot(optimizer, params[:1]), optimizer.state_dict()
+    words = f"{type(optimizer).__name__} has no setting '{key}'"
+    has_it = key in inspect.signature(type(optimizer)).parameters
+    cure = ".*; take it out of the group and pass it to the con" if has_it else ".*; it has lr, "
+    group = {"params": params[1:], key: OF_ALL_GROUPS[key]}
+    for refused in (lambda: build(name, [group]), lambda: optimizer.add_param_group(group)):
+        with pytest.raises(TypeError, match=f"{words}, as in group [01]{cure}"):
+            refused()
+    saved["param_groups"][0][key] = OF_ALL_GROUPS[key]
+    with pytest.raises(TypeError, match=f"state_dict group 0: {words}{cure}"):
+        optimizer.load_state_dict(saved)
+    optimizer.param_groups[0][key] = OF_ALL_GROUPS[key]
+    with pytest.raises(TypeError, match=f"in group 0, {words}{cure}"):
+        run(optimizer, params[:1], 1)
+    del optimizer.param_groups[0][key]
+    assert_identical(snapshot(optimizer, params[:1]), before)
+    run(optimizer, params[:1], 1)
 
 
 def test_a_setting_of_another_class_is_refused_in_a_group(name, device):
     others = {key for cls, _ in SETTINGS.values() for key in inspect.signature(cls).parameters}
     own = build(name, parameters((3,), device=device))
-    others -= {"params", "unknown", *own.defaults, *OF_ALL_GROUPS}
+    others -= {"params", "unknown", *own.defaults}
     assert others
     for key in others:
         with pytest.raises(TypeError, match=f"has no setting '{key}', as in group 0; "):
