@@ -156,14 +156,18 @@ def check_devices(index: int, group: Mapping[str, Any], params: Sequence[Tensor]
             )
 
 
-def lacks(name: str, state: Mapping[str, Any], spec: Mapping[str, Initial]) -> list[str]:
+def lacks(
+    name: str, state: Mapping[str, Any], spec: Mapping[str, Initial], *, complete: bool
+) -> list[str]:
     """Which of the declared keys a state lacks: none of them, or all, or those of new settings.
+
+    complete: whether it had those too.
 
     Raises:
         ValueError: some of those that it was allocated with.
     """
     missing = [key for key in spec if key not in state]
-    lost = [key for key in missing if not spec[key].optional]
+    lost = [key for key in missing if complete or not spec[key].optional]
     if lost and len(missing) < len(spec):
         raise ValueError(
             f"the state of {name} lacks {', '.join(map(repr, lost))} and has "

@@ -127,6 +127,8 @@ class DeclaringOptimizer(Optimizer):
         """Drop what was derived from settings and values, which a load replaces."""
         self._checked: dict[int, Group] = {}
         self._shaped_by: dict[int, Group] = {}
+        # Ids of parameters whose state had momentum buffers when it was checked last.
+        self._with_buffers: set[int] = set()
 
     def _reset_caches(self) -> None:
         """Drop everything derived; the next step rebuilds it from groups and state."""
@@ -227,18 +229,26 @@ class DeclaringOptimizer(Optimizer):
             devices = devices_of(spec, param, group)
             needed.append((name, spec))
             take_apart(state, spec)
-            missing = lacks(name, state, spec)
+            missing = lacks(name, state, spec, complete=id(param) in self._with_buffers)
             if len(missing) == len(spec) or has_no_values(param, state, spec):
                 fresh.append((state, spec, devices))
             else:
                 for key in missing:
                     state[key] = spec[key](devices[key])
+        self._note_buffers(group, params)
         if fresh:
             self._shaped_by.setdefault(index, {name: group[name] for name in self._shaping})
         built = allocate([spec for _, spec, _ in fresh], [devices for *_, devices in fresh])
         for (state, *_), tensors in zip(fresh, built, strict=True):
             state.update(tensors)
         return needed
+
+    def _note_buffers(self, group: Group, params: Iterable[Tensor]) -> None:
+        """Without momentum the buffers of these may go, and come back with it."""
+        ids = set(map(id, params))
+        self._with_buffers -= ids
+        if not unused_state(group):
+            self._with_buffers |= ids
 
     def _check_if_changed(self, index: int, group: Group) -> None:
         values = list(group.values())
@@ -258,6 +268,8 @@ class DeclaringOptimizer(Optimizer):
         unused = unused_state(group)
         if self._unused.setdefault(index, unused) != unused:
             self._prepared.forget(index)
+            if unused:
+                self._note_buffers(group, group["params"])
         self._unused[index] = unused
         self._checked[index] = dict(group)
 

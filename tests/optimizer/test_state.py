@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 
 import pytest
 import torch
@@ -68,35 +67,6 @@ def test_an_unfrozen_parameter_starts_then(name):
         optimizer.step()
         alone.step()
     assert_identical(snapshot(optimizer, params[:1]), snapshot(alone, twins))
-
-
-def test_momentum_turned_off_and_on_with_a_parameter_unfrozen_between(name):
-    params = parameters((4, 3), (5,), (4, 3))
-    optimizer = build(name, params, **({} if "adamw" in name else {"momentum": 0.9}))
-    params[2].requires_grad_(False)
-    run(optimizer, params[:2], 2)
-    if "momentum" in optimizer.defaults:
-        optimizer.param_groups[0]["momentum"] = 0.0
-    params[2].requires_grad_(True)
-    before = params[2].detach().clone()
-    run(optimizer, params, 2)
-    assert not torch.equal(params[2], before)
-    assert len({tuple(sorted(optimizer.state[p])) for p in params[::2]}) == 1
-
-
-def test_momentum_turned_on_right_after_a_load(name):
-    params, twins = parameters((4, 3), (5,)), parameters((4, 3), (5,))
-    changes = {"momentum": 0.0} if "momentum" in build(name, params).defaults else {}
-    optimizer, other = build(name, params, **changes), build(name, twins, **changes)
-    for of, own in ((optimizer, params), (other, twins)):
-        run(of, own, 3)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for of, own in ((optimizer, params), (other, twins)):
-        if changes:
-            of.param_groups[0]["momentum"] = 0.9
-        run(of, own, 3, first=3)
-    assert_identical(snapshot(optimizer, params), snapshot(other, twins))
-    assert not changes or all("momentum_buffer" in optimizer.state[p] for p in params)
 
 
 @pytest.mark.parametrize("change", ["before", "after a read"])
