@@ -118,7 +118,7 @@ def _off(rows: list[Row], exact: dict[int, float | None]) -> str:
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if rows[0]["detail"]["settings"].keys().isdisjoint(_FORMAT) or not differences:
         return ""
-    spread = f" +- {statistics.stdev(differences):.3f}" if len(differences) > 1 else ""
+    spread = f" ± {statistics.stdev(differences):.3f}" if len(differences) > 1 else ""
     return f"{statistics.fmean(differences):+.3f}{spread}"
 
 

@@ -134,18 +134,14 @@ DIAG_CASES = (
 def diag(files: Files) -> str:
     """Milliseconds of a step in the chosen cases."""
     rows = files["epyc/diag"]
-    shown = [row for row in rows if row["case"] in DIAG_CASES]
-    names = [name for name in unique(shown, "provider") if name not in PROBE_BYTES]
+    names = [name for name in unique(rows, "provider") if name not in PROBE_BYTES]
     lines = [[name, *(_cell(rows, name, case) for case in DIAG_CASES)] for name in names]
-    return page(markdown(("ms a step", *DIAG_CASES), lines), _measured(shown))
-
-
-FEWER_BYTES = "30M in one tensor, fewer bytes"
+    return page(markdown(("ms a step", *DIAG_CASES), lines), _measured(rows))
 
 
 def formats_speed(files: Files) -> str:
     """Milliseconds of a step in fewer bytes, and how many of the step in float32."""
-    rows = select(files["epyc/diag"], case=FEWER_BYTES)
+    rows = files["epyc/diag_formats"]
     times = [row for row in select(rows, metric="time") if row["provider"] not in PROBE_BYTES]
     exact = _one(times, provider=f"{ADAMW}, float32")["value"]
     lines = []
@@ -192,7 +188,7 @@ def trained(files: Files) -> str:
     """Losses at the defaults and at the best of a search, of every machine that has made some."""
     runs = [rows for name, rows in files.items() if name.endswith("/sweep")]
     rows = [row for own in runs for row in own if row["detail"]["kind"] in KINDS]
-    return page(losses(rows), _measured(*runs))
+    return page(losses(rows), _measured(in_order(rows)))
 
 
 def structured(files: Files) -> str:
