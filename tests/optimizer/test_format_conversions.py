@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.formats import (
+from helpers.optimizer_formats import (
     BF16,
     CLASSES,
     EVERY,

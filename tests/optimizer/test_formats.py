@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.formats import (
+from helpers.optimizer_formats import (
     BF16,
     CLASSES,
     EVERY,
