@@ -23,13 +23,15 @@ from .ops import structure_names
 from .ops.checks import state_dtype
 from .optimizer import formats
 from .optimizer.base import RootFreeOptimizer
+from .optimizer.checkpoint import check_formats_of
 from .optimizer.checkpoint_checks import check_sizes
 from .optimizer.conversion import Converted, Entry, assembled, entries_of, state_dict_of
 from .optimizer.groups import Group
 from .optimizer.layouts import layout_of
 from .optimizer.stacks import members_of
-from .optimizer.state import MOMENTUM, ROWS, State
+from .optimizer.state import MOMENTUM, RESIDUAL, ROWS, State
 from .reference import is_update_step
+from .reference.formats import decoded
 from .reference.rootfree_shampoo import scaled
 from .shampoo import RootFreeShampoo
 
@@ -220,15 +222,18 @@ def from_ifshampoo(
     def convert(entry: Entry) -> Converted:
         settings = {"maximize": entry.group["maximize"]}
         layout = layout_of(entry.param.shape, entry.own)
+        # It belongs to the weight.
+        kept = {key: value for key, value in entry.state.items() if key == RESIDUAL}
         if layout is None or not entry.state:
-            return Converted(settings, {})
+            return Converted(settings, kept)
         dtype = state_dtype(entry.param)
         batch_axes = entry.own["batch_axes"]
         shape = (*entry.param.shape[:batch_axes], layout.sizes[0])
         rows = torch.ones(shape, dtype=dtype, device=entry.param.device)
-        state = {"step": entry.state["step"], ROWS: rows}
+        state = {"step": entry.state["step"], ROWS: rows, **kept}
         if MOMENTUM in entry.state:
-            state[MOMENTUM] = entry.state[MOMENTUM].to(dtype, copy=True)
+            scale = entry.state.get(formats.scale_of(MOMENTUM))
+            state[MOMENTUM] = decoded(entry.state[MOMENTUM], scale).to(dtype, copy=True)
             for member in members_of([state[MOMENTUM]], batch_axes):
                 member.copy_(scaled(member, 1.0))
         return Converted(settings, state)
@@ -250,7 +255,7 @@ def to_format(
         optimizer: whose `param_residual` and `state_format` the result has. It is not changed.
 
     Raises:
-        ValueError: other groups, or no state of this class.
+        ValueError: other groups, no state of this class, or state without what its formats have.
         TypeError: `optimizer` has no formats.
     """
     if not isinstance(optimizer, RootFreeOptimizer) or not formats.have_settings(
@@ -267,9 +272,11 @@ def to_format(
         groups.append({**old, **{name: group[name] for name in formats.SETTINGS}})
         for key, param in zip(old["params"], group["params"], strict=True):
             if own := states.get(key):
-                spec = optimizer._full_spec(param, group)
+                saved_as = {**group, **formats.BEFORE, **formats.formats_of(old)}
+                check_formats_of(optimizer, key, param, saved_as, own)
                 own = optimizer._gathered(param, group, own)
-                states[key] = formats.converted(own, spec, param.device)
+                spec = optimizer._full_spec(param, group)
+                states[key] = formats.sent(formats.converted(own, spec, param.device))
     return {"state": states, "param_groups": groups}
 
 

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .optimizer import formats
 from .optimizer.base import RootFreeOptimizer
+from .optimizer.checkpoint import declare_and_check
 from .optimizer.checks import name_of
-from .optimizer.groups import Group, trains
+from .optimizer.groups import Group
 from .optimizer.shards import local
 from .optimizer.state import RESIDUAL
 from .reference.formats import split_weight, unpacked
@@ -24,7 +26,11 @@ def to_bfloat16_(
 
     What a weight has beyond its bfloat16 goes into the optimizer's state, whose groups then have
     this `param_residual`. The optimizer's other state stays as it is. `to_float32_` is the way
-    back.
+    back. What the optimizer does not train, frozen parameters without state, others of the model
+    and buffers, is rounded to bfloat16 alone.
+
+    Of a model in DistributedDataParallel convert what is inside before it is wrapped; one that
+    fully_shard has sharded before its first forward.
 
     Args:
         model: it has all parameters of the optimizer, in float32. Its buffers become bfloat16 too.
@@ -34,8 +40,9 @@ def to_bfloat16_(
 
     Raises:
         TypeError: no module, an optimizer without residuals, or parameters in another dtype.
-        ValueError: a parameter of the optimizer that is not the model's, no such residual, or a
-            group whose other settings take none. Nothing has changed then.
+        ValueError: a parameter of the optimizer that is not the model's, no such residual, a group
+            whose other settings take none, or a model that cannot be converted any more. Nothing
+            has changed then.
     """
     owned = _owned(
         model,
@@ -48,8 +55,6 @@ def to_bfloat16_(
     param_residual = 8 if param_residual == 8 else 16
     _set_residual(optimizer, param_residual, write=False)
 
-    for index, group in enumerate(optimizer.param_groups):
-        optimizer._declare(index, group, list(filter(trains, group["params"])))
     kept = [split_weight(local(p.detach()), formats.RESIDUALS[param_residual]) for p, _ in owned]
     with optimizer._without_weak_references():
         model.to(torch.bfloat16)
@@ -74,7 +79,8 @@ def to_float32_(model: nn.Module, optimizer: RootFreeOptimizer) -> None:
 
     Raises:
         TypeError: no module, an optimizer without residuals, or parameters in another dtype.
-        ValueError: a parameter of the optimizer that is not the model's.
+        ValueError: a parameter of the optimizer that is not the model's, state that does not fit,
+            or a model that cannot be converted any more. Nothing has changed then.
     """
     owned = _owned(model, optimizer, torch.bfloat16, "a float32 model needs no conversion")
     states = [dict.get(optimizer.state, param) or {} for param, _ in owned]
@@ -100,15 +106,41 @@ def _owned(model: Any, optimizer: Any, dtype: torch.dtype, cure: str) -> list[tu
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; pass one that has a param_residual"
         )
+    _check_model(model)
     inside = {id(param) for param in model.parameters()}
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             name = name_of(index, position, group)
             if id(param) not in inside:
                 raise ValueError(f"{name} is not one of the model; pass the model that has it")
+            if is_lazy(param):
+                raise ValueError(f"{name} is made in the first call of the model; call it once")
             if param.dtype != dtype:
                 raise TypeError(f"{name} is {param.dtype} and not {dtype}; {cure}")
+    for index, group in enumerate(optimizer.param_groups):
+        declare_and_check(optimizer, index, group)
     return [(p, group) for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise where something holds on to the dtypes or to the tensors of the parameters."""
+    if torch.__future__.get_overwrite_module_params_on_conversion():
+        raise ValueError(
+            "torch.__future__.set_overwrite_module_params_on_conversion(True) gives a model other "
+            "parameters than the optimizer has; set it to False"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "DistributedDataParallel averages gradients of the dtype that it was built for; "
+                "convert the model first, then wrap it"
+            )
+        sharded = getattr(module, "_get_fsdp_state", None)
+        if sharded is not None and getattr(sharded(), "_is_root", None) is not None:
+            raise ValueError(
+                "fully_shard gathers parameters of the dtype of the first forward; convert the "
+                "model before that"
+            )
 
 
 def _set_residual(
@@ -119,6 +151,6 @@ def _set_residual(
         changed = {**group, "param_residual": param_residual}
         optimizer._check_named(index, optimizer._check_group, changed)
         if write:
-            group["param_residual"] = param_residual
+            group["param_residual"] = optimizer.defaults["param_residual"] = param_residual
             optimizer._shaped_by.get(index, {})["param_residual"] = param_residual
             optimizer._prepared.forget(index)

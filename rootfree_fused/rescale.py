@@ -15,7 +15,8 @@ from .optimizer.base import RootFreeOptimizer
 
 _POWERS = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
 _LARGEST_CHANGE = 64
-_DECAYS = ("alpha", "momentum", "betas")
+_DECAYS = ("alpha", "betas")
+_MOST = 0.5  # that an average takes of a gradient: s of one gradient alone divides by its noise
 
 
 def rescale_(
@@ -31,10 +32,11 @@ def rescale_(
 
     - ``lr``, and ``initial_lr`` that a scheduler has put there: times :math:`\kappa` ("linear") or
       :math:`\sqrt\kappa` ("sqrt"), or as it is ("none").
-    - ``1 - beta`` of ``betas``, ``alpha`` and ``momentum``: times :math:`\kappa`, at most 1, so
-      that averages reach as far back in examples as before. What is 0 stays 0.
+    - ``1 - beta`` of ``betas`` and ``alpha``: times :math:`\kappa`, so that averages reach as far
+      back in examples as before, but at most 1/2 unless it was more. What is 0 stays 0.
 
-    ``factor_lr`` and ``factor_momentum`` stay: the factors' step is bounded by itself.
+    ``momentum`` stays: its buffer is a sum, whose size is part of the step. So do ``factor_lr`` and
+    ``factor_momentum``: the factors' step is bounded by itself.
 
     The root-free s, :math:`B g^2`, estimates the variance of one term whatever B is, so the step is
     that of SGD with a fixed preconditioner: its lr grows with B. Adam's denominator shrinks with
@@ -47,8 +49,9 @@ def rescale_(
         rule: how lr follows.
         betas: whether averages follow.
 
-    A tensor lr is written in place. A scheduler keeps its own ``base_lrs``, from which it computes
-    the next lr: multiply them too, or build it anew.
+    A tensor lr is written in place. A scheduler keeps numbers of its own, from which it computes
+    the next lr: build it anew. A BatchSizeCounter writes the batch size itself: call this before
+    the first step with the new one.
 
     Raises:
         TypeError: no optimizer of ours, or a group without batch_size (RootFreeShampoo).
@@ -102,4 +105,5 @@ def _rescaled(group: Mapping[str, Any], ratio: float, factor: float, betas: bool
 def _decays(decay: Any, ratio: float) -> Any:
     if isinstance(decay, (tuple, list)):
         return tuple(_decays(one, ratio) for one in decay)
-    return 1 - min((1 - decay) * ratio, 1.0) if decay else decay
+    part = 1 - decay
+    return 1 - min(part * ratio, max(part, _MOST)) if decay else decay

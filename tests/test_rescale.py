@@ -13,13 +13,13 @@ CASES = [
     (RootFreeAdamW, {"lr": 0.01, "betas": (BETA1, BETA2)}, {"lr": 0.02, "betas": (0.8, 0.9)}),
     (
         RootFreeRMSprop,
-        {"lr": 0.01, "alpha": 0.7, "momentum": 0.9},
-        {"lr": 0.02, "alpha": 0.4, "momentum": 0.8},
+        {"lr": 0.01, "alpha": 0.8, "momentum": 0.9},
+        {"lr": 0.02, "alpha": 0.6, "momentum": 0.9},
     ),
     (
         IFShampoo,
         {"lr": 0.01, "momentum": 0.75, "alpha": 0.9, "factor_lr": 0.4},
-        {"lr": 0.02, "momentum": 0.5, "alpha": 0.8, "factor_lr": 0.4},
+        {"lr": 0.02, "momentum": 0.75, "alpha": 0.8, "factor_lr": 0.4},
     ),
 ]
 
@@ -60,12 +60,35 @@ def test_rules(rule, factor):
     assert optimizer.param_groups[1]["betas"] == (BETA1, BETA2)
 
 
-def test_no_average_gets_shorter_than_a_step_and_none_begins():
-    optimizer = built(RootFreeRMSprop, lr=0.01, alpha=0.9, momentum=0.0)
+def test_averages_keep_half_of_what_they_were():
+    optimizer = built(RootFreeAdamW, lr=0.01, betas=(0.9, 0.4))
     rescale_(optimizer, 32 * 20)
-    assert optimizer.param_groups[0]["alpha"] == 0
-    rescale_(optimizer, 32)
-    assert optimizer.param_groups[0]["momentum"] == 0
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.4)
+    none = built(RootFreeAdamW, lr=0.01, betas=(0.0, 0.9))
+    rescale_(none, 16)
+    assert none.param_groups[0]["betas"] == (0.0, pytest.approx(0.95))
+
+
+@pytest.mark.parametrize("cls", [RootFreeRMSprop, RootFreeAdamW])
+@pytest.mark.parametrize("ratio", [4, 0.25])
+def test_a_steady_gradient_moves_as_far_an_example(cls, ratio):
+    """Once averages are what they will be, damping being small."""
+    settings = {"damping": 1e-12, "initial_square_avg": 1.0, "weight_decay": 0.0}
+    param = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = cls([param], lr=0.01, batch_size=32, **settings)
+
+    def moved(batch_size):
+        # Of noise that is large beside it: B g^2 is the same for every B.
+        param.grad = torch.full_like(param, batch_size**-0.5)
+        for _ in range(2000):
+            optimizer.step()
+        before = param.item()
+        optimizer.step()
+        return (param.item() - before) * batch_size**0.5 / batch_size
+
+    before = moved(32)
+    rescale_(optimizer, 32 * ratio)
+    assert moved(32 * ratio) == pytest.approx(before, rel=1e-6)
 
 
 def test_a_tensor_lr_and_a_schedule_go_on():

@@ -26,7 +26,8 @@ from .checkpoint_checks import (
     takes,
 )
 from .checks import check_state
-from .formats import check_kept, check_residual
+from .formats import check_kept, formats_of
+from .formats import check_saved as check_in_formats
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
 from .state import EVERYWHERE, Initial, State, copied, is_own, unused_state
@@ -71,10 +72,10 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
     owners = [(param, group) for group in groups for param in group["params"]]
     saved = state_dict["state"]
     check_named(saved, keys)
-    for group in saved_groups:
-        for key in group["params"]:
-            if saved.get(key):
-                check_residual(f"state_dict of parameter {key}", group, saved[key])
+    for group, old in zip(groups, saved_groups, strict=True):
+        for key, param in zip(old["params"], group["params"], strict=True):
+            if saved.get(key) and not is_lazy(param):
+                check_formats_of(optimizer, key, param, {**group, **formats_of(old)}, saved[key])
     wrappers = {key: copied(value) for key, value in saved.items() if key not in keys}
     # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
     loaded = [
@@ -90,6 +91,18 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
     dict.update(optimizer.state, wrappers)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def check_formats_of(
+    optimizer: DeclaringOptimizer,
+    key: Any,
+    param: Tensor,
+    group: Group,
+    saved: Mapping[str, Any],
+) -> None:
+    """Raise a ValueError where saved state has not what the formats of this group have."""
+    spec = optimizer._full_spec(param, group)
+    check_in_formats(f"state_dict of parameter {key}", group, spec, saved)
 
 
 def declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:

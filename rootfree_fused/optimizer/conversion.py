@@ -88,7 +88,9 @@ def assembled(optimizer: RootFreeOptimizer, converted: Sequence[Converted]) -> d
             initial = {k: start(param.device) for k, start in spec.items() if k not in unused}
             state = {**initial, **converted[position].state}
             used = formats.have_settings(group) and formats.are_used(group)
-            states[position] = formats.converted(state, spec, param.device) if used else state
+            if used:
+                state = formats.sent(formats.converted(state, spec, param.device))
+            states[position] = {key: value for key, value in state.items() if key in spec}
         groups.append({**saved_group(merged), "params": list(positions)})
     return {"state": states, "param_groups": groups}
 

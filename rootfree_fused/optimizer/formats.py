@@ -64,6 +64,11 @@ def have_settings(group: Mapping[str, Any]) -> bool:
     return group.keys() >= SETTINGS.keys()
 
 
+def formats_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of formats of a group, if it has any."""
+    return {name: group[name] for name in SETTINGS if name in group}
+
+
 def are_used(group: Mapping[str, Any]) -> bool:
     """Whether a group's state is in other formats than float32 throughout."""
     return any(group[name] != value for name, value in SETTINGS.items())
@@ -248,14 +253,47 @@ def _residual(saved: Any, declared: Initial, device: torch.device) -> Any:
     return as_part_of(saved, own, declared.shape)
 
 
-def check_residual(where: str, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise where a saved state has lost the residual that its group says it has."""
-    if group.get("param_residual") in RESIDUALS and not isinstance(state.get(RESIDUAL), Tensor):
+def check_saved(
+    where: str, group: Mapping[str, Any], spec: Mapping[str, Initial], state: Mapping[str, Any]
+) -> None:
+    """Raise where saved state has not what the formats of its group have.
+
+    group: the saved one. spec: what a parameter declares with that group's formats.
+    """
+    if RESIDUAL in spec and not isinstance(state.get(RESIDUAL), Tensor):
         raise ValueError(
             f"{where} has no {RESIDUAL} but its group has param_residual="
-            f"{group['param_residual']!r}: the checkpoint is damaged; load an earlier one, or set "
-            "param_residual=None in that group, which takes the weights for what they are"
+            f"{group['param_residual']!r}: {_INCOMPLETE}; or set param_residual=None in that "
+            "group, which takes the weights for what they are"
         )
+    for key in [key for key in spec if scale_of(key) in spec]:
+        codes, scale = state.get(key), state.get(scale_of(key))
+        if codes is None and scale is None and spec[key].optional:
+            continue
+        for name, found, dtype in (
+            (key, codes, spec[key].dtype),
+            (scale_of(key), scale, spec[scale_of(key)].dtype),
+        ):
+            if not isinstance(found, Tensor) or found.dtype != dtype:
+                kind = found.dtype if isinstance(found, Tensor) else "missing"
+                raise ValueError(
+                    f"{where}: {name} is {kind} but its group has state_format='8bit', which keeps "
+                    f"{dtype}: {_INCOMPLETE}"
+                )
+        assert codes is not None
+        assert scale is not None
+        if scale.numel() != -(-codes.numel() // BLOCK):
+            raise ValueError(
+                f"{where}: {scale_of(key)} has {scale.numel()} scales for {codes.numel()} codes, "
+                f"and not one for {BLOCK}: {_INCOMPLETE}"
+            )
+
+
+_INCOMPLETE = (
+    "the checkpoint is damaged, or was read by torch.distributed.checkpoint for an optimizer in "
+    "other formats, which leaves out what that one has not; read it for one in the saved formats, "
+    "then convert.to_format"
+)
 
 
 # Whether a format keeps every bit of what was saved in another.
@@ -271,7 +309,7 @@ def check_kept(index: int, group: Mapping[str, Any], saved: Mapping[str, Any]) -
     Raises:
         ValueError: the saved state has bits that these formats would lose.
     """
-    own = {name: group[name] for name in SETTINGS if name in group}
+    own = formats_of(group)
     try:
         check_hyperparameters({name: saved[name] for name in own})
     except (TypeError, ValueError) as error:

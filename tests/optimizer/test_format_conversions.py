@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from helpers.optimizer_formats import (
@@ -201,6 +203,91 @@ def test_groups_that_take_no_residual_keep_their_model_float32(name, settings):
     assert optimizer.param_groups[0]["param_residual"] is None
 
 
+@pytest.mark.parametrize("state", ["bfloat16", "8bit"])
+def test_a_residual_and_a_momentum_in_codes_go_along(state):
+    """From an IFShampoo in fewer bytes, matrices and vectors."""
+    params = parameters()
+    source = optimizer_of("ifshampoo", params, 16, state)
+    run(source, params, 2)
+    wide = optimizer_of("ifshampoo", parameters(), 16, "float32")
+    wide.load_state_dict(saved(source))
+    optimizer, other = (optimizer_of("shampoo", parameters(), 16) for _ in range(2))
+    optimizer.load_state_dict(convert.from_ifshampoo(source.state_dict(), optimizer))
+    other.load_state_dict(convert.from_ifshampoo(wide.state_dict(), other))
+    for i, param in enumerate(params):
+        own, their = (o.state[o.param_groups[0]["params"][i]] for o in (optimizer, other))
+        assert torch.equal(own["param_residual"], source.state[param]["param_residual"])
+        assert own["param_residual"].any()
+        if "momentum_buffer" in own:
+            assert torch.equal(own["momentum_buffer"], their["momentum_buffer"])
+
+
+def test_what_to_format_makes_has_the_form_of_a_state_dict():
+    params = parameters()
+    optimizer = optimizer_of("adamw", params, 16)
+    run(optimizer, params, 1)
+    converted = convert.to_format(optimizer, optimizer_of("adamw", parameters(), 16, "bfloat16"))
+    for own, other in zip(
+        converted["state"].values(), optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert torch.equal(own["param_residual"], other["param_residual"])
+
+
+def test_groups_that_are_added_later_are_as_the_others():
+    model = torch.nn.Linear(5, 6)
+    optimizer = optimizer_of("adamw", [model.weight])
+    to_bfloat16_(model, optimizer, 16)
+    optimizer.add_param_group({"params": [model.bias]})
+    assert optimizer.param_groups[1]["param_residual"] == 16
+    to_float32_(model, optimizer)
+    optimizer.add_param_group({"params": parameters(((2, 3),), F32)})
+    assert optimizer.param_groups[2]["param_residual"] is None
+
+
+class Sharded(torch.nn.Linear):
+    """What fully_shard makes of a module that has run."""
+
+    def _get_fsdp_state(self):
+        return types.SimpleNamespace(_is_root=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        (
+            "then wrap it",
+            lambda m: m.setattr(torch.nn.parallel, "DistributedDataParallel", Sharded),
+        ),
+        ("first forward", lambda _: None),
+        (
+            r"set it to False",
+            lambda m: m.setattr(
+                torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True
+            ),
+        ),
+    ],
+)
+def test_models_that_others_hold_on_to_are_refused(words, change, monkeypatch):
+    model = Sharded(5, 6)
+    optimizer = optimizer_of("adamw", model.parameters())
+    change(monkeypatch)
+    for convert_ in (to_bfloat16_, to_float32_):
+        with pytest.raises(ValueError, match=words):
+            convert_(model, optimizer)
+    assert {p.dtype for p in model.parameters()} == {F32}
+
+
+def test_a_residual_that_was_lost_is_not_taken_for_zeros():
+    model = torch.nn.Linear(5, 6)
+    optimizer = optimizer_of("adamw", model.parameters())
+    to_bfloat16_(model, optimizer)
+    run(optimizer, list(model.parameters()), 1)
+    del optimizer.state[model.weight]["param_residual"]
+    with pytest.raises(ValueError, match="lacks 'param_residual'"):
+        to_float32_(model, optimizer)
+    assert model.weight.dtype == BF16
+
+
 # Checkpoints that are damaged ---------------------------------------------------------------------
 
 
@@ -250,6 +337,41 @@ def test_settings_that_are_none(key, value):
         checkpoint["param_groups"][0][key] = value
 
     assert f"{key} is {value!r}; pass " in damaged(change)("adamw", 16, "float32")
+
+
+def as_codes_alone(checkpoint):
+    """As torch.distributed.checkpoint reads it for an optimizer of float32 state."""
+    for state in checkpoint["state"].values():
+        for key in [key for key in state if key.endswith("_scale")]:
+            del state[key]
+            average = key.removesuffix("_scale")
+            state[average] = state[average].float()
+
+
+def without_a_scale(checkpoint):
+    next(s.pop(k) for s in checkpoint["state"].values() for k in list(s) if k.endswith("_scale"))
+
+
+def with_too_few_scales(checkpoint):
+    for state in checkpoint["state"].values():
+        for key in [key for key in state if key.endswith("_scale")]:
+            state[key] = state[key].view(-1)[:1].clone()
+
+
+@pytest.mark.parametrize("change", [as_codes_alone, without_a_scale, with_too_few_scales])
+@pytest.mark.parametrize("name", EVERY)
+def test_codes_are_not_taken_for_averages(name, change):
+    params, others = parameters(), parameters()
+    optimizer, wide = optimizer_of(name, params, 8, "8bit"), optimizer_of(name, others, 8)
+    run(optimizer, params, 2)
+    run(wide, others, 1)
+    checkpoint, before = saved(optimizer), bits(wide, others)
+    change(checkpoint)
+    with pytest.raises(ValueError, match=r"parameter 0: .*(damaged|distributed)"):
+        wide.load_state_dict(checkpoint)
+    assert equal(bits(wide, others), before)
+    with pytest.raises(ValueError, match=r"parameter 0: .*(damaged|distributed)"):
+        convert.to_format(checkpoint, optimizer_of(name, parameters(), 8, "bfloat16"))
 
 
 def test_a_changed_format_is_not_saved():
