@@ -253,6 +253,13 @@ def _residual(saved: Any, declared: Initial, device: torch.device) -> Any:
     return as_part_of(saved, own, declared.shape)
 
 
+_INCOMPLETE = (
+    "the checkpoint is damaged, or was read by torch.distributed.checkpoint for an optimizer in "
+    "other formats, which leaves out what that one has not; read it for one in the saved formats, "
+    "then convert.to_format"
+)
+
+
 def check_saved(
     where: str, group: Mapping[str, Any], spec: Mapping[str, Initial], state: Mapping[str, Any]
 ) -> None:
@@ -287,13 +294,6 @@ def check_saved(
                 f"{where}: {scale_of(key)} has {scale.numel()} scales for {codes.numel()} codes, "
                 f"and not one for {BLOCK}: {_INCOMPLETE}"
             )
-
-
-_INCOMPLETE = (
-    "the checkpoint is damaged, or was read by torch.distributed.checkpoint for an optimizer in "
-    "other formats, which leaves out what that one has not; read it for one in the saved formats, "
-    "then convert.to_format"
-)
 
 
 # Whether a format keeps every bit of what was saved in another.
