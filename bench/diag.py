@@ -272,7 +272,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = cases(device, args.quick)
     if args.short:
         chosen = {name: case for name, case in chosen.items() if name.endswith(SHORT)}
-    in_formats = [FEWER_BYTES] if device.type == "cpu" else []
+    in_formats = [FEWER_BYTES] if device.type == "cpu" and not args.short else []
     for case in rows.remaining([*chosen, *in_formats]):
         if case == FEWER_BYTES:
             elements, judged = (5000, 1000) if args.quick else (30_000_000, 1_000_000)

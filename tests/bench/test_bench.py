@@ -202,8 +202,8 @@ def test_the_help_names_defaults_cases_and_where_it_runs(capsys):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         shown[name] = " ".join(capsys.readouterr().out.split())
-    assert "each of the 15 or 16 cases (default: 4.0)" in shown["diag"]
-    assert len(diag.cases(CPU, False)) == 15
+    assert "each of the 16 cases (default: 4.0)" in shown["diag"]
+    assert len([*diag.cases(CPU, False), diag.FEWER_BYTES]) == 16
     assert "(default: None)" not in shown["diag"]
     assert "search again where the best of a search is stored" in shown["sweep"]
     main([])
@@ -261,8 +261,14 @@ def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diag, "cases", lambda *_: TINY)
     assert main(["diag", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     written = rows.read_rows(tmp_path / "diag.jsonl")
-    assert set(rows.unique(written, "provider")) == {*common.PROBE_BYTES, *diagonal.PROVIDERS}
-    timed = rows.select(written, metric="time")
+    in_formats = rows.select(written, case=diag.FEWER_BYTES)
+    assert len(rows.select(in_formats, metric="time")) == 2 + len(
+        rows.select(in_formats, metric="error")
+    )
+    assert all(row["detail"]["right"] for row in rows.select(in_formats, metric="error"))
+    of_tiny = rows.select(written, case="tiny, float32")
+    assert set(rows.unique(of_tiny, "provider")) == {*common.PROBE_BYTES, *diagonal.PROVIDERS}
+    timed = rows.select(of_tiny, metric="time")
     assert len(timed) == len(diagonal.PROVIDERS) + len(common.PROBE_BYTES)
     assert (tmp_path / "diag.md").read_text() == tables.diag(written) + "\n"
     assert f"table  {tmp_path / 'diag.md'}\n" in capsys.readouterr().out
