@@ -55,10 +55,12 @@ WEIGHT_STREAM = 2
 # Elements that a thread has, and moves at once. With 8, what has 16 bits moves by 16 bytes and what
 # has 8 by 8, and a block is one warp's. What is written in 32 bits moves by 4 elements, and all
 # others then too, since shared memory would have to make them agree. The SASS for sm_80, sm_90 and
-# sm_100 has 8 elements at 80 to 114 registers, 4 at 40 to 65, so 24 KB and more in flight on a
+# sm_100 has 8 elements at 80 to 113 registers, 4 at 40 to 72, so 24 KB and more in flight on a
 # multiprocessor. With 8 of them float32 parameters spill; with 4 the others take a quarter more
 # instructions an element, which are near to what bounds the step. Times are not yet measured.
 VECTOR, VECTOR_OF_WIDE = 8, 4
+# More than any format takes: without a limit ptxas spills 8 bytes of some to fit a program more.
+MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -326,6 +328,7 @@ def _constants(
         "BLOCK": BLOCK,
         "VECTOR": plan.vector,
         "num_warps": CHUNK // (32 * plan.vector),
+        "maxnreg": MAX_REGISTERS,
         "enable_fp_fusion": True,
     }
 
