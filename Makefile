@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 # What the oldest Triton may do otherwise: compile, and read Python by its own interpreter.
 TRITON36_TESTS := $(wildcard tests/kernels/test_offline_*.py) tests/kernels/test_stacks.py \
-	tests/kernels/test_diag.py tests/kernels/test_lowbit.py tests/kernels/test_packing.py
+	tests/kernels/test_diag.py tests/kernels/test_formats.py tests/kernels/test_lowbit.py \
+	tests/kernels/test_packing.py
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 
 # What the sanitizers of g++ look for in csrc; without vptr, which asks torch for its types.

@@ -208,11 +208,15 @@ def measure_formats(
 
     judged: how many elements are compared with the specification.
     """
-    source, target = (torch.zeros(elements, device=device) for _ in range(2))
+    source, target = (torch.ones(elements, device=device) for _ in range(2))
     runs: dict[str, Call] = {COPY: functools.partial(target.copy_, source)}
     moved = {COPY: 8.0}
     if device.type == "cpu":
-        optimizer = built(PROVIDERS[ADAMW], [source.clone()], [source])
+        params, grads = (
+            random_tensors([(elements,)], scale=0.1, dtype=torch.float32, device=device, seed=seed)
+            for seed in (0, 1)
+        )
+        optimizer = built(PROVIDERS[ADAMW], params, grads)
         runs[f"{ADAMW}, float32"] = optimizer.step
         moved[f"{ADAMW}, float32"] = step_bytes(optimizer) / elements
     for formats in lowbit.TIMED:

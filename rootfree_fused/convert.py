@@ -272,8 +272,7 @@ def to_format(
         groups.append({**old, **{name: group[name] for name in formats.SETTINGS}})
         for key, param in zip(old["params"], group["params"], strict=True):
             if own := states.get(key):
-                saved_as = {**group, **formats.BEFORE, **formats.formats_of(old)}
-                check_formats_of(optimizer, key, param, saved_as, own)
+                check_formats_of(optimizer, key, param, group, old, own)
                 own = optimizer._gathered(param, group, own)
                 spec = optimizer._full_spec(param, group)
                 states[key] = formats.sent(formats.converted(own, spec, param.device))

@@ -52,13 +52,15 @@ def to_bfloat16_(
     )
     if param_residual not in (8, 16):
         raise ValueError(f"param_residual is {param_residual!r}; pass 8 or 16")
-    param_residual = 8 if param_residual == 8 else 16
-    _set_residual(optimizer, param_residual, write=False)
+    bits = int(param_residual)
+    for index, group in enumerate(optimizer.param_groups):
+        with_it = {**group, "param_residual": bits}
+        optimizer._check_named(index, optimizer._check_group, with_it)
 
-    kept = [split_weight(local(p.detach()), formats.RESIDUALS[param_residual]) for p, _ in owned]
+    kept = [split_weight(local(p.detach()), formats.RESIDUALS[bits]) for p, _ in owned]
     with optimizer._without_weak_references():
         model.to(torch.bfloat16)
-    _set_residual(optimizer, param_residual)
+    _set_residual(optimizer, bits)
     for (param, group), (high, low) in zip(owned, kept, strict=True):
         local(param.detach()).copy_(high)
         if state := dict.get(optimizer.state, param):
@@ -143,14 +145,10 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _set_residual(
-    optimizer: RootFreeOptimizer, param_residual: int | None, *, write: bool = True
-) -> None:
-    """Give every group this `param_residual`; without `write`, raise where one cannot have it."""
+def _set_residual(optimizer: RootFreeOptimizer, param_residual: int | None) -> None:
+    """Give every group this `param_residual`, and those to come."""
+    optimizer.defaults["param_residual"] = param_residual
     for index, group in enumerate(optimizer.param_groups):
-        changed = {**group, "param_residual": param_residual}
-        optimizer._check_named(index, optimizer._check_group, changed)
-        if write:
-            group["param_residual"] = optimizer.defaults["param_residual"] = param_residual
-            optimizer._shaped_by.get(index, {})["param_residual"] = param_residual
-            optimizer._prepared.forget(index)
+        group["param_residual"] = param_residual
+        optimizer._shaped_by.get(index, {})["param_residual"] = param_residual
+        optimizer._prepared.forget(index)

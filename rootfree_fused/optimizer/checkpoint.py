@@ -26,8 +26,7 @@ from .checkpoint_checks import (
     takes,
 )
 from .checks import check_state
-from .formats import check_kept, formats_of
-from .formats import check_saved as check_in_formats
+from .formats import BEFORE, check_in_formats, check_kept, formats_of
 from .groups import DeclaringOptimizer, Group, devices_of, trains
 from .starts import AUTO
 from .state import EVERYWHERE, Initial, State, copied, is_own, unused_state
@@ -75,7 +74,7 @@ def load_state_dict(optimizer: DeclaringOptimizer, state_dict: dict[str, Any]) -
     for group, old in zip(groups, saved_groups, strict=True):
         for key, param in zip(old["params"], group["params"], strict=True):
             if saved.get(key) and not is_lazy(param):
-                check_formats_of(optimizer, key, param, {**group, **formats_of(old)}, saved[key])
+                check_formats_of(optimizer, key, param, group, old, saved[key])
     wrappers = {key: copied(value) for key, value in saved.items() if key not in keys}
     # torch.distributed.checkpoint passes on no state of a frozen parameter: what it has stays.
     loaded = [
@@ -98,11 +97,16 @@ def check_formats_of(
     key: Any,
     param: Tensor,
     group: Group,
+    old: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
-    """Raise a ValueError where saved state has not what the formats of this group have."""
-    spec = optimizer._full_spec(param, group)
-    check_in_formats(f"state_dict of parameter {key}", group, spec, saved)
+    """Raise a ValueError where saved state has not what the formats of its group have.
+
+    old: that group, as saved.
+    """
+    saved_as = {**group, **BEFORE, **formats_of(old)}
+    spec = optimizer._full_spec(param, saved_as)
+    check_in_formats(f"state_dict of parameter {key}", saved_as, spec, saved)
 
 
 def declare_and_check(optimizer: DeclaringOptimizer, index: int, group: Group) -> None:

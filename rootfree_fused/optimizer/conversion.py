@@ -87,8 +87,7 @@ def assembled(optimizer: RootFreeOptimizer, converted: Sequence[Converted]) -> d
             spec = optimizer._full_spec(param, merged)
             initial = {k: start(param.device) for k, start in spec.items() if k not in unused}
             state = {**initial, **converted[position].state}
-            used = formats.have_settings(group) and formats.are_used(group)
-            if used:
+            if formats.are_used(group):
                 state = formats.sent(formats.converted(state, spec, param.device))
             states[position] = {key: value for key, value in state.items() if key in spec}
         groups.append({**saved_group(merged), "params": list(positions)})

@@ -260,7 +260,7 @@ _INCOMPLETE = (
 )
 
 
-def check_saved(
+def check_in_formats(
     where: str, group: Mapping[str, Any], spec: Mapping[str, Initial], state: Mapping[str, Any]
 ) -> None:
     """Raise where saved state has not what the formats of its group have.

@@ -59,7 +59,7 @@ class Unpacked:
     def __init__(self, group: Group, among: Sequence[int], work: Work) -> None:
         params, states, steps, places = work.params, work.states, work.steps, work.places
         self.params, self.states = list(params), list(states)
-        self._grads = {i: reader([params[i]]) for i in among}
+        self._own, self._grads = params, dict[int, Callable[[], list[Any]]]()
         self._packed: list[_Packed] = []
         alike: dict[Any, list[tuple[int, Tensor, Tensor | None, Tensor]]] = defaultdict(list)
         for i in among:
@@ -97,6 +97,9 @@ class Unpacked:
 
     def grads(self, indices: Sequence[int]) -> list[Tensor]:
         """Of what is in these places."""
+        for i in indices:
+            if i not in self._grads:
+                self._grads[i] = reader([self._own[i]])
         return [self._grads[i]()[0] for i in indices]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
 from helpers.offline import needs_compiler
 
 from bench.machine_code import sass
@@ -27,8 +28,8 @@ pytestmark = needs_compiler
 
 FLOAT_ARITHMETIC = r"\b(FADD|FMUL|FFMA)2?\b"
 # Bandwidth per multiprocessor times 0.8 us of latency, for A100 and H100, in bytes. Of the 45 KB of
-# a B200 there are 24: rounding averages of 8 bits stochastically took a program of five.
-IN_FLIGHT = {80: 15_000, 90: 20_000, 100: 24_000}
+# a B200 there are 28, or 24 by the ptxas of Triton 3.6.
+IN_FLIGHT = {80: 15_000, 90: 20_000, 100: 24_000 if "3.6" in triton.__version__ else 28_000}
 RMSPROP, ADAMW = LOWBIT_METHODS
 # Widths of the scales of a state.
 SCALES = {INT8: 4, UINT8: 1}

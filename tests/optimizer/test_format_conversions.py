@@ -374,6 +374,23 @@ def test_codes_are_not_taken_for_averages(name, change):
         convert.to_format(checkpoint, optimizer_of(name, parameters(), 8, "bfloat16"))
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_checkpoint_from_before_formats_goes_into_any(name):
+    params, others = parameters(), parameters()
+    old, optimizer = optimizer_of(name, params), optimizer_of(name, others, 16)
+    run(old, params, 2)
+    checkpoint = saved(old)
+    for key in ("param_residual", "state_format", "rounding_seed"):
+        del checkpoint["param_groups"][0][key]
+    optimizer.load_state_dict(checkpoint)
+    for param, other in zip(params, others, strict=True):
+        own, their = old.state[param], optimizer.state[other]
+        assert not their["param_residual"].any()
+        assert all(torch.equal(own[key], their[key]) for key in own)
+    narrow = optimizer_of(name, parameters(), 8, "8bit")
+    narrow.load_state_dict(convert.to_format(checkpoint, narrow))
+
+
 def test_a_changed_format_is_not_saved():
     params = parameters()
     optimizer = optimizer_of("adamw", params, 8)
