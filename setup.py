@@ -13,6 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = [
+    "csrc/accumulate.cpp",
     "csrc/diag.cpp",
     "csrc/lowbit.cpp",
     "csrc/matrix.cpp",

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
 from rootfree_fused.ops import by_reference, dispatch, extensions
-from rootfree_fused.ops.methods import ADAMW, RMSPROP, VECTOR_ADAM
+from rootfree_fused.ops.methods import ADAMW, RMSPROP, SIGN, VECTOR_ADAM
 from rootfree_fused.optimizer import matrix_calls
 
 from .measuring.common import (
@@ -60,10 +60,13 @@ def as_on_cuda() -> Iterator[None]:
     bodies = {
         "ifshampoo_": dispatch._ifshampoo_on_cuda(by_reference.ifshampoo_),
         "rootfree_shampoo_": dispatch._rootfree_shampoo_on_cuda(by_reference.rootfree_shampoo_),
-        "unpack_": dispatch._format_on_cuda("unpack_", by_reference.unpack_),
-        "pack_": dispatch._format_on_cuda("pack_", by_reference.pack_),
+        "unpack_": dispatch._lists_on_cuda("unpack_", "packing", by_reference.unpack_),
+        "pack_": dispatch._lists_on_cuda("pack_", "packing", by_reference.pack_),
+        "accumulate_": dispatch._lists_on_cuda(
+            "accumulate_", "accumulate", by_reference.accumulate_
+        ),
     }
-    for method in (RMSPROP, ADAMW, VECTOR_ADAM):
+    for method in (RMSPROP, ADAMW, SIGN, VECTOR_ADAM):
         for name, (_, on_cuda) in dispatch.diagonal_bodies(method).items():
             bodies[name] = on_cuda
     library = torch.library.Library("rootfree_fused", "IMPL")

@@ -74,7 +74,9 @@ class Arguments {
   }
 
   TensorHandles next_tensors() {
-    const auto list = next<StableListHandle>();
+    return tensors_of(next<StableListHandle>());
+  }
+  TensorHandles tensors_of(StableListHandle list) {
     size_t size;
     TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
     TensorHandles tensors(size);
@@ -86,6 +88,12 @@ class Arguments {
     TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
     owned_.insert(owned_.end(), tensors.begin(), tensors.end());
     return tensors;
+  }
+
+  // Empty for None.
+  TensorHandles next_optional_tensors() {
+    const auto list = next<std::optional<StableListHandle>>();
+    return list ? tensors_of(*list) : TensorHandles();
   }
 
   std::vector<int64_t> next_integers() {

@@ -23,7 +23,7 @@ template <class Options>
 struct Task : Chunked {
   const Options* options;
   Body<Options> body;
-  PerOperand<char*> data;            // STATE1 may be null
+  PerOperand<char*> data;            // STATE1 and PARTS may be null
   StridedAxes<OPERANDS> axes;        // see shared_axes
   PerOperand<int64_t> element_size;  // where there are axes
 };
@@ -33,7 +33,7 @@ ROOTFREE_INLINE void body(const typename Rule::Options& options, const PerOperan
                           int64_t begin, int64_t end) {
   update_all(Rule(options), reinterpret_cast<P*>(data[PARAM]),
              reinterpret_cast<const G*>(data[GRAD]), reinterpret_cast<T*>(data[STATE0]),
-             reinterpret_cast<T*>(data[STATE1]), begin, end);
+             reinterpret_cast<T*>(data[STATE1]), reinterpret_cast<const T*>(data[PARTS]), begin, end);
 }
 
 template <class Rule, class P, class G, class T>
@@ -81,10 +81,12 @@ template <template <class> class Rule, class Options>
 std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
                                 const std::vector<Options>& options) {
   const size_t count = lists[PARAM].size();
-  const bool has_state1 = Rule<float>::required_states == 2 || !lists[STATE1].empty();
-  STD_TORCH_CHECK(lists[GRAD].size() == count && lists[STATE0].size() == count &&
-                      (!has_state1 || lists[STATE1].size() == count),
-                  "the lists of tensors differ in length");
+  PerOperand<bool> there;
+  for (int k = 0; k < OPERANDS; ++k) {
+    const bool optional = k == PARTS || (k == STATE1 && Rule<float>::required_states == 1);
+    there[k] = !optional || !lists[k].empty();
+    STD_TORCH_CHECK(!there[k] || lists[k].size() == count, "the lists of tensors differ in length");
+  }
   std::vector<Task<Options>> tasks;
   tasks.reserve(count);
   int64_t chunks = 0;
@@ -95,7 +97,8 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
     Task<Options> task{};
     PerOperand<int32_t> dtypes{};
     bool contiguous = true;
-    for (int k = 0; k < (has_state1 ? OPERANDS : STATE1); ++k) {
+    for (int k = 0; k < OPERANDS; ++k) {
+      if (!there[k]) continue;
       const AtenTensorHandle tensor = lists[k][i];
       STD_TORCH_CHECK(is_cpu(tensor) && get(aoti_torch_get_dim, tensor) == dim &&
                           std::equal(sizes, sizes + dim, get(aoti_torch_get_sizes, tensor)),
@@ -104,21 +107,22 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
       contiguous = contiguous && get(aoti_torch_is_contiguous, tensor);
       dtypes[k] = dtype(tensor);
       // Through the const pointer a copy-on-write gradient stays shared.
-      task.data[k] =
-          static_cast<char*>(k == GRAD ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
-                                       : get(torch_get_mutable_data_ptr, tensor));
+      task.data[k] = static_cast<char*>(
+          k == GRAD || k == PARTS ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
+                                   : get(torch_get_mutable_data_ptr, tensor));
     }
-    STD_TORCH_CHECK(!has_state1 || dtypes[STATE0] == dtypes[STATE1], "the states of params[", i,
-                    "] differ in dtype");
+    for (int k : {STATE1, PARTS}) {
+      STD_TORCH_CHECK(!there[k] || dtypes[STATE0] == dtypes[k],
+                      "the states and parts of params[", i, "] differ in dtype");
+    }
     task.body = select_body<Rule>(dtypes[PARAM], dtypes[GRAD], dtypes[STATE0], i);
     task.options = &options[options.size() == 1 ? 0 : i];
     task.numel = get(aoti_torch_get_numel, param);
     if (!contiguous) {
       PerOperand<const int64_t*> strides;
       for (int k = 0; k < OPERANDS; ++k) {
-        const bool missing = k == STATE1 && !has_state1;
-        strides[k] = get(aoti_torch_get_strides, missing ? param : lists[k][i]);
-        task.element_size[k] = missing ? 0 : aoti_torch_dtype_element_size(dtypes[k]);
+        strides[k] = get(aoti_torch_get_strides, there[k] ? lists[k][i] : param);
+        task.element_size[k] = there[k] ? aoti_torch_dtype_element_size(dtypes[k]) : 0;
       }
       task.axes = shared_axes(dim, sizes, strides);
       for (const auto& axis : task.axes) {
@@ -140,7 +144,7 @@ void run_strided(const Task<Options>& task, int64_t begin, int64_t end) {
   for (int k = 0; k < OPERANDS; ++k) dense[k] = task.data[k] ? buffers[k] : nullptr;
   for (; begin < end; begin += chunk_size) {
     const int64_t stop = std::min(end, begin + chunk_size);
-    for (int k : {PARAM, GRAD, STATE0, STATE1}) {
+    for (int k = 0; k < OPERANDS; ++k) {
       if (!dense[k]) continue;
       copy_elements<Copy::GATHER>(task.element_size[k], task.data[k], dense[k], task.axes, k, begin,
                                   stop);
@@ -171,7 +175,9 @@ void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
   using Options = typename Rule<float>::Options;
   constexpr int operands = STATE0 + Rule<float>::states;
   constexpr size_t scalars = std::tuple_size_v<decltype(Options().scalars())>;
-  Arguments arguments(stack, argument_count, operands + has_steps<Options> + 1 + scalars + 2);
+  constexpr bool takes_parts = Rule<float>::takes_parts;
+  Arguments arguments(stack, argument_count,
+                      operands + has_steps<Options> + 1 + scalars + 2 + part_arguments<Options>);
   PerOperand<TensorHandles> lists;
   for (int k = 0; k < operands; ++k) lists[k] = arguments.next_tensors();
   const AtenTensorHandle steps = has_steps<Options> ? arguments.next_optional_tensor() : nullptr;
@@ -179,6 +185,10 @@ void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
   Options options{};
   std::apply([&](auto&... values) { arguments.read_all(values...); }, options.scalars());
   const bool take_step = next_scaling(arguments, options);
+  if constexpr (takes_parts) {
+    lists[PARTS] = arguments.next_optional_tensors();
+    std::apply([&](auto&... values) { arguments.read_all(values...); }, options.part_weights());
+  }
   options.lr = read_number(lr, "lr");
   std::vector<Options> all_options{options};
   if constexpr (has_steps<Options>) {
@@ -201,5 +211,6 @@ void update_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
 STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {
   m.impl("rmsprop_", rootfree_fused::update_tensors<rootfree_fused::Rmsprop>);
   m.impl("adamw_", rootfree_fused::update_tensors<rootfree_fused::Adamw>);
+  m.impl("sign_", rootfree_fused::update_tensors<rootfree_fused::Sign>);
   m.impl("vector_adam_", rootfree_fused::update_tensors<rootfree_fused::VectorAdam>);
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "arguments.h"
@@ -74,6 +75,15 @@ bool next_scaling(Arguments& arguments, Options& options) {
   if (grad_scale) options.grad_scale = read_number(grad_scale, "grad_scale");
   return next_found_inf(arguments);
 }
+
+// What the schema has after the scaler's tensors, for rules that take parts of micro-batches.
+template <class Options>
+constexpr size_t part_arguments = [] {
+  if constexpr (requires(Options options) { options.part_weights(); }) {
+    return 1 + std::tuple_size_v<decltype(Options().part_weights())>;
+  }
+  return size_t(0);
+}();
 
 // Whether the rules of these options may depend on the number of steps.
 template <class Options>

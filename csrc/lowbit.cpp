@@ -28,7 +28,7 @@ using CodeBoth = void (*)(int64_t count, float* values0, char* stored0, char* be
                           Random random1);
 template <class Rule>
 using Update = void (*)(int64_t count, const Rule&, float* param, const float* grad, float* state0,
-                        float* state1);
+                        float* state1, const float* parts);
 
 template <void (*function)(int64_t count, Block, Block)>
 ROOTFREE_INLINE void code_both(int64_t count, float* values0, char* stored0, char* beside0,
@@ -39,9 +39,9 @@ ROOTFREE_INLINE void code_both(int64_t count, float* values0, char* stored0, cha
 
 template <class Rule>
 ROOTFREE_INLINE void update_block(int64_t count, const Rule& rule, float* param, const float* grad,
-                                  float* state0, float* state1) {
+                                  float* state0, float* state1, const float* parts) {
   const Rule own = rule;  // which no store changes
-  update_all(own, param, grad, state0, state1, 0, count);
+  update_all(own, param, grad, state0, state1, parts, 0, count);
 }
 
 template <class Rule>
@@ -73,7 +73,8 @@ void run(const Task<Rule>& task, int64_t begin, int64_t end) {
       values[k] = decode ? decoded[k] : reinterpret_cast<float*>(stored[k]);
       if (decode) decode(count, values[k], stored[k], beside[k], {});
     }
-    task.update(count, task.rule, values[PARAM], values[GRAD], values[STATE0], values[STATE1]);
+    task.update(count, task.rule, values[PARAM], values[GRAD], values[STATE0], values[STATE1],
+                values[PARTS]);
     for (int k : {PARAM, STATE0, STATE1}) {
       const Code encode = task.codecs[k].encode;
       if (encode) encode(count, values[k], stored[k], beside[k], task.random[k].from(begin));
@@ -91,7 +92,7 @@ void run(const Task<Rule>& task, int64_t begin, int64_t end) {
 
 // What an operator of DiagonalMethod.lowbit_schema in rootfree_fused/ops/methods.py is given.
 struct Lists {
-  PerOperand<TensorHandles> operands;  // STATE1 may be empty
+  PerOperand<TensorHandles> operands;  // STATE1 and PARTS may be empty
   TensorHandles residuals;             // may be empty
   PerOperand<TensorHandles> scales;    // of states, may be empty
   std::vector<double> steps;
@@ -141,7 +142,8 @@ void check_lengths(const Lists& lists) {
   const TensorHandles& states1 = lists.operands[STATE1];
   STD_TORCH_CHECK(fits(lists.operands[GRAD]) && fits(lists.operands[STATE0]) &&
                       (Rule::required_states == 2 ? fits(states1) : fits_or_empty(states1)) &&
-                      fits_or_empty(lists.residuals) && fits_or_empty(lists.scales[STATE0]) &&
+                      fits_or_empty(lists.operands[PARTS]) && fits_or_empty(lists.residuals) &&
+                      fits_or_empty(lists.scales[STATE0]) &&
                       fits_or_empty(lists.scales[STATE1]),
                   "the lists of tensors differ in length");
   STD_TORCH_CHECK(fits(lists.seeds) && fits(lists.firsts),
@@ -177,9 +179,11 @@ std::vector<Task<Rule>> plan(const Lists& lists, Options options, bool at_steps)
     for (int k = 0; k < OPERANDS; ++k) {
       if (lists.operands[k].empty()) continue;
       const AtenTensorHandle tensor = lists.operands[k][i];
-      task.elements[k] = elements_of(tensor, param, k != GRAD, entry);
+      task.elements[k] = elements_of(tensor, param, k != GRAD && k != PARTS, entry);
       if (k == GRAD) {
         task.codecs[k] = codec_of_grad(dtype(tensor), dtype(param), i);
+      } else if (k == PARTS) {
+        STD_TORCH_CHECK(dtype(tensor) == dtypes().f32, "parts[", i, "] must be float32");
       } else if (k != PARAM) {
         const int32_t state = dtype(tensor);
         task.codecs[k] = codec_of_state(state);
@@ -212,13 +216,14 @@ template <template <class> class RuleOf>
 void update_lowbit_tensors(StableIValue* stack, uint64_t argument_count, uint64_t) {
   using Rule = RuleOf<float>;
   using Options = typename Rule::Options;
-  static_assert(Rule::states == 2);
   constexpr size_t scalars = std::tuple_size_v<decltype(Options().scalars())>;
-  Arguments arguments(stack, argument_count, 12 + has_steps<Options> + scalars + 2);
+  constexpr int states = Rule::states;
+  Arguments arguments(stack, argument_count, 8 + 2 * states + has_steps<Options> + scalars + 2 +
+                                                 part_arguments<Options>);
   Lists lists;
-  for (TensorHandles& list : lists.operands) list = arguments.next_tensors();
+  for (int k = 0; k < STATE0 + states; ++k) lists.operands[k] = arguments.next_tensors();
   lists.residuals = arguments.next_tensors();
-  for (int k : {STATE0, STATE1}) lists.scales[k] = arguments.next_tensors();
+  for (int k = STATE0; k < STATE0 + states; ++k) lists.scales[k] = arguments.next_tensors();
   const AtenTensorHandle steps = arguments.next_tensor(), lr = arguments.next_tensor();
   lists.seeds = arguments.next_integers();
   lists.firsts = arguments.next_integers();
@@ -227,6 +232,10 @@ void update_lowbit_tensors(StableIValue* stack, uint64_t argument_count, uint64_
   Options options{};
   std::apply([&](auto&... values) { arguments.read_all(values...); }, options.scalars());
   const bool take_step = next_scaling(arguments, options);
+  if constexpr (Rule::takes_parts) {
+    lists.operands[PARTS] = arguments.next_optional_tensors();
+    std::apply([&](auto&... values) { arguments.read_all(values...); }, options.part_weights());
+  }
   options.lr = read_number(lr, "lr");
   lists.steps = read_steps(steps, lists.operands[PARAM].size());
   const auto tasks = plan<Rule>(lists, options, at_steps);
@@ -240,5 +249,6 @@ STABLE_TORCH_LIBRARY_IMPL(rootfree_fused, CPU, m) {
   using namespace rootfree_fused;
   m.impl("lowbit_rmsprop_", update_lowbit_tensors<Rmsprop>);
   m.impl("lowbit_adamw_", update_lowbit_tensors<Adamw>);
+  m.impl("lowbit_sign_", update_lowbit_tensors<Sign>);
   m.impl("lowbit_vector_adam_", update_lowbit_tensors<VectorAdam>);
 }

@@ -10,8 +10,9 @@
 
 namespace rootfree_fused {
 
-// The lists of tensors in the order of the schemas, the two states as update.h has them.
-enum Operand { PARAM, GRAD, STATE0, STATE1, OPERANDS };
+// The lists of tensors in the order of the schemas, the two states as update.h has them; last what
+// `accumulate_` added up of micro-batches.
+enum Operand { PARAM, GRAD, STATE0, STATE1, PARTS, OPERANDS };
 
 template <class T>
 using PerOperand = std::array<T, OPERANDS>;

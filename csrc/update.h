@@ -24,6 +24,12 @@ ROOTFREE_INLINE T within(T x, T bound) {
   return below < -bound ? -bound : below;
 }
 
+// -1, 0 or 1; NaN stays.
+template <class T>
+ROOTFREE_INLINE T sign(T x) {
+  return x > 0 ? T(1) : x < 0 ? T(-1) : x;
+}
+
 // start + weight (end - start), as torch.lerp from the nearer end: exact at weight 0 and weight 1.
 template <class T>
 ROOTFREE_INLINE T lerp(T start, T end, T weight) {
@@ -37,23 +43,60 @@ struct BatchSize {
   operator double() const { return value; }
 };
 
+// How what s follows is made of the squares of micro-batches.
+struct SquareWeights {
+  double square, signal, floor;
+};
+
+// What s follows: B g^2, or of the mean square q of micro-batches of b terms
+// max(w_square b q + w_signal (B g^2 - b q), w_floor B g^2), each at most the largest number.
+template <class T>
+struct SecondMoment {
+  T batch_size, largest_grad, square_factor, square_weight, signal_weight, floor_weight;
+
+  SecondMoment(double batch_size, double grad_scale, const SquareWeights& weights)
+      : batch_size(batch_size),
+        largest_grad(largest_gradient_of<T>(batch_size)),
+        square_factor(batch_size / (grad_scale * grad_scale)),
+        square_weight(weights.square),
+        signal_weight(weights.signal),
+        floor_weight(weights.floor) {}
+
+  ROOTFREE_INLINE T of(T g) const {
+    const T a = within(g, largest_grad);
+    return batch_size * a * a;
+  }
+  ROOTFREE_INLINE T of(T g, T square) const {
+    constexpr T largest = std::numeric_limits<T>::max();
+    const T whole = of(g), parts = within(square_factor * square, largest);
+    const T target = square_weight * parts + signal_weight * (whole - parts);
+    const T floor = floor_weight * whole;
+    return within(target < floor ? floor : target, largest);
+  }
+};
+
 struct RmspropOptions {
   double lr, alpha, damping, weight_decay, momentum;
   BatchSize batch_size;
   bool decoupled, maximize;
+  SquareWeights weights;
   double grad_scale = 1.0;
 
   // What the schema has between lr and grad_scale, in its order.
   auto scalars() {
     return std::tie(alpha, damping, weight_decay, momentum, batch_size, decoupled, maximize);
   }
+  // What it has after the scaler's tensors and the parts of micro-batches.
+  auto part_weights() { return std::tie(weights.square, weights.signal, weights.floor); }
 };
 
 template <class T>
 struct Rmsprop {
   using Options = RmspropOptions;
   static constexpr int states = 2, required_states = 1;
-  T lr, square_avg_weight, damping, momentum, batch_size, grad_factor, largest_grad;
+  static constexpr bool takes_parts = true;
+  T lr, square_avg_weight, damping, momentum, grad_factor;
+  SecondMoment<T> target;
   T coupled_decay, decoupled_decay;  // one of them is 0
 
   explicit Rmsprop(const Options& o)
@@ -61,26 +104,23 @@ struct Rmsprop {
         square_avg_weight(1 - o.alpha),
         damping(o.damping),
         momentum(o.momentum),
-        batch_size(o.batch_size),
         grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
-        largest_grad(largest_gradient_of<T>(o.batch_size)),
+        target(o.batch_size, o.grad_scale, o.weights),
         coupled_decay(o.decoupled ? 0 : o.weight_decay),
         decoupled_decay(o.decoupled ? o.lr * o.weight_decay : 0) {}
 };
 
 // State 0 is square_avg (s), state 1 momentum_buffer (buf), without which buf is 0 before a step.
 //
-// s   <- s + (1 - alpha) (B g^2 - s)
+// s   <- s + (1 - alpha) (target - s)
 // u    = g / (s + damping)
 // u   <- u + weight_decay p       unless decoupled
 // p   <- p - lr weight_decay p    if decoupled
 // buf <- momentum buf + u
 // p   <- p - lr buf
 template <class T>
-ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T& s, T& buf) {
-  g *= h.grad_factor;
-  const T a = within(g, h.largest_grad);
-  s = lerp(s, h.batch_size * a * a, h.square_avg_weight);
+ROOTFREE_INLINE void update(const Rmsprop<T>& h, T& p, T g, T target, T& s, T& buf) {
+  s = lerp(s, target, h.square_avg_weight);
   T u = g / (s + h.damping);
   u += h.coupled_decay * p;
   p -= h.decoupled_decay * p;
@@ -97,9 +137,11 @@ struct AdamwOptions {
   double lr, beta1, beta2, damping, weight_decay;
   BatchSize batch_size;
   bool maximize;
+  SquareWeights weights;
   double grad_scale = 1.0, bias_correction1 = 1.0, bias_correction2 = 1.0;
 
   auto scalars() { return std::tie(beta1, beta2, damping, weight_decay, batch_size, maximize); }
+  auto part_weights() { return std::tie(weights.square, weights.signal, weights.floor); }
 
   // Options with this method are those of an update that may depend on the number of steps.
   void set_step(double step) {
@@ -112,8 +154,9 @@ template <class T>
 struct Adamw {
   using Options = AdamwOptions;
   static constexpr int states = 2, required_states = 2;
-  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, batch_size, grad_factor,
-      largest_grad;
+  static constexpr bool takes_parts = true;
+  T step_size, exp_avg_weight, exp_avg_sq_weight, damping, weight_decay, grad_factor;
+  SecondMoment<T> target;
 
   // (lr/bc1) m / (s/bc2 + damping) is evaluated as (lr bc2/bc1) m / (s + bc2 damping).
   explicit Adamw(const Options& o)
@@ -122,29 +165,75 @@ struct Adamw {
         exp_avg_sq_weight(1 - o.beta2),
         damping(o.bias_correction2 * o.damping),
         weight_decay(o.lr * o.weight_decay),
-        batch_size(o.batch_size),
         grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
-        largest_grad(largest_gradient_of<T>(o.batch_size)) {}
+        target(o.batch_size, o.grad_scale, o.weights) {}
 };
 
 // State 0 is exp_avg (m), state 1 exp_avg_sq (s).
 //
 // p <- p - lr weight_decay p
 // m <- m + (1 - beta1) (g - m)
-// s <- s + (1 - beta2) (B g^2 - s)
+// s <- s + (1 - beta2) (target - s)
 // p <- p - (lr/bc1) m / (s/bc2 + damping)
 template <class T>
-ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T& m, T& s) {
-  g *= h.grad_factor;
+ROOTFREE_INLINE void update(const Adamw<T>& h, T& p, T g, T target, T& m, T& s) {
   p -= h.weight_decay * p;
   // By halves where g - m is beyond the largest number; to an infinite g it makes no difference.
   constexpr T largest = std::numeric_limits<T>::max();
   const bool beyond = std::abs(g - m) > largest;
   const T scale = beyond ? T(0.5) : T(1);
   m = lerp(scale * m, scale * g, h.exp_avg_weight) * (beyond ? T(2) : T(1));
-  const T a = within(g, h.largest_grad);
-  s = lerp(s, h.batch_size * a * a, h.exp_avg_sq_weight);
+  s = lerp(s, target, h.exp_avg_sq_weight);
   p -= h.step_size * m / (s + h.damping);
+}
+
+struct SignOptions {
+  double lr, beta, weight_decay;
+  BatchSize batch_size;  // which this update does not ask for
+  bool sign_last, maximize;
+  double part_weight;
+  double grad_scale = 1.0;
+
+  auto scalars() { return std::tie(beta, weight_decay, batch_size, sign_last, maximize); }
+  auto part_weights() { return std::tie(part_weight); }
+};
+
+// What m follows: g, its sign, or the mean of micro-batches' signs.
+template <class T>
+struct SignTarget {
+  T part_weight;
+  bool sign_last;
+
+  ROOTFREE_INLINE T of(T g) const { return sign_last ? g : sign(g); }
+  ROOTFREE_INLINE T of(T, T part) const { return part_weight * part; }
+};
+
+template <class T>
+struct Sign {
+  using Options = SignOptions;
+  static constexpr int states = 1, required_states = 1;
+  static constexpr bool takes_parts = true;
+  T lr, exp_avg_weight, weight_decay, grad_factor;
+  SignTarget<T> target;
+
+  explicit Sign(const Options& o)
+      : lr(o.lr),
+        exp_avg_weight(1 - o.beta),
+        weight_decay(o.lr * o.weight_decay),
+        grad_factor((o.maximize ? -1 : 1) / o.grad_scale),
+        target{static_cast<T>((o.maximize ? -1 : 1) * o.part_weight), o.sign_last} {}
+};
+
+// State 0 is exp_avg (m).
+//
+// p <- p - lr weight_decay p
+// m <- m + (1 - beta) (target - m)
+// p <- p - lr sign(m)    if the sign comes last, else lr m
+template <class T>
+ROOTFREE_INLINE void update(const Sign<T>& h, T& p, T, T target, T& m, T&) {
+  p -= h.weight_decay * p;
+  m = lerp(m, target, h.exp_avg_weight);
+  p -= h.lr * (h.target.sign_last ? sign(m) : m);
 }
 
 struct VectorAdamOptions {
@@ -166,6 +255,7 @@ template <class T>
 struct VectorAdam {
   using Options = VectorAdamOptions;
   static constexpr int states = 2, required_states = 2;
+  static constexpr bool takes_parts = false;
   T step_size, exp_avg_weight, exp_avg_sq_weight, inverse_correction, smallest_root, weight_decay,
       grad_factor, largest_grad;
 
@@ -187,7 +277,6 @@ struct VectorAdam {
 // p <- p - lr weight_decay p - (lr rms/bc1) (m + (1 - beta1) (g - m)) / sqrt(v/bc2)
 template <class T>
 ROOTFREE_INLINE void update(const VectorAdam<T>& h, T& p, T g, T& m, T& v) {
-  g *= h.grad_factor;
   g = std::abs(g) <= std::numeric_limits<T>::max() ? within(g, h.largest_grad) : g;
   m = lerp(m, g, h.exp_avg_weight);
   const T ahead = lerp(m, g, h.exp_avg_weight);
@@ -198,28 +287,47 @@ ROOTFREE_INLINE void update(const VectorAdam<T>& h, T& p, T g, T& m, T& v) {
 }
 
 // On elements [begin, end) of arrays.
-template <bool two_states, class Rule, class P, class G, class T>
+template <bool two_states, bool has_parts, class Rule, class P, class G, class T>
 ROOTFREE_INLINE void update_each(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
-                                 int64_t begin, int64_t end) {
+                                 const T* parts, int64_t begin, int64_t end) {
   ROOTFREE_INDEPENDENT_ITERATIONS
   for (int64_t i = begin; i < end; ++i) {
     T p = static_cast<T>(param[i]), s0 = state0[i], s1 = two_states ? state1[i] : T(0);
-    update(rule, p, static_cast<T>(grad[i]), s0, s1);
+    const T g = rule.grad_factor * static_cast<T>(grad[i]);
+    if constexpr (has_parts) {
+      update(rule, p, g, rule.target.of(g, parts[i]), s0, s1);
+    } else if constexpr (Rule::takes_parts) {
+      update(rule, p, g, rule.target.of(g), s0, s1);
+    } else {
+      update(rule, p, g, s0, s1);
+    }
     param[i] = static_cast<P>(p);
     state0[i] = s0;
     if (two_states) state1[i] = s1;
   }
 }
 
-// `state1` may be null where the rule does not require it.
+template <bool has_parts, class Rule, class P, class G, class T>
+ROOTFREE_INLINE void update_states(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
+                                   const T* parts, int64_t begin, int64_t end) {
+  if (Rule::required_states == 2 || state1) {
+    update_each<true, has_parts>(rule, param, grad, state0, state1, parts, begin, end);
+  } else {
+    update_each<false, has_parts>(rule, param, grad, state0, state1, parts, begin, end);
+  }
+}
+
+// `state1` may be null where the rule does not require it, and `parts` always.
 template <class Rule, class P, class G, class T>
 ROOTFREE_INLINE void update_all(const Rule& rule, P* param, const G* grad, T* state0, T* state1,
-                                int64_t begin, int64_t end) {
-  if (Rule::required_states == 2 || state1) {
-    update_each<true>(rule, param, grad, state0, state1, begin, end);
-  } else {
-    update_each<false>(rule, param, grad, state0, state1, begin, end);
+                                const T* parts, int64_t begin, int64_t end) {
+  if constexpr (Rule::takes_parts) {
+    if (parts) {
+      update_states<true>(rule, param, grad, state0, state1, parts, begin, end);
+      return;
+    }
   }
+  update_states<false>(rule, param, grad, state0, state1, parts, begin, end);
 }
 
 struct DescentOptions {

@@ -28,6 +28,12 @@ def descend(p, u, buf, lr, coupled, decoupled, momentum_ptr):
 
 
 @triton.jit
+def sign_of(x):
+    """-1, 0 or 1; NaN stays."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
 def skips(found_inf_ptr):
     """Whether a gradient scaler found infs; always false without one."""
     skip = False

@@ -13,10 +13,13 @@ Per element, in float32 registers (reference/diag.py is the specification; B is 
                 s <- s + (1 - beta2) (B g^2 - s)
                 p <- p - (lr / bc1) m / (s / bc2 + damping)        (bc = 1 - beta^t, or 1)
 
+where micro-batches were accumulated, B g^2 may be what reference.second_moment makes of their
+squares.
+
 Shapes: lists of tensors, entry by entry of one shape. Dtypes: params float32, bfloat16 or float16,
-rounded once, at the write; grads as the parameter or float32, never written; state float32. Bytes a
-parameter in float32: 28 (p, s and buf or m read and written, g read), 20 without momentum buffers;
-in bfloat16 22 and 14.
+rounded once, at the write; grads as the parameter or float32, never written; state float32, and
+squares of micro-batches. Bytes a parameter in float32: 28 (p, s and buf or m read and written, g
+read), 20 without momentum buffers; in bfloat16 22 and 14; 4 more with squares.
 
 A program updates one chunk of one tensor, found through the device tables of tables.py. Scalars
 come from a device vector, so a scheduled lr recompiles nothing; lr itself may live on the device.
@@ -67,12 +70,14 @@ def _update_chunk(
     grad_ptr,
     first_ptr,
     second_ptr,
+    parts_ptr,
     mask,
     lr,
     scalars_ptr,
     step_ptr,
     unscale,
     UPDATE: tl.constexpr,
+    SIGNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.arange(0, BLOCK)
@@ -82,12 +87,17 @@ def _update_chunk(
     second = None
     if second_ptr is not None:
         second = tl.load(second_ptr + offs, mask=mask)
+    parts = None
+    if parts_ptr is not None:
+        parts = tl.load(parts_ptr + offs, mask=mask)
     # Without the barrier ptxas sinks half of the loads below the arithmetic on the others, which
     # makes two memory round trips of one.
     tl.debug_barrier()
     if unscale is not None:
         g *= unscale
-    updated = UPDATE(p, g, first, second, lr, scalars_ptr, step_ptr)
+        if parts_ptr is not None and not SIGNS:
+            parts *= unscale * unscale
+    updated = UPDATE(p, g, parts, first, second, lr, scalars_ptr, step_ptr)
     tl.store(param_ptr + offs, updated[0].to(param_ptr.dtype.element_ty), mask=mask)
     tl.store(first_ptr + offs, updated[1], mask=mask)
     if second_ptr is not None:
@@ -109,6 +119,8 @@ def _diag_kernel(
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     HAS_SECOND: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
+    SIGNS: tl.constexpr,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -124,6 +136,9 @@ def _diag_kernel(
     second_ptr = None
     if HAS_SECOND:
         second_ptr = tl.load(row_ptr + ROW.second_state).to(tl.pointer_type(tl.float32)) + start
+    parts_ptr = None
+    if HAS_PARTS:
+        parts_ptr = tl.load(row_ptr + ROW.parts).to(tl.pointer_type(tl.float32)) + start
     step_ptr = None
     if steps_ptr is not None:
         step_ptr = steps_ptr + tl.load(row_ptr + ROW.index)
@@ -137,17 +152,21 @@ def _diag_kernel(
         first_ptr = tl.multiple_of(first_ptr, VECTOR * 4)
         if HAS_SECOND:
             second_ptr = tl.multiple_of(second_ptr, VECTOR * 4)
+        if HAS_PARTS:
+            parts_ptr = tl.multiple_of(parts_ptr, VECTOR * 4)
         _update_chunk(
             param_ptr,
             grad_ptr,
             first_ptr,
             second_ptr,
+            parts_ptr,
             None,
             lr,
             scalars_ptr,
             step_ptr,
             unscale,
             UPDATE,
+            SIGNS,
             BLOCK,
         )
     else:
@@ -157,24 +176,28 @@ def _diag_kernel(
             grad_ptr,
             first_ptr,
             second_ptr,
+            parts_ptr,
             mask,
             lr,
             scalars_ptr,
             step_ptr,
             unscale,
             UPDATE,
+            SIGNS,
             BLOCK,
         )
 
 
-def prepare(lists: Sequence[Sequence[Tensor]]) -> LaunchPlan | None:
+def prepare(
+    lists: Sequence[Sequence[Tensor]], *, parts: Sequence[Tensor] = ()
+) -> LaunchPlan | None:
     """What `launch` takes, where no tensor has to be copied.
 
     lists: params, grads, and states in the schema's order; that of a state that is not there is
-    empty. The plan holds addresses, not tensors: it is right while each of them stays where and
-    what it is.
+    empty. parts: what is summed over micro-batches. The plan holds addresses, not tensors: it is
+    right while each of them stays where and what it is.
     """
-    plan = find_plan(list(filter(None, lists)), block=BLOCK, vector=VECTOR)
+    plan = find_plan(list(filter(None, lists)), block=BLOCK, vector=VECTOR, parts=parts)
     return None if plan.copied else plan
 
 
@@ -212,6 +235,7 @@ def _constants(launch: Launch) -> dict[str, Any]:
         "PARAM": launch.dtypes.param,
         "GRAD": launch.dtypes.grad,
         "HAS_SECOND": launch.dtypes.second_state is not None,
+        "HAS_PARTS": launch.dtypes.parts is not None,
         "BLOCK": BLOCK,
         "VECTOR": VECTOR,
         "num_warps": NUM_WARPS,
@@ -250,7 +274,7 @@ def run_plan(
         )
 
     def chosen(launch: Launch) -> dict[str, Any]:
-        return {"UPDATE": body.update, **constants(launch)}
+        return {"UPDATE": body.update, "SIGNS": body.signs, **constants(launch)}
 
     call_launches(kernel, plan, pointers, chosen, (name, kind))
 
@@ -284,7 +308,12 @@ def call_launches(
 
 @torch.no_grad()
 def update_(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], *others: Any, **settings: Any
+    name: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *others: Any,
+    parts: Sequence[Tensor] | None = None,
+    **settings: Any,
 ) -> None:
     """The operator of this name: `launch` on lists of tensors, of states in the schema's order.
 
@@ -293,13 +322,15 @@ def update_(
     """
     *states, lr = others
     steps = states.pop() if BODIES[name].counts else None
+    parts = parts or ()
     if not params:
         return
     lists = [params, grads, *filter(None, states)]
-    plan = find_plan(lists, block=BLOCK, vector=VECTOR)
+    plan = find_plan(lists, block=BLOCK, vector=VECTOR, parts=parts)
     if not plan.copied:
         launch(name, plan, steps, lr, **settings)
         return
-    dense = contiguous_copies(lists, plan.copied)
-    launch(name, find_plan(dense, block=BLOCK, vector=VECTOR), steps, lr, **settings)
+    *dense, dense_parts = contiguous_copies([*lists, parts], plan.copied)
+    plan_of_copies = find_plan(dense, block=BLOCK, vector=VECTOR, parts=dense_parts)
+    launch(name, plan_of_copies, steps, lr, **settings)
     copy_back([lists[0], *lists[2:]], [dense[0], *dense[2:]], plan.copied)

@@ -15,13 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import decayed, descend
+from .arithmetic import decayed, descend, sign_of
 from .slots import (
     ADAMW,
     RMSPROP,
+    SIGN,
     VECTOR_ADAM,
     AdamWScalars,
     RMSpropScalars,
+    SignScalars,
     VectorAdamScalars,
 )
 
@@ -32,7 +34,7 @@ _SMALLEST_ROOT = tl.constexpr((1 - 1e-6) * torch.finfo(torch.float32).tiny ** 0.
 
 
 @triton.jit
-def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
+def _rmsprop_update(p, g, parts, s, buf, lr, scalars_ptr, step_ptr):
     sign = tl.load(scalars_ptr + RMSPROP.sign)
     batch_size = tl.load(scalars_ptr + RMSPROP.batch_size)
     damping = tl.load(scalars_ptr + RMSPROP.damping)
@@ -42,14 +44,15 @@ def _rmsprop_update(p, g, s, buf, lr, scalars_ptr, step_ptr):
     one_minus_alpha = tl.load(scalars_ptr + RMSPROP.one_minus_alpha)
 
     g *= sign
-    s = decayed(s, _square(batch_size, g), alpha, one_minus_alpha)
+    weights_ptr = scalars_ptr + RMSPROP.square_weight
+    s = decayed(s, _second_moment(batch_size, g, parts, weights_ptr), alpha, one_minus_alpha)
     momentum_ptr = scalars_ptr + RMSPROP.momentum
     p, buf = descend(p, g / (s + damping), buf, lr, coupled, decoupled, momentum_ptr)
     return p, s, buf
 
 
 @triton.jit
-def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
+def _adamw_update(p, g, parts, m, s, lr, scalars_ptr, step_ptr):
     sign = tl.load(scalars_ptr + ADAMW.sign)
     batch_size = tl.load(scalars_ptr + ADAMW.batch_size)
     damping = tl.load(scalars_ptr + ADAMW.damping)
@@ -65,7 +68,8 @@ def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
     beyond = (tl.abs(g - m) > _LARGEST) & (tl.abs(g) <= _LARGEST)
     scale = tl.where(beyond, 0.5, 1.0)
     m = decayed(scale * m, scale * g, beta1, one_minus_beta1) * tl.where(beyond, 2.0, 1.0)
-    s = decayed(s, _square(batch_size, g), beta2, one_minus_beta2)
+    weights_ptr = scalars_ptr + ADAMW.square_weight
+    s = decayed(s, _second_moment(batch_size, g, parts, weights_ptr), beta2, one_minus_beta2)
     denominator = s + damping
     if step_ptr is not None:
         step = tl.load(step_ptr)
@@ -76,7 +80,23 @@ def _adamw_update(p, g, m, s, lr, scalars_ptr, step_ptr):
 
 
 @triton.jit
-def _vector_adam_update(p, g, m, v, lr, scalars_ptr, step_ptr):
+def _sign_update(p, g, parts, m, unused, lr, scalars_ptr, step_ptr):
+    sign = tl.load(scalars_ptr + SIGN.sign)
+    sign_last = tl.load(scalars_ptr + SIGN.sign_last) != 0
+    beta = tl.load(scalars_ptr + SIGN.beta)
+    one_minus_beta = tl.load(scalars_ptr + SIGN.one_minus_beta)
+    if parts is not None:
+        target = sign * tl.load(scalars_ptr + SIGN.part_weight) * parts
+    else:
+        g *= sign
+        target = tl.where(sign_last, g, sign_of(g))
+    p -= lr * tl.load(scalars_ptr + SIGN.weight_decay) * p
+    m = decayed(m, target, beta, one_minus_beta)
+    return p - lr * tl.where(sign_last, sign_of(m), m), m
+
+
+@triton.jit
+def _vector_adam_update(p, g, parts, m, v, lr, scalars_ptr, step_ptr):
     beta1 = tl.load(scalars_ptr + VECTOR_ADAM.beta1)
     one_minus_beta1 = tl.load(scalars_ptr + VECTOR_ADAM.one_minus_beta1)
     beta2 = tl.load(scalars_ptr + VECTOR_ADAM.beta2)
@@ -97,9 +117,24 @@ def _vector_adam_update(p, g, m, v, lr, scalars_ptr, step_ptr):
 
 
 @triton.jit
-def _square(batch_size, g):
+def _bounded(square):
     # At most the largest finite number: an infinite s would be NaN at the next step.
-    return tl.minimum(batch_size * g * g, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(square, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _second_moment(batch_size, g, parts, weights_ptr):
+    """What s follows; see reference.second_moment.
+
+    weights_ptr: of the columns square_weight, signal_weight and floor_weight of a row of scalars.
+    """
+    target = _bounded(batch_size * g * g)
+    if parts is not None:
+        whole, parts = target, _bounded(batch_size * parts)
+        target = tl.load(weights_ptr) * parts + tl.load(weights_ptr + 1) * (whole - parts)
+        floor = tl.load(weights_ptr + 2) * whole
+        target = _bounded(tl.maximum(target, floor, propagate_nan=tl.PropagateNan.ALL))
+    return target
 
 
 @triton.jit
@@ -123,6 +158,9 @@ def _rmsprop_scalars(
     batch_size: float | Tensor,
     decoupled: bool,
     maximize: bool,
+    square_weight: float = 1.0,
+    signal_weight: float = 1.0,
+    floor_weight: float = 1.0,
 ) -> RMSpropScalars:
     return RMSpropScalars(
         lr=lr,
@@ -134,6 +172,9 @@ def _rmsprop_scalars(
         alpha=alpha,
         one_minus_alpha=1 - alpha,
         momentum=momentum,
+        square_weight=square_weight,
+        signal_weight=signal_weight,
+        floor_weight=floor_weight,
     )
 
 
@@ -146,6 +187,9 @@ def _adamw_scalars(
     weight_decay: float,
     batch_size: float | Tensor,
     maximize: bool,
+    square_weight: float = 1.0,
+    signal_weight: float = 1.0,
+    floor_weight: float = 1.0,
 ) -> AdamWScalars:
     return AdamWScalars(
         lr=lr,
@@ -159,6 +203,30 @@ def _adamw_scalars(
         one_minus_beta2=1 - beta2,
         log_beta1=math.log(beta1) if beta1 > 0 else -math.inf,
         log_beta2=math.log(beta2) if beta2 > 0 else -math.inf,
+        square_weight=square_weight,
+        signal_weight=signal_weight,
+        floor_weight=floor_weight,
+    )
+
+
+def _sign_scalars(
+    lr: float,
+    *,
+    beta: float,
+    weight_decay: float,
+    batch_size: float | Tensor,
+    sign_last: bool,
+    maximize: bool,
+    part_weight: float = 1.0,
+) -> SignScalars:
+    return SignScalars(
+        lr=lr,
+        sign=-1.0 if maximize else 1.0,
+        weight_decay=weight_decay,
+        beta=beta,
+        one_minus_beta=1 - beta,
+        sign_last=float(sign_last),
+        part_weight=part_weight,
     )
 
 
@@ -189,21 +257,24 @@ def _vector_adam_scalars(
 class Body(NamedTuple):
     """The Triton body of a diagonal method: all that it adds to the launch.
 
-    update: jit function of p, g, the first state, the second or None (registers), lr, scalars_ptr
-        and step_ptr, or None without steps; returns p and the states, in the schema's order, but no
-        None, which Triton 3.6 cannot return.
+    update: jit function of p, g, the parts of micro-batches or None, the first state, the second or
+        None (registers), lr, scalars_ptr and step_ptr, or None without steps; returns p and the
+        states, in the schema's order, but no None, which Triton 3.6 cannot return.
     scalars: lr and the operator's settings to the row of `slots` that `update` reads.
     counts: whether the operator has step counts.
+    signs: whether its parts of micro-batches are signs, on which a gradient scaler leaves no trace.
     """
 
     update: Any
     scalars: Callable[..., tuple[float, ...]]
     counts: bool
+    signs: bool = False
 
 
 # By operator. A new method is its update, its row of scalars in slots.py and its entry here.
 BODIES = {
     "rmsprop_": Body(_rmsprop_update, _rmsprop_scalars, counts=False),
     "adamw_": Body(_adamw_update, _adamw_scalars, counts=True),
+    "sign_": Body(_sign_update, _sign_scalars, counts=False, signs=True),
     "vector_adam_": Body(_vector_adam_update, _vector_adam_scalars, counts=True),
 }

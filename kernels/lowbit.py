@@ -96,6 +96,7 @@ def _update_chunk(
     grad_ptr,
     first_ptr,
     second_ptr,
+    parts_ptr,
     residual_ptr,
     first_scale_ptr,
     second_scale_ptr,
@@ -107,6 +108,7 @@ def _update_chunk(
     step_ptr,
     unscale,
     UPDATE: tl.constexpr,
+    SIGNS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WEIGHT_STREAM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -127,17 +129,22 @@ def _update_chunk(
         )
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask)
+    parts = None
+    if parts_ptr is not None:
+        parts = tl.load(parts_ptr + offs, mask=mask)
     # As in diag.py: all loads before the arithmetic.
     tl.debug_barrier()
     if unscale is not None:
         g *= unscale
+        if parts_ptr is not None and not SIGNS:
+            parts *= unscale * unscale
     if residual_ptr is not None:
         p = join_weight(p, residual)
     first = decoded(first, first_scale)
     buffer = None
     if second_ptr is not None:
         buffer = decoded(second, second_scale)
-    updated = UPDATE(p.to(tl.float32), g, first, buffer, lr, scalars_ptr, step_ptr)
+    updated = UPDATE(p.to(tl.float32), g, parts, first, buffer, lr, scalars_ptr, step_ptr)
 
     index = first_index + offs.to(tl.uint32)
     # The states first: the other way round some formats spill.
@@ -187,6 +194,8 @@ def _lowbit_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
+    SIGNS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     COUNTS: tl.constexpr,
     WEIGHT_STREAM: tl.constexpr,
@@ -205,12 +214,14 @@ def _lowbit_kernel(
     grad_ptr = tl.load(row_ptr + ROW.grad).to(tl.pointer_type(GRAD)) + start
     first_ptr = tl.load(row_ptr + ROW.first_state).to(tl.pointer_type(FIRST)) + start
     first_scale_ptr = scales_at(more_ptr + BESIDE.first_scales, first_ptr, start // BLOCK)
-    second_ptr, second_scale_ptr, residual_ptr = None, None, None
+    second_ptr, second_scale_ptr, residual_ptr, parts_ptr = None, None, None, None
     if SECOND is not None:
         second_ptr = tl.load(row_ptr + ROW.second_state).to(tl.pointer_type(SECOND)) + start
         second_scale_ptr = scales_at(more_ptr + BESIDE.second_scales, second_ptr, start // BLOCK)
     if RESIDUAL is not None:
         residual_ptr = tl.load(more_ptr + BESIDE.residual).to(tl.pointer_type(RESIDUAL)) + start
+    if HAS_PARTS:
+        parts_ptr = tl.load(row_ptr + ROW.parts).to(tl.pointer_type(tl.float32)) + start
     steps_ptr += tl.load(row_ptr + ROW.index)
     step_ptr = None
     if COUNTS:
@@ -228,11 +239,14 @@ def _lowbit_kernel(
             second_ptr = tl.multiple_of(second_ptr, VECTOR * SECOND.primitive_bitwidth // 8)
         if RESIDUAL is not None:
             residual_ptr = tl.multiple_of(residual_ptr, VECTOR * RESIDUAL.primitive_bitwidth // 8)
+        if HAS_PARTS:
+            parts_ptr = tl.multiple_of(parts_ptr, VECTOR * 4)
         _update_chunk(
             param_ptr,
             grad_ptr,
             first_ptr,
             second_ptr,
+            parts_ptr,
             residual_ptr,
             first_scale_ptr,
             second_scale_ptr,
@@ -244,6 +258,7 @@ def _lowbit_kernel(
             step_ptr,
             unscale,
             UPDATE,
+            SIGNS,
             STOCHASTIC,
             WEIGHT_STREAM,
             CHUNK,
@@ -255,6 +270,7 @@ def _lowbit_kernel(
             grad_ptr,
             first_ptr,
             second_ptr,
+            parts_ptr,
             residual_ptr,
             first_scale_ptr,
             second_scale_ptr,
@@ -266,6 +282,7 @@ def _lowbit_kernel(
             step_ptr,
             unscale,
             UPDATE,
+            SIGNS,
             STOCHASTIC,
             WEIGHT_STREAM,
             CHUNK,
@@ -274,13 +291,17 @@ def _lowbit_kernel(
 
 
 def prepare(
-    lists: Sequence[Sequence[Tensor]], *, seeds: Sequence[int], firsts: Sequence[int]
+    lists: Sequence[Sequence[Tensor]],
+    *,
+    seeds: Sequence[int],
+    firsts: Sequence[int],
+    parts: Sequence[Tensor] = (),
 ) -> LaunchPlan | None:
     """What `launch` takes, where no tensor has to be copied; see `diag.prepare`.
 
     lists: params, grads, states, residuals and a list of scales a state, as the operator has them.
     """
-    plan = _find_plan(lists, seeds, firsts)
+    plan = _find_plan(lists, seeds, firsts, parts)
     return None if plan.copied else plan
 
 
@@ -321,6 +342,7 @@ def _constants(
         "FIRST": dtypes.first_state,
         "SECOND": dtypes.second_state,
         "RESIDUAL": dtypes.residual,
+        "HAS_PARTS": dtypes.parts is not None,
         "STOCHASTIC": stochastic,
         "COUNTS": bias_correction,
         "WEIGHT_STREAM": WEIGHT_STREAM,
@@ -341,6 +363,7 @@ def update_(
     *others: Any,
     seeds: Sequence[int],
     firsts: Sequence[int],
+    parts: Sequence[Tensor] | None = None,
     **settings: Any,
 ) -> None:
     """The low-bit operator of the method of this name: `launch` on lists of tensors.
@@ -349,20 +372,24 @@ def update_(
     contiguous go through copies.
     """
     *tensors, steps, lr = others
+    parts = parts or ()
     if not params:
         return
     lists = [params, grads, *tensors]
-    plan = _find_plan(lists, seeds, firsts)
+    plan = _find_plan(lists, seeds, firsts, parts)
     if not plan.copied:
         launch(name, plan, steps, lr, **settings)
         return
-    dense = contiguous_copies(lists, plan.copied)
-    launch(name, _find_plan(dense, seeds, firsts), steps, lr, **settings)
+    *dense, dense_parts = contiguous_copies([*lists, parts], plan.copied)
+    launch(name, _find_plan(dense, seeds, firsts, dense_parts), steps, lr, **settings)
     copy_back([params, *tensors], [dense[0], *dense[2:]], plan.copied)
 
 
 def _find_plan(
-    lists: Sequence[Sequence[Tensor]], seeds: Sequence[int], firsts: Sequence[int]
+    lists: Sequence[Sequence[Tensor]],
+    seeds: Sequence[int],
+    firsts: Sequence[int],
+    parts: Sequence[Tensor],
 ) -> LaunchPlan:
     params, grads, *others = lists
     count = len(others) // 2
@@ -370,7 +397,7 @@ def _find_plan(
     states, scales = ([others[first + i] for i in there] for first in (0, count + 1))
     kept = Kept(others[count], scales, seeds, firsts)
     vector = vector_of([params, *states])
-    return find_plan([params, grads, *states], block=CHUNK, vector=vector, kept=kept)
+    return find_plan([params, grads, *states], block=CHUNK, vector=vector, kept=kept, parts=parts)
 
 
 def vector_of(written: Sequence[Sequence[Tensor]]) -> int:

@@ -91,6 +91,9 @@ class RMSpropScalars(NamedTuple):
     alpha: float
     one_minus_alpha: float
     momentum: float
+    square_weight: float  # these three are read where there are squares of micro-batches
+    signal_weight: float
+    floor_weight: float
 
 
 class AdamWScalars(NamedTuple):
@@ -107,6 +110,21 @@ class AdamWScalars(NamedTuple):
     one_minus_beta2: float
     log_beta1: float
     log_beta2: float
+    square_weight: float  # as those of root-free RMSProp
+    signal_weight: float
+    floor_weight: float
+
+
+class SignScalars(NamedTuple):
+    """What kernels/diag_bodies.py reads for sign descent."""
+
+    lr: float
+    sign: float
+    weight_decay: float
+    beta: float
+    one_minus_beta: float
+    sign_last: float  # 1 or 0
+    part_weight: float  # read where there are signs of micro-batches
 
 
 class VectorAdamScalars(NamedTuple):
@@ -140,8 +158,8 @@ class IFShampooScalars(NamedTuple):
     bound: float  # of an entry of P, inf where there is none
 
 
-RMSPROP, ADAMW, VECTOR_ADAM, IFSHAMPOO = map(
-    columns, (RMSpropScalars, AdamWScalars, VectorAdamScalars, IFShampooScalars)
+RMSPROP, ADAMW, SIGN, VECTOR_ADAM, IFSHAMPOO = map(
+    columns, (RMSpropScalars, AdamWScalars, SignScalars, VectorAdamScalars, IFShampooScalars)
 )
 
 
@@ -154,7 +172,8 @@ class Row(NamedTuple):
     param: Column  # address
     grad: Column  # address
     first_state: Column  # address
-    second_state: Column  # address
+    second_state: Column  # address; 0 where there is none
+    parts: Column  # address of what is summed over micro-batches; 0 where there is nothing
     length: Column  # elements
     first_program: Column  # index
     aligned: Column  # elements in its full chunks, if they may promise alignment; else 0

@@ -32,7 +32,7 @@ _SCALES = {
     torch.uint8: torch.uint8,
 }
 _STORED = DTYPES | {torch.int8: tl.int8, torch.int16: tl.int16, torch.uint8: tl.uint8}
-_COLUMNS = 7  # of `_columns`
+_COLUMNS = 8  # of `_columns`
 
 
 # What launches under capture have used: a CUDA graph reads it at every replay. Kept for ever,
@@ -104,8 +104,9 @@ class Dtypes(NamedTuple):
 
     param: tl.dtype
     grad: tl.dtype
-    first_state: tl.dtype
+    first_state: tl.dtype | None
     second_state: tl.dtype | None
+    parts: tl.dtype | None
     residual: tl.dtype | None
 
 
@@ -140,18 +141,23 @@ _plans: dict[Any, LaunchPlan] = {}
 
 
 def find_plan(
-    lists: Sequence[Sequence[Tensor]], *, block: int, vector: int, kept: Kept | None = None
+    lists: Sequence[Sequence[Tensor]],
+    *,
+    block: int,
+    vector: int,
+    kept: Kept | None = None,
+    parts: Sequence[Tensor] = (),
 ) -> LaunchPlan:
-    """The plan for params, grads and one or two lists of states.
+    """The plan for params, grads and at most two lists of states.
 
     A row's chunks count as aligned where `vector` elements of each tensor can be moved at once.
     kept: of tensors in fewer bytes, whose blocks follow the order of their axes: all are contiguous
-    there, or copied.
+    there, or copied. parts: what is summed over micro-batches, if anything is.
     """
-    every = lists if kept is None else _columns(lists, kept)
+    every = _columns(lists, kept, parts) if kept or parts else lists
     addresses = tuple([tuple(map(Tensor.data_ptr, tensors)) for tensors in every])
     lengths = tuple(map(Tensor.numel, lists[0]))
-    typed = lists[:2] if kept is None else every
+    typed = lists[:2] if every is lists else every
     dtypes = tuple([tuple([t.dtype for t in tensors]) for tensors in typed])
     contiguous = all([all(map(Tensor.is_contiguous, tensors)) for tensors in every])
     layouts = () if contiguous else tuple([(t.shape, t.stride()) for ts in every for t in ts])
@@ -169,11 +175,14 @@ def find_plan(
     return plan
 
 
-def _columns(lists: Sequence[Sequence[Tensor]], kept: Kept) -> list[Sequence[Tensor]]:
-    """Params, grads, two lists of states, residuals, two of scales; empty where there are none."""
+def _columns(
+    lists: Sequence[Sequence[Tensor]], kept: Kept | None, parts: Sequence[Tensor]
+) -> list[Sequence[Tensor]]:
+    """Params, grads, two lists of states, parts, residuals, two of scales; empty where none are."""
     nothing: list[Sequence[Tensor]] = [()]
+    kept = kept or Kept((), (), (), ())
     scales = [*kept.scales, *nothing * (2 - len(kept.scales))]
-    return [*lists, *nothing * (4 - len(lists)), kept.residuals, *scales]
+    return [*lists, *nothing * (4 - len(lists)), parts, kept.residuals, *scales]
 
 
 def contiguous_copies(
@@ -264,13 +273,14 @@ def _build(
 
 
 def _row_table(columns: Sequence[Tensor], length: Tensor) -> Tensor:
-    param, grad, first, second, *_ = columns
+    param, grad, first, second, parts, *_ = columns
     nothing = torch.zeros_like(length)
     row = Row(
         param=param,
         grad=grad,
         first_state=first,
         second_state=second,
+        parts=parts,
         length=length,
         first_program=nothing,
         aligned=nothing,
@@ -298,7 +308,7 @@ def _beside_table(columns: Sequence[Tensor], kept: Kept) -> Tensor:
 def _mark_aligned(rows: Tensor, launch: Launch, block: int, vector: int) -> None:
     """Write into the rows of a launch which of its chunks may promise alignment."""
     *dtypes, residual = launch.dtypes
-    names = [ROW.param, ROW.grad, ROW.first_state, ROW.second_state]
+    names = [ROW.param, ROW.grad, ROW.first_state, ROW.second_state, ROW.parts]
     sizes = [1 if dtype is None else dtype.primitive_bitwidth // 8 for dtype in dtypes]
     aligned = (rows[:, names] % (vector * torch.tensor(sizes, device="cpu")) == 0).all(1)
     if residual is not None and launch.beside is not None:
@@ -328,9 +338,9 @@ def _check_signature(
             f"params[{i}], its gradient and its state are on different devices: "
             f"{', '.join(map(str, devices))} (-1 is the CPU); move them to one"
         )
-    param, grad, first, second, residual, *scales = dtypes
+    param, grad, first, second, parts, residual, *scales = dtypes
     taken = "state in float32"
-    right = first == torch.float32 and second in (torch.float32, None)
+    right = {first, second} <= {torch.float32, None}
     if fewer_bytes:
         wanted = [_SCALES.get(state, state) for state in (first, second)]
         right = first is not None and wanted == scales
@@ -339,6 +349,7 @@ def _check_signature(
             ", bfloat16, int8 with float32 scales or uint8 with uint8 scales, and residuals in "
             "int8 or int16 of bfloat16 parameters"
         )
+    right &= parts in (torch.float32, None)
     if param not in DTYPES or grad not in (param, torch.float32) or not right:
         found = ", ".join(map(str, filter(None, dtypes)))
         raise TypeError(

@@ -2,7 +2,7 @@
 
 from .batch_size import BatchSizeCounter
 from .capture import CapturedStep
-from .diag import RootFreeAdamW, RootFreeRMSprop
+from .diag import RootFreeAdamW, RootFreeRMSprop, Sign
 from .lowbit import to_bfloat16_, to_float32_
 from .matrix import IFShampoo
 from .rescale import rescale_
@@ -15,6 +15,7 @@ __all__ = [
     "RootFreeAdamW",
     "RootFreeRMSprop",
     "RootFreeShampoo",
+    "Sign",
     "rescale_",
     "to_bfloat16_",
     "to_float32_",

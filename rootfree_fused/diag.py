@@ -1,16 +1,17 @@
-"""RootFreeRMSprop and RootFreeAdamW: a diagonal second moment divides, without its root."""
+"""RootFreeRMSprop and RootFreeAdamW: a diagonal second moment divides, without its root. Sign."""
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .ops import WeightDecayMode
-from .ops.methods import ADAMW, RMSPROP
+from .ops import SecondMoment, WeightDecayMode
+from .ops.methods import ADAMW, RMSPROP, SIGN
 from .optimizer.diagonal import DiagonalOptimizer
-from .optimizer.formats import ParamResidual, StateFormat
+from .optimizer.formats import BEFORE, ParamResidual, StateFormat
 
 
 class RootFreeRMSprop(DiagonalOptimizer):
@@ -47,6 +48,10 @@ class RootFreeRMSprop(DiagonalOptimizer):
         initial_square_avg: where s starts: a number above 0 (1 as released), or "auto", the mean of
             B g^2 over a tensor's first gradient. Until that is neither zero nor non-finite s is 0,
             and nothing moves. It cannot change once there is state.
+        second_moment: what s follows where `accumulate` took several micro-batches: "batch", B g^2
+            as without; "micro", the mean over them of b g_j^2, of b terms each; "variance", their
+            variance, in the same unit; "mean", B times the squared mean without its noise. See
+            docs/micro_batches.md.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
@@ -72,6 +77,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
         TypeError: a parameter that is not dense and floating, a sparse gradient, an argument that
             torch.optim has and this class has not, or ``param_residual`` for other weights than
             bfloat16.
+        ValueError: at a step, a second moment of micro-batches of which there was one.
         NotImplementedError: "8bit" for a DTensor whose shards cut blocks of 256.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
@@ -79,6 +85,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
     """
 
     _method = RMSPROP
+    _added_later: Mapping[str, Any] = {**BEFORE, "second_moment": "batch"}
     _converters = "convert.from_released_code makes one of the released code's"
 
     def __init__(
@@ -93,6 +100,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
         batch_size: float | None = None,
         weight_decay_mode: WeightDecayMode = "decoupled",
         initial_square_avg: float | Literal["auto"] = "auto",
+        second_moment: SecondMoment = "batch",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
@@ -110,6 +118,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
             "batch_size": batch_size,
             "weight_decay_mode": weight_decay_mode,
             "initial_square_avg": initial_square_avg,
+            "second_moment": second_moment,
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,
@@ -152,6 +161,10 @@ class RootFreeAdamW(DiagonalOptimizer):
         initial_square_avg: where s starts: a number above 0 (1 as released), or "auto", the mean of
             B g^2 over a tensor's first gradient. Until that is neither zero nor non-finite s is 0,
             and nothing moves. It cannot change once there is state.
+        second_moment: what s follows where `accumulate` took several micro-batches: "batch", B g^2
+            as without; "micro", the mean over them of b g_j^2, of b terms each; "variance", their
+            variance, in the same unit; "mean", B times the squared mean without its noise. See
+            docs/micro_batches.md.
         maximize: ascend instead of descend.
         capturable: keep ``step`` on the parameter's device, so that a CUDA graph can capture a
             step.
@@ -176,6 +189,7 @@ class RootFreeAdamW(DiagonalOptimizer):
         TypeError: a parameter that is not dense and floating, a sparse gradient, an argument that
             torch.optim has and this class has not, or ``param_residual`` for other weights than
             bfloat16.
+        ValueError: at a step, a second moment of micro-batches of which there was one.
         NotImplementedError: "8bit" for a DTensor whose shards cut blocks of 256.
 
     Source: Lin et al., "Can We Remove the Square-Root in Adaptive Gradient Methods?", ICML 2024,
@@ -183,6 +197,7 @@ class RootFreeAdamW(DiagonalOptimizer):
     """
 
     _method = ADAMW
+    _added_later: Mapping[str, Any] = {**BEFORE, "second_moment": "batch"}
     _converters = "convert.from_released_code makes one of the released code's"
 
     def __init__(
@@ -196,6 +211,7 @@ class RootFreeAdamW(DiagonalOptimizer):
         batch_size: float | None = None,
         bias_correction: bool = False,
         initial_square_avg: float | Literal["auto"] = "auto",
+        second_moment: SecondMoment = "batch",
         maximize: bool = False,
         capturable: bool = False,
         amp_scaling: bool = False,
@@ -212,6 +228,75 @@ class RootFreeAdamW(DiagonalOptimizer):
             "batch_size": batch_size,
             "bias_correction": bias_correction,
             "initial_square_avg": initial_square_avg,
+            "second_moment": second_moment,
+            "maximize": maximize,
+            "capturable": capturable,
+            "amp_scaling": amp_scaling,
+            "param_residual": param_residual,
+            "state_format": state_format,
+            "rounding_seed": rounding_seed,
+        }
+        super().__init__(params, defaults, unknown)
+
+
+class Sign(DiagonalOptimizer):
+    r"""Sign descent with momentum, a baseline: where the sign is taken makes the difference.
+
+    With gradient g and m starting at 0:
+
+        m <- m + (1 - beta) (y - m)
+        p <- (1 - lr weight_decay) p - lr z
+
+    where ``sign="ema"`` has y = g and z = sign(m) (signum), ``"batch"`` has y = sign(g) and z = m,
+    and ``"micro"`` has the mean over micro-batches of sign(g_j) for y, as `accumulate` took them,
+    and z = m. sign(0) = 0, and NaN stays.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as in ``torch.optim``: float64,
+            float32, bfloat16 or float16. Every hyperparameter can be set per group and changed
+            between steps.
+        lr: step size. A tensor of one number is read, never written.
+        beta: decay of m per step, in [0, 1).
+        weight_decay: decoupled, per unit of lr.
+        sign: "ema", "batch" or "micro".
+        maximize, capturable, amp_scaling: as in ``RootFreeRMSprop``.
+        param_residual, state_format, rounding_seed: as in ``RootFreeRMSprop``.
+
+    State of a parameter: ``step`` (0-d float32) and ``exp_avg`` (m), of the parameter's shape, in
+    float32 (float64 for float64 parameters).
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+        TypeError: as ``RootFreeRMSprop``.
+
+    Source: the placements are those that Roulet and Agarwala compare, "Per-example gradients: a new
+    frontier for understanding and improving optimizers", arXiv 2510.00236.
+    """
+
+    _method = SIGN
+    _shaping = tuple(BEFORE)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        beta: float = 0.9,
+        *,
+        weight_decay: float = 0.0,
+        sign: Literal["ema", "batch", "micro"] = "ema",
+        maximize: bool = False,
+        capturable: bool = False,
+        amp_scaling: bool = False,
+        param_residual: ParamResidual = None,
+        state_format: StateFormat = "float32",
+        rounding_seed: int = 0,
+        **unknown: NoReturn,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "beta": beta,
+            "weight_decay": weight_decay,
+            "sign": sign,
             "maximize": maximize,
             "capturable": capturable,
             "amp_scaling": amp_scaling,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .ops import WeightDecayMode, structure_names
+from .ops import SecondMoment, WeightDecayMode, structure_names
 from .optimizer import formats
 from .optimizer.factor_state import batched, default_dtype, factor_state
 from .optimizer.formats import ParamResidual, StateFormat
@@ -96,6 +96,7 @@ class IFShampoo(MatrixOptimizer):
             module has by its own name; it needs named parameters. Or which of the group's
             parameters are stepped so, as ((0, 1), (2, 3)), by their positions.
         vector_method: "rmsprop" or "factor".
+        second_moment: of groups of vectors, as in ``RootFreeRMSprop``; matrices have "batch" alone.
         alpha: decay of root-free RMSProp's s for vectors.
         max_update: bound of the entries of P, in units of 1 / sqrt(batch_size damping), near which
             those of a root-free diagonal step stay by themselves: P is linear in G, and one
@@ -143,6 +144,7 @@ class IFShampoo(MatrixOptimizer):
     _matrix_method = IFSHAMPOO
     _added_later: Mapping[str, Any] = {
         **MatrixOptimizer._added_later,
+        "second_moment": "batch",
         "hierarchical_sizes": HIERARCHICAL_SIZES,
     }
     _converters = (
@@ -184,6 +186,7 @@ class IFShampoo(MatrixOptimizer):
         batch_axes: int = 0,
         combine: Combine = "none",
         vector_method: Literal["rmsprop", "factor"] = "rmsprop",
+        second_moment: SecondMoment = "batch",
         alpha: float = 0.9,
         max_update: float | None = 8.0,
         factor_dtype: torch.dtype | None = None,
@@ -218,6 +221,7 @@ class IFShampoo(MatrixOptimizer):
             "batch_axes": batch_axes,
             "combine": combine,
             "vector_method": vector_method,
+            "second_moment": second_moment,
             "alpha": alpha,
             "max_update": max_update,
             "factor_dtype": factor_dtype,

@@ -5,13 +5,15 @@ specification (reference/) on every other device and wherever one of the two is 
 `backends()` says what runs on each device.
 """
 
-from .diagonal import WeightDecayMode, adamw_, rmsprop_
+from .diagonal import SecondMoment, WeightDecayMode, accumulate_, adamw_, rmsprop_
 from .dispatch import backends
 from .matrix import ifshampoo_
 from .rootfree_shampoo import rootfree_shampoo_
 
 __all__ = [
+    "SecondMoment",
     "WeightDecayMode",
+    "accumulate_",
     "adamw_",
     "backends",
     "ifshampoo_",

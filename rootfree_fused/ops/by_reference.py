@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import formats, matrix, rootfree_shampoo
+from ..reference import diag, formats, matrix, rootfree_shampoo
 from ..reference.formats import random_bits, unpacked, update_in_formats_
 from ..reference.rows import ALL_ROWS, Rows
 from ..reference.structures import Structure
@@ -54,6 +54,35 @@ def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
     return [g.to(torch.promote_types(g.dtype, torch.float32)) * inverse.to(g.device) for g in grads]
 
 
+def _parts_of(
+    method: DiagonalMethod, parts: list[Tensor] | None, count: int, grad_scale: Tensor | None
+) -> list[dict[str, Tensor]]:
+    """What each of so many parameters is given of micro-batches, as its reference takes it.
+
+    Squares come without the square of a gradient scaler's factor.
+    """
+    if not parts:
+        return [{} for _ in range(count)]
+    if method.parts == "squares":
+        parts = unscaled(parts, None if grad_scale is None else grad_scale.double().square())
+    return [{"parts": part} for part in parts]
+
+
+def accumulate_(
+    sums: list[Tensor],
+    parts: list[Tensor],
+    grads: list[Tensor],
+    *,
+    weight: float,
+    signs: bool,
+    first: bool,
+) -> None:
+    """Gradients of micro-batches added up, one parameter after the other."""
+    others: Sequence[Tensor | None] = parts or [None] * len(sums)
+    for total, part, grad in zip(sums, others, grads, strict=True):
+        diag.accumulate_(total, part, grad, weight=weight, signs=signs, first=first)
+
+
 def skips(found_inf: Tensor | None) -> bool:
     """Whether the scaler found infs; the host waits for the device that counted them."""
     return found_inf is not None and bool(found_inf.item())
@@ -69,16 +98,19 @@ def diagonal(method: DiagonalMethod) -> Callable[..., None]:
         batch_size: Tensor,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        parts: list[Tensor] | None = None,
         **scalars: Any,
     ) -> None:
         if skips(found_inf):
             return
         *lists, lr = others
         none = [None] * len(params)
+        given = _parts_of(method, parts, len(params), grad_scale)
         columns = [values if values is not None and len(values) else none for values in lists]
         scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
-        for row in zip(params, unscaled(grads, grad_scale), *columns, strict=True):
-            method.reference(*row, **scalars)
+        rows = zip(params, unscaled(grads, grad_scale), *columns, strict=True)
+        for row, own in zip(rows, given, strict=True):
+            method.reference(*row, **scalars, **own)
 
     return run
 
@@ -97,20 +129,27 @@ def lowbit(method: DiagonalMethod) -> Callable[..., None]:
         bias_correction: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        parts: list[Tensor] | None = None,
         **scalars: Any,
     ) -> None:
         if skips(found_inf):
             return
         *lists, steps, lr = others
         none = [None] * len(params)
-        columns = [values or none for values in lists]
         count = len(method.states)
+        given = _parts_of(method, parts, len(params), grad_scale)
+        columns = [values or none for values in lists]
         scalars |= {"lr": lr.double(), "batch_size": float(batch_size)}
-        rows = zip(params, unscaled(grads, grad_scale), steps, seeds, firsts, *columns, strict=True)
-        for param, grad, step, seed, first, *own in rows:
+        rows = zip(
+            params, unscaled(grads, grad_scale), given, steps, seeds, firsts, *columns, strict=True
+        )
+        for param, grad, part, step, seed, first, *own in rows:
             counted = [step if bias_correction else None] if method.counts else []
+            named = scalars | part
             update_in_formats_(
-                lambda *tensors, counted=counted: method.reference(*tensors, *counted, **scalars),
+                lambda *tensors, counted=counted, named=named: method.reference(
+                    *tensors, *counted, **named
+                ),
                 param,
                 grad,
                 own[:count],

@@ -19,6 +19,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
     "alpha": (lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    "beta": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
     "betas": (lambda x: 0 <= x < 1, "two numbers, each at least 0 and below 1"),
     "damping": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
     "weight_decay": (lambda x: 0 <= x <= LARGEST, "a number >= 0 that is finite in float32"),
@@ -48,6 +49,8 @@ _DOMAINS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _CHOICES: dict[str, tuple[object, ...]] = {
     "weight_decay_mode": ("decoupled", "momentum"),
+    "second_moment": ("batch", "micro", "variance", "mean"),
+    "sign": ("ema", "batch", "micro"),
     "bias_correction": (False, True),
     "update_schedule": ("constant", "log4"),
     "vector_method": ("rmsprop", "factor", "adam", "rootfree"),
@@ -259,17 +262,7 @@ def usable_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 def check_tensors(
     params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]
 ) -> None:
-    for name, tensors in {"grads": grads, **states}.items():
-        if len(tensors) != len(params):
-            raise ValueError(
-                f"{name} has {len(tensors)} tensors but params has {len(params)}; "
-                "pass one for each parameter"
-            )
-    for name, tensors in {"params": params, "grads": grads, **states}.items():
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor):
-                cure = "leave its parameter out" if tensor is None else "pass torch.as_tensor(it)"
-                raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; {cure}")
+    _check_lists("params", {"params": params, "grads": grads, **states})
     for i, param in enumerate(params):
         check_param(f"params[{i}]", param)
         check_param(f"grads[{i}]", grads[i])
@@ -286,6 +279,47 @@ def check_tensors(
                     f"{name}[{i}] is {tensors[i].dtype} but params[{i}] is {param.dtype}, whose "
                     f"state is {state_dtype(param)}; allocate it with dtype={state_dtype(param)}"
                 )
+
+
+def check_sums(
+    sums: Sequence[Tensor], grads: Sequence[Tensor], parts: Mapping[str, Sequence[Tensor]]
+) -> None:
+    """Raise unless gradients may be added to these sums, and what is made of them to `parts`."""
+    _check_lists("sums", {"sums": sums, "grads": grads, **parts})
+    for i, total in enumerate(sums):
+        check_param(f"sums[{i}]", total)
+        check_param(f"grads[{i}]", grads[i])
+        if total.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"sums[{i}] is {total.dtype}; make it float32 or float64")
+        narrow = (torch.float32, *(DTYPES[2:] if total.dtype == torch.float32 else ()))
+        if grads[i].dtype not in (total.dtype, *narrow):
+            raise TypeError(
+                f"grads[{i}] is {grads[i].dtype} but sums[{i}] is {total.dtype}; add it to a sum "
+                f"in {state_dtype(grads[i])}"
+            )
+        _check_like(f"grads[{i}]", grads[i], f"sums[{i}]", total)
+        for name, tensors in parts.items():
+            _check_like(f"{name}[{i}]", tensors[i], f"sums[{i}]", total)
+            if tensors[i].dtype != total.dtype:
+                raise TypeError(
+                    f"{name}[{i}] is {tensors[i].dtype} but sums[{i}] is {total.dtype}; make both "
+                    "the same"
+                )
+
+
+def _check_lists(first: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise unless all are lists of as many tensors as the first one."""
+    for name, tensors in lists.items():
+        if len(tensors) != len(lists[first]):
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors but {first} has {len(lists[first])}; "
+                "pass one for each parameter"
+            )
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                cure = "leave its parameter out" if tensor is None else "pass torch.as_tensor(it)"
+                raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}; {cure}")
 
 
 def check_scaling(grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

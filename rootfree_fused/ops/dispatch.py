@@ -99,12 +99,16 @@ def give_matrix_bodies(library: torch.library.Library) -> None:
     extensions.cpp()
 
 
-def give_format_bodies(library: torch.library.Library) -> None:
-    """Give the operators between formats their bodies."""
-    for name, specified in (("unpack_", by_reference.unpack_), ("pack_", by_reference.pack_)):
-        slowly = _warned("packing", specified)
+def give_list_bodies(library: torch.library.Library) -> None:
+    """Give the operators that only move numbers between lists of tensors their bodies."""
+    for name, stem, specified in (
+        ("unpack_", "packing", by_reference.unpack_),
+        ("pack_", "packing", by_reference.pack_),
+        ("accumulate_", "accumulate", by_reference.accumulate_),
+    ):
+        slowly = _warned(stem, specified)
         library.impl(name, slowly, "CompositeExplicitAutograd")
-        library.impl(name, _format_on_cuda(name, slowly), "CUDA")
+        library.impl(name, _lists_on_cuda(name, stem, slowly), "CUDA")
         torch.library.register_fake(f"rootfree_fused::{name}", _trace, lib=library)
 
 
@@ -260,11 +264,14 @@ def _trace(params: list[Tensor], *_: Any, **__: Any) -> None:
             )
 
 
-def _format_on_cuda(name: str, slow: Callable[..., None]) -> Callable[..., None]:
-    """The Triton body of an operator between formats, or where it serves not all, the other."""
+def _lists_on_cuda(name: str, stem: str, slow: Callable[..., None]) -> Callable[..., None]:
+    """The Triton body of an operator on three lists, or where it serves not all, the other.
+
+    stem: of the file in kernels/ that has it.
+    """
 
     def run(*tensors: Any, **scalars: Any) -> None:
-        kernels = extensions.triton("packing")
+        kernels = extensions.triton(stem)
         served = all(map(triton_serves, chain(*tensors[:3])))
         missing = isinstance(kernels, ImportError)
         (getattr(kernels, name) if served and not missing else slow)(*tensors, **scalars)

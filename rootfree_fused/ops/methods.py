@@ -11,7 +11,7 @@ import inspect
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..reference import diag, rootfree_shampoo
 from .checks import NUMBERS, SWITCHES
@@ -23,6 +23,13 @@ _TAKEN: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "beta1": lambda group: group["betas"][0],
     "beta2": lambda group: group["betas"][1],
     "decoupled": lambda group: group["weight_decay_mode"] == "decoupled",
+    "sign_last": lambda group: group["sign"] == "ema",
+}
+# What the operators take of micro-batches, with what an update makes of it; see optimizer/parts.py.
+_WEIGHTS = {
+    None: (),
+    "squares": ("square_weight", "signal_weight", "floor_weight"),
+    "signs": ("part_weight",),
 }
 
 
@@ -38,6 +45,8 @@ class DiagonalMethod:
     numbers, switches: the settings beside lr and batch_size, floats and bools.
     counts: whether it may need the number of steps.
     by_tensor: whether an element's update depends on the others of its tensor.
+    parts: what it can take of the micro-batches of a gradient, "squares" or "signs": the reference
+        then has `parts`, the sum of one parameter's or None, and what `weights` names.
     """
 
     name: str
@@ -47,6 +56,7 @@ class DiagonalMethod:
     switches: tuple[str, ...]
     counts: bool = False
     by_tensor: bool = False
+    parts: Literal["squares", "signs"] | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -55,7 +65,7 @@ class DiagonalMethod:
     def schema(self) -> str:
         """Lists of parameters, gradients and states; lr and batch_size are 0-d tensors."""
         steps = ["Tensor? steps"] if self.counts else []
-        return self._schema(self.name, ["params", *_lists(self.states)], [*steps, "Tensor lr", "*"])
+        return self._schema(self.name, [], [*steps, "Tensor lr", "*"])
 
     @property
     def lowbit_name(self) -> str:
@@ -70,28 +80,36 @@ class DiagonalMethod:
         as `reference.random_bits` takes them. stochastic: how bfloat16 weights without residuals
         are rounded.
         """
-        lists = ["params", *_lists(self.states), "param_residuals"]
-        lists += [f"{key}_scales" for key in self.states]
+        lists = ["param_residuals", *(f"{key}_scales" for key in self.states)]
         counted = ["bool bias_correction"] if self.counts else []
         others = ["Tensor steps", "Tensor lr", "*", "int[] seeds", "int[] firsts"]
         return self._schema(self.lowbit_name, lists, [*others, "bool stochastic", *counted])
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Floats beside the parts of micro-batches, which are read where there are parts."""
+        return _WEIGHTS[self.parts]
+
     def _schema(self, name: str, written: list[str], others: list[str]) -> str:
-        """Of an operator that writes these lists and has these arguments beside the settings."""
-        tensors = [
-            f"Tensor({alias}!)[] {list_name}"
-            for alias, list_name in zip(string.ascii_lowercase, written, strict=False)
-        ]
+        """Of an operator that writes these lists too, with these arguments before the settings."""
+        aliases = iter(string.ascii_lowercase)
+
+        def lists(names: Iterable[str]) -> list[str]:
+            return [f"Tensor({next(aliases)}!)[] {list_name}" for list_name in names]
+
         arguments = [
-            tensors[0],
+            *lists(["params"]),
             "Tensor[] grads",
-            *tensors[1:],
+            *lists(_lists(self.states)),
+            *lists(written),
             *others,
             *(f"float {number}" for number in self.numbers),
             "Tensor batch_size",
             *(f"bool {switch}" for switch in self.switches),
             "Tensor? grad_scale=None",
             "Tensor? found_inf=None",
+            *(["Tensor[]? parts=None"] if self.parts else []),
+            *(f"float {weight}=1." for weight in self.weights),
         ]
         return f"{name}({', '.join(arguments)}) -> ()"
 
@@ -119,15 +137,14 @@ def _check(method: DiagonalMethod) -> None:
     if len({*method.states, *settings}) < len(method.states) + len(settings):
         raise ValueError(f"{name} names one of {(*method.states, *settings)} twice")
     numbers = {*NUMBERS, "beta1", "beta2"} - {"betas"}
-    ranges = {"numbers": numbers, "switches": {*SWITCHES, "decoupled"}}
+    ranges = {"numbers": numbers, "switches": {*SWITCHES, "decoupled", "sign_last"}}
     for kind, known in ranges.items():
         if unknown := [setting for setting in getattr(method, kind) if setting not in known]:
             raise ValueError(f"{name} has {unknown} as {kind}; give them a range in ops/checks.py")
     tensors = ["param", "grad", *method.states, *(["step"] if method.counts else [])]
+    named = ("lr", "batch_size", *settings, *(["parts"] if method.parts else []), *method.weights)
     try:
-        inspect.signature(method.reference).bind(
-            *tensors, **dict.fromkeys(("lr", "batch_size", *settings))
-        )
+        inspect.signature(method.reference).bind(*tensors, **dict.fromkeys(named))
     except TypeError as error:
         raise ValueError(
             f"the reference of {name} takes other than what it says: {error}"
@@ -145,6 +162,7 @@ RMSPROP = DiagonalMethod(
     states={"square_avg": SECOND_MOMENT, "momentum_buffer": 0.0},
     numbers=("alpha", "damping", "weight_decay", "momentum"),
     switches=("decoupled", "maximize"),
+    parts="squares",
 )
 ADAMW = DiagonalMethod(
     "adamw_",
@@ -153,6 +171,7 @@ ADAMW = DiagonalMethod(
     numbers=("beta1", "beta2", "damping", "weight_decay"),
     switches=("maximize",),
     counts=True,
+    parts="squares",
 )
 
 
@@ -165,6 +184,14 @@ def _of_gradients_as_they_are(update: Callable[..., None]) -> Callable[..., None
     return run
 
 
+SIGN = DiagonalMethod(
+    "sign_",
+    _of_gradients_as_they_are(diag.sign_),
+    states={"exp_avg": 0.0},
+    numbers=("beta", "weight_decay"),
+    switches=("sign_last", "maximize"),
+    parts="signs",
+)
 # What root-free Shampoo does to vectors and scalars. The second sums over a tensor, so that the
 # specification is its one body.
 VECTOR_ADAM = DiagonalMethod(

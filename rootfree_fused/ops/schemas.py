@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .methods import ADAMW, METHODS, RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, DiagonalMethod
+from .methods import (
+    ADAMW,
+    METHODS,
+    RMSPROP,
+    SIGN,
+    VECTOR_ADAM,
+    VECTOR_ROOTFREE,
+    DiagonalMethod,
+)
 
 IFSHAMPOO = (
     "ifshampoo_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] factors, "
@@ -36,6 +44,12 @@ UNPACK = "unpack_(Tensor(a!)[] values, Tensor[] stored, Tensor[] beside) -> ()"
 PACK = (
     "pack_(Tensor(a!)[] stored, Tensor(b!)[] beside, Tensor[] values, Tensor steps, *, "
     "int[] seeds, int[] firsts, int stream, Tensor? found_inf=None) -> ()"
+)
+# Gradients of micro-batches w g added to sums, and to parts, unless there are none, (w g)^2 or
+# w sign(g); first: what they held before is overwritten.
+ACCUMULATE = (
+    "accumulate_(Tensor(a!)[] sums, Tensor(b!)[] parts, Tensor[] grads, *, float weight, "
+    "bool signs, bool first) -> ()"
 )
 _library = torch.library.Library("rootfree_fused", "DEF")
 
@@ -66,11 +80,13 @@ def mark_changed(params: Sequence[Tensor]) -> None:
 
 register(RMSPROP)
 register(ADAMW)
+register(SIGN)
 register(VECTOR_ADAM)
 register(VECTOR_ROOTFREE)
 _library.define(IFSHAMPOO)
 _library.define(ROOTFREE_SHAMPOO)
 _library.define(UNPACK)
 _library.define(PACK)
+_library.define(ACCUMULATE)
 dispatch.give_matrix_bodies(_library)
-dispatch.give_format_bodies(_library)
+dispatch.give_list_bodies(_library)

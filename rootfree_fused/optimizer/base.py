@@ -17,6 +17,7 @@ from ..ops.checks import check_scaling, usable_gradients
 from ..ops.overlap import check_written
 from ..ops.schemas import mark_changed
 from . import checkpoint
+from .accumulating import AccumulatingOptimizer
 from .amp_and_graphs import (
     Scaling,
     check_capturable,
@@ -27,8 +28,9 @@ from .amp_and_graphs import (
 )
 from .checks import check_devices, check_gradient, check_state, memory, name_of
 from .formats import Place
-from .groups import DeclaringOptimizer, Group, devices_of
+from .groups import Group, devices_of
 from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
+from .parts import Parts
 from .shards import local
 from .stacks import Counts, restack
 from .starts import AUTO, Waiting, start_
@@ -40,6 +42,7 @@ class Work(NamedTuple):
 
     places: what the random numbers of its formats are told by, where other tensors stand for the
         group's parameters.
+    parts: what was accumulated beside the gradients, of all parameters; None without.
     """
 
     params: list[Tensor]
@@ -47,6 +50,7 @@ class Work(NamedTuple):
     steps: Tensor
     scaling: Scaling
     places: Sequence[Place] | None = None
+    parts: Parts | None = None
 
 
 class UnpreparedStep(NamedTuple):
@@ -57,7 +61,7 @@ class UnpreparedStep(NamedTuple):
     run: Callable[[Group, Scaling], None]
 
 
-class RootFreeOptimizer(DeclaringOptimizer):
+class RootFreeOptimizer(AccumulatingOptimizer):
     """Base of the optimizers; subclasses give `_state_spec` and `_update`."""
 
     def _update(self, index: int, work: Work) -> None:
@@ -92,7 +96,8 @@ class RootFreeOptimizer(DeclaringOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; parameters without one keep their state.
 
-        All groups are checked first: on an error nothing has moved, no count and no state.
+        Where `accumulate` was called since the last step, the gradients are the means of what it
+        took. All groups are checked first: on an error nothing has moved, no count and no state.
 
         Args:
             closure: re-evaluates the model with gradients enabled and returns the loss.
@@ -103,9 +108,15 @@ class RootFreeOptimizer(DeclaringOptimizer):
                 loss = closure()
 
         scaling = scaling_of(self)
-        if torch.compiler.is_compiling():
+        if self._accumulated.count:
+            self._step_accumulated(scaling)
+        elif torch.compiler.is_compiling():
             self._step_traced(scaling)
-            return loss
+        else:
+            self._take_step(scaling)
+        return loss
+
+    def _take_step(self, scaling: Scaling) -> None:
         planned = [
             (group, step, on_host(scaling) if scaling and step.params[0].is_cpu else scaling)
             for group, step in self._check_and_plan(scaling)
@@ -114,7 +125,22 @@ class RootFreeOptimizer(DeclaringOptimizer):
             step.counts.add(own_scaling)
         for group, step, own_scaling in planned:
             step.run(group, own_scaling)
-        return loss
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _step_accumulated(self, scaling: Scaling) -> None:
+        """A step on the means of what was accumulated, which then is taken."""
+        accumulated = self._accumulated
+        self._check_micro_batches(scaling)
+        params = accumulated.pending(self._all_params())
+        if not accumulated.are_grads:
+            accumulated.put(params)
+        try:
+            self._take_step(accumulated.scaled(scaling, params[0].device))
+        finally:
+            if not accumulated.are_grads:
+                accumulated.give_back()
+        accumulated.forget()
 
     @torch.no_grad()
     def forget_residuals(self) -> None:
@@ -136,6 +162,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
             self._check_capture()
         for index, group in enumerate(self.param_groups):
             self._check_if_changed(index, group)
+            self._check_parts(index, group)
         if scaling:
             check_scaling(scaling.get("grad_scale"), scaling.get("found_inf"))
         return self._plan(scaling)
@@ -148,7 +175,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
         self.state.fill()
         self._prepared.forget_unless_owned(self.state)
         known = [
-            self._prepared.find(index, group["params"])
+            self._prepared.find(index, group["params"], self._takes_parts(group))
             for index, group in enumerate(self.param_groups)
         ]
         if all(known):
@@ -169,6 +196,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What torch.amp.GradScaler asks: whether infs and the scale are left to `step`."""
+        self._check_before_scaler()
         return any(group["amp_scaling"] for group in self.param_groups)
 
     def _check_capture(self) -> None:
@@ -211,7 +239,9 @@ class RootFreeOptimizer(DeclaringOptimizer):
         counts = self._prepared.counts(index, [state["step"] for state in states])
         if params[0].is_cpu:
             scaling = on_host(scaling)
-        work = Work(params, states, counts.steps, scaling)
+        work = Work(
+            params, states, counts.steps, scaling, parts=self._accumulated.of(group, params)
+        )
         launch = self._prepare(index, work)
 
         starts = self._starts.waiting(index, group, *self._started_first(group, params, states))
@@ -229,7 +259,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
         owned = [dict.get(self.state, p, {}) for p in group["params"]]
         if launch is None or not (found := fingerprint(group["params"], owned)):
             return UnpreparedStep(params, counts, run)
-        prepared = PreparedStep(*found, owned, params, counts, launch)
+        prepared = PreparedStep(*found, owned, params, counts, launch, work.parts is not None)
         self._prepared.keep(index, prepared)
         return prepared
 
@@ -292,6 +322,7 @@ class RootFreeOptimizer(DeclaringOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._start_accumulation()
         self._reset_caches()
         for group in self.param_groups:
             owned = [self.state[p] for p in group["params"] if p in self.state]

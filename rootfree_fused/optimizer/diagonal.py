@@ -26,6 +26,7 @@ from .known_tensors import (
     at_addresses,
     reader,
 )
+from .parts import Parts, of_operator, weights_of
 from .shards import local, local_state
 from .stacks import steps_of
 from .starts import declared_start
@@ -40,7 +41,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
     _added_later = formats.BEFORE
 
     def _state_spec(self, param: Tensor, group: Group) -> dict[str, Initial]:
-        start = declared_start(group)
+        start = declared_start(group) if "initial_square_avg" in group else 0.0
         spec = {
             key: full_like(
                 param, start if value is SECOND_MOMENT else value, optional=key == MOMENTUM
@@ -65,7 +66,7 @@ class DiagonalOptimizer(RootFreeOptimizer):
             return
         states = state_lists(self._method, list(map(local_state, work.states)), group)
         tensors = list(map(local, work.params)), usable_gradients(work.params), *states
-        update_(self._method, group, work.scaling, *tensors, work.steps)
+        update_(self._method, group, work.scaling, *tensors, work.steps, parts=work.parts)
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
         # The parts of the work, and not the work, which would keep the scaler's tensors.
@@ -82,7 +83,9 @@ class DiagonalOptimizer(RootFreeOptimizer):
             return at_addresses(addresses, run)
         lists = [list(map(local, work.params)), *state_lists(self._method, states, group)]
         suit = gradients_suit(work.params)
-        known = KnownUpdate(self._method, lists, lambda: steps, reader(work.params), suit)
+        known = KnownUpdate(
+            self._method, lists, lambda: steps, reader(work.params), suit, work.parts
+        )
         known.prepare()
         if known.kernels is None or known.plan is None:
             return PreparedUpdate(None, lambda _, *rest: known.update(*rest), None)
@@ -94,6 +97,7 @@ class KnownUpdate:
 
     lists: the parameters, and what the operator takes after their gradients.
     suit: whether `grads` gives the gradients themselves, and no copies.
+    parts: what was accumulated of micro-batches, for a step on that.
     """
 
     _stem = "diag"  # of the file in kernels/
@@ -105,9 +109,11 @@ class KnownUpdate:
         steps: Callable[[], Tensor],
         grads: Callable[[], list[Tensor]],
         suit: bool,
+        parts: Parts | None,
         **random: Any,
     ) -> None:
         self._method, self._params, self._others = method, lists[0], lists[1:]
+        self._parts = parts
         self._steps, self.grads, self._suit, self._random = steps, grads, suit, random
         self.kernels: DiagonalKernels | None = None
         self.plan: Any = None
@@ -118,7 +124,8 @@ class KnownUpdate:
             self.kernels = diagonal_kernels(self._method.name, self._params, self._stem)
         if self.kernels is not None:
             lists = [self._params, self.grads(), *self._others]
-            self.plan = self.kernels.prepare(lists, **self._random)
+            parts = {} if self._parts is None else {"parts": self._parts.tensors}
+            self.plan = self.kernels.prepare(lists, **parts, **self._random)
 
     def launch(self, plan: Any, group: Group, scaling: Scaling) -> None:
         """One step by a plan."""
@@ -131,12 +138,13 @@ class KnownUpdate:
     def update(self, group: Group, scaling: Scaling) -> None:
         """One step by the operator."""
         tensors = self._params, self.grads(), *self._others
-        update_(self._method, group, scaling, *tensors, self._steps())
+        update_(self._method, group, scaling, *tensors, self._steps(), parts=self._parts)
 
     def _numbers(self, group: Group) -> tuple[Tensor | None, dict[str, Any]]:
         """The steps, and the settings, that a launch takes."""
         (counted,) = _counted(self._method, self._steps(), group) or (None,)
-        return counted, self._method.settings(group)
+        weights = weights_of(self._method, self._parts, group)
+        return counted, self._method.settings(group) | weights
 
 
 def lowbit_updates(
@@ -183,6 +191,7 @@ class LowbitUpdate(KnownUpdate):
             steps_of(indices, work.steps),
             reader(owned),
             gradients_suit(owned),
+            work.parts and work.parts.at(indices),
             seeds=[place.seed for place in places],
             firsts=[place.first for place in places],
         )
@@ -191,6 +200,8 @@ class LowbitUpdate(KnownUpdate):
 
     def update(self, group: Group, scaling: Scaling) -> None:
         steps, settings = self._numbers(group)
+        if self._parts is not None:
+            settings["parts"] = self._parts.tensors
         getattr(torch.ops.rootfree_fused, self._method.lowbit_name)(
             self._params,
             self.grads(),
@@ -205,6 +216,7 @@ class LowbitUpdate(KnownUpdate):
 
     def _numbers(self, group: Group) -> tuple[Tensor, dict[str, Any]]:
         settings = {"stochastic": self._stochastic, **self._method.settings(group)}
+        settings |= weights_of(self._method, self._parts, group)
         if self._method.counts:
             settings["bias_correction"] = group.get("bias_correction", True)
         return self._steps(), settings
@@ -247,7 +259,13 @@ def number_or_tensor(lr: float | Tensor) -> float | Tensor:
     return as_scalar_tensor(lr) if isinstance(lr, Tensor) else lr
 
 
-def update_(method: DiagonalMethod, group: Group, scaling: Scaling, *tensors: Any) -> None:
+def update_(
+    method: DiagonalMethod,
+    group: Group,
+    scaling: Scaling,
+    *tensors: Any,
+    parts: Parts | None = None,
+) -> None:
     """The method's operator on params, grads, states and steps, with a group's settings."""
     *lists, steps = tensors
     getattr(torch.ops.rootfree_fused, method.name)(
@@ -255,6 +273,7 @@ def update_(method: DiagonalMethod, group: Group, scaling: Scaling, *tensors: An
         *_counted(method, steps, group),
         as_scalar_tensor(group["lr"]),
         **method.settings(group),
+        **of_operator(method, parts, group),
         batch_size=as_scalar_tensor(group.get("batch_size", 1.0)),
         **scaling,
     )

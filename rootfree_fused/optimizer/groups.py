@@ -175,7 +175,7 @@ class DeclaringOptimizer(Optimizer):
             name = min(missing)
             raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
         group.update(self._check_settings(group))
-        if group["damping"] == 0 and group.get("initial_square_avg") == AUTO:
+        if group.get("damping") == 0 and group.get("initial_square_avg") == AUTO:
             raise ValueError(
                 "damping is 0 and initial_square_avg is 'auto': a first gradient of zero would be "
                 "divided by 0; pass a damping > 0, or initial_square_avg=1"

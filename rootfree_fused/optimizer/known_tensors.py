@@ -112,6 +112,7 @@ class PreparedStep(NamedTuple):
     params: list[Tensor]  # those that have a gradient
     counts: Counts
     launch: PreparedUpdate
+    with_parts: bool  # of micro-batches
 
     def run(self, group: dict[str, Any], scaling: Scaling) -> None:
         """A step, after `counts` has counted it."""
@@ -151,10 +152,12 @@ class PreparedSteps:
         """Drop what is known of a group, whose settings ask for another look."""
         self._steps.pop(index, None)
 
-    def find(self, index: int, params: list[Tensor]) -> PreparedStep | None:
+    def find(self, index: int, params: list[Tensor], with_parts: bool) -> PreparedStep | None:
         """The step that is right for these parameters, their gradients and state, if there is."""
         known = self._steps.get(index, [])
         for position, step in enumerate(known):
+            if step.with_parts != with_parts:
+                continue
             grads = host().unchanged(params, step.states, step.fingerprint)
             if grads is not None:
                 if position:
@@ -178,6 +181,27 @@ class PreparedSteps:
         known.insert(0, (steps, Counts(steps)))
         del known[self._KEPT :]
         return known[0][1]
+
+
+class KnownGradients:
+    """Parameters that had gradients, by the place of the group, and were checked with them."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, list[State], list[Tensor]]] = {}
+
+    def find(self, index: int, params: list[Tensor]) -> list[Tensor] | None:
+        """Those with a gradient, while all are what they were but for where gradients are."""
+        seen, states, found = self._known.get(index, (None, [], []))
+        if seen is None or host().unchanged(params, states, seen) is None:
+            return None
+        return found
+
+    def keep(self, index: int, params: list[Tensor], found: list[Tensor]) -> None:
+        states: list[State] = [{} for _ in params]
+        seen = fingerprint(params, states)
+        self._known.pop(index, None)
+        if seen is not None:
+            self._known[index] = seen[0], states, found
 
 
 def fingerprint(params: list[Tensor], states: list[State]) -> tuple[Any, bytes] | None:

@@ -23,6 +23,7 @@ from .joint import Joints, check_gradients, unit_of
 from .known_tensors import Call, PreparedUpdate, addresses_of_grads, at_addresses
 from .layouts import BLOCK_SIZE, names_in
 from .matrix_calls import KnownCalls, MatrixMethod, planned_calls
+from .parts import kind_of
 from .portions import Portion, portions
 from .schedule import FactorSchedule, UpdatesFactors, check_capturable_schedules
 from .shared import NowShared, SharingOptimizer
@@ -135,9 +136,17 @@ class MatrixOptimizer(SharingOptimizer):
             )
         return params
 
+    def _check_parts(self, index: int, group: Group) -> None:
+        super()._check_parts(index, group)
+        if kind_of(group) is not None:
+            for position in range(len(group["params"])):
+                _check_second_moment(index, position, group)
+
     def _check_taken(self, index: int, position: int, group: Group) -> None:
         super()._check_taken(index, position, group)
         name, param = name_of(index, position, group), group["params"][position]
+        if kind_of(group) is not None:
+            _check_second_moment(index, position, group)
         check_whole(name, param)
         self._check_shared(name, param, group)
         in_parts = is_sharded(param) and not self._sharing.shares(param, group)
@@ -205,21 +214,21 @@ class MatrixOptimizer(SharingOptimizer):
             self._step(index, work, KnownCalls())
 
     def _prepare(self, index: int, work: Work) -> PreparedUpdate:
-        params, states, steps = work.params, work.states, work.steps  # without the scaler's
+        without = work._replace(scaling={})  # without the scaler's tensors
         if self._is_shared:
-            return self._prepare_shared(index, Work(params, states, steps, {}))
+            return self._prepare_shared(index, without)
         known = KnownCalls()
         group = self.param_groups[index]
-        addresses = addresses_of_grads(params)
+        addresses = addresses_of_grads(work.params)
         if not _waits(group, work.scaling):
-            after = self._schedule.after(index, group, steps)
+            after = self._schedule.after(index, group, work.steps)
             self._calls(index, after, work, known, addresses)
         optimizer = weakref.ref(self)  # which will own the launch
 
         def update(addresses: Tensor | None, group: Group, scaling: Scaling) -> None:
             owner = optimizer()
             assert owner is not None
-            owner._step(index, Work(params, states, steps, scaling), known, addresses)
+            owner._step(index, without._replace(scaling=scaling), known, addresses)
 
         return at_addresses(addresses, update)
 
@@ -330,6 +339,17 @@ class MatrixOptimizer(SharingOptimizer):
                 "messages it reads on the host; step without a graph"
             )
         check_capturable_schedules(self.param_groups, by_kind=self._captured_by_kind)
+
+
+def _check_second_moment(index: int, position: int, group: Group) -> None:
+    """Raise a ValueError for a matrix that is to follow more of micro-batches than their mean."""
+    param = group["params"][position]
+    if not is_lazy(param) and unit_of(param, group).layout is not None:
+        raise ValueError(
+            f"second_moment is {group['second_moment']!r} but {name_of(index, position, group)} is "
+            "a matrix: for matrices only 'batch', since each micro-batch would cost an update of "
+            "the factors; put vectors into a group of their own"
+        )
 
 
 def _has_matrices(params: list[Tensor]) -> bool:

@@ -179,7 +179,8 @@ def _vectors(
     states = own.own_states(method.states) if method.by_tensor else own.states
     steps = steps_of(own.owners, work.steps)
     lists = [own.params, *state_lists(method, states, group)]
-    known = KnownUpdate(method, lists, steps, own.grads, gradients_suit(own.params))
+    parts = work.parts and work.parts.at(indices)
+    known = KnownUpdate(method, lists, steps, own.grads, gradients_suit(own.params), parts)
     return UpdateAtGradients(known, own.owners, addresses)
 
 

@@ -1,6 +1,15 @@
 """The specification: every update as a pure PyTorch function on tensors, in the paper's order."""
 
-from .diag import adamw_, mean_square, rmsprop_
+from .diag import (
+    SquareWeights,
+    accumulate_,
+    adamw_,
+    mean_square,
+    rmsprop_,
+    second_moment,
+    sign_,
+    square_weights,
+)
 from .matrix import (
     apply_,
     initial_scale,
@@ -20,6 +29,8 @@ from .rootfree_shampoo import (
 )
 
 __all__ = [
+    "SquareWeights",
+    "accumulate_",
     "adamw_",
     "apply_",
     "initial_scale",
@@ -30,8 +41,11 @@ __all__ = [
     "precondition",
     "rmsprop_",
     "rootfree_shampoo_",
+    "second_moment",
     "shape_scale",
+    "sign_",
     "split",
+    "square_weights",
     "start_values",
     "update_factors_",
     "vector_adam_",

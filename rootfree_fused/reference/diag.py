@@ -13,6 +13,7 @@ become infinite, and NaN at the next step.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,10 +44,14 @@ def rmsprop_(
     batch_size: float,
     decoupled: bool,
     maximize: bool,
+    parts: Tensor | None = None,
+    square_weight: float = 1.0,
+    signal_weight: float = 1.0,
+    floor_weight: float = 0.0,
 ) -> None:
     """One root-free RMSProp step on one parameter; square_avg (s) starts at 1 as released.
 
-        s   <- s + (1 - alpha) (B g^2 - s)
+        s   <- s + (1 - alpha) (B g^2 - s)       or what `second_moment` gives for B g^2
         u    = g / (s + damping)
         u   <- u + weight_decay p            unless decoupled
         p   <- p - lr weight_decay p         if decoupled
@@ -54,11 +59,12 @@ def rmsprop_(
         p   <- p - lr buf
 
     With alpha = 1 and damping = 0 this is torch.optim.SGD(momentum=momentum); unless decoupled,
-    with SGD's own weight_decay.
+    with SGD's own weight_decay. parts: the mean square of micro-batches, see `second_moment`.
     """
     g, p = _operands(param, grad, square_avg, maximize)
+    weights = SquareWeights(square_weight, signal_weight, floor_weight)
 
-    square_avg.lerp_(_square(g, batch_size), 1 - alpha)
+    square_avg.lerp_(second_moment(g, parts, weights, batch_size), 1 - alpha)
     u = g / (square_avg + damping)
     if decoupled:
         p = p - lr * weight_decay * p
@@ -83,26 +89,137 @@ def adamw_(
     weight_decay: float,
     batch_size: float,
     maximize: bool,
+    parts: Tensor | None = None,
+    square_weight: float = 1.0,
+    signal_weight: float = 1.0,
+    floor_weight: float = 0.0,
 ) -> None:
     """One root-free AdamW step on one parameter; exp_avg_sq (s) starts at 1 as released.
 
         p <- p - lr weight_decay p
         m <- m + (1 - beta1) (g - m)
-        s <- s + (1 - beta2) (B g^2 - s)
+        s <- s + (1 - beta2) (B g^2 - s)         or what `second_moment` gives for B g^2
         p <- p - (lr / bc1) m / (s / bc2 + damping)
 
     bc1 = 1 - beta1^t and bc2 = 1 - beta2^t, where t = `step` counts this step; without `step` there
-    is no bias correction: bc1 = bc2 = 1.
+    is no bias correction: bc1 = bc2 = 1. parts: the mean square of micro-batches, see
+    `second_moment`.
     """
     g, p = _operands(param, grad, exp_avg_sq, maximize)
+    weights = SquareWeights(square_weight, signal_weight, floor_weight)
     bias_correction1 = bias_correction(beta1, step)
     bias_correction2 = bias_correction(beta2, step)
 
     p = p - lr * weight_decay * p
     exp_avg.copy_(_average(exp_avg, g, 1 - beta1))
-    exp_avg_sq.lerp_(_square(g, batch_size), 1 - beta2)
+    exp_avg_sq.lerp_(second_moment(g, parts, weights, batch_size), 1 - beta2)
     denominator = exp_avg_sq / bias_correction2 + damping
     param.copy_(p - (lr / bias_correction1) * exp_avg / denominator)
+
+
+def sign_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float | Tensor,
+    beta: float,
+    weight_decay: float,
+    sign_last: bool,
+    maximize: bool,
+    parts: Tensor | None = None,
+    part_weight: float = 1.0,
+) -> None:
+    """One step of sign descent on one parameter; exp_avg (m) starts at 0.
+
+        p <- p - lr weight_decay p
+        m <- m + (1 - beta) (y - m)
+        p <- p - lr sign(m)                      if the sign comes last, with y = g; else lr m
+
+    where y is sign(g) without `parts`, and with them the mean of micro-batches' signs,
+    part_weight times their sum. sign(0) = 0.
+    """
+    g, p = _operands(param, grad, exp_avg, maximize)
+    if parts is not None:
+        y = (-part_weight if maximize else part_weight) * parts.to(exp_avg.dtype)
+    else:
+        y = g if sign_last else _sign(g)
+
+    p = p - lr * weight_decay * p
+    exp_avg.lerp_(y, 1 - beta)
+    param.copy_(p - lr * (_sign(exp_avg) if sign_last else exp_avg))
+
+
+class SquareWeights(NamedTuple):
+    """How what s follows is made of b q and B g^2; see `second_moment`."""
+
+    square: float
+    signal: float
+    floor: float
+
+
+def square_weights(kind: str, parts: int) -> SquareWeights:
+    """Those of k = `parts` micro-batches, of which `second_moment` makes with b q and B g^2
+
+        "batch"     B g^2
+        "micro"     b q
+        "variance"  b (q - g^2) k / (k - 1)
+        "mean"      max(B (k g^2 - q) / (k - 1), B g^2 / k)
+
+    Where a term of the loss has the gradient mu and the variance v their expectations are
+    B mu^2 + v, b mu^2 + v, v, and, before the max, B mu^2. "variance" and "mean" need two parts.
+
+    The idea is of Roulet and Agarwala, "Per-example gradients: a new frontier for understanding and
+    improving optimizers", arXiv 2510.00236, whose own formulas these are not.
+    """
+    if kind == "batch":
+        return SquareWeights(1.0, 1.0, 0.0)
+    if kind == "micro":
+        return SquareWeights(1.0, 0.0, 0.0)
+    if kind == "variance":
+        return SquareWeights(1.0, -1 / (parts - 1), 0.0)
+    return SquareWeights(0.0, parts / (parts - 1), 1 / parts)
+
+
+def second_moment(
+    mean: Tensor, square: Tensor | None, weights: SquareWeights, batch_size: float
+) -> Tensor:
+    """What s follows, of the mean gradient g and the squares of micro-batches; B g^2 without them.
+
+        max(w_square b q + w_signal (B g^2 - b q), w_floor B g^2)
+
+    square: b q / B, where q is the mean over k micro-batches of b = B / k terms of their squared
+        gradients: sum_j w_j^2 g_j^2 / (sum_j w_j)^2, with w_j = 1 or their terms.
+    """
+    own = _square(mean, batch_size)
+    if square is None:
+        return own
+    largest = torch.finfo(own.dtype).max
+    parts = (batch_size * square.to(own.dtype)).clamp_max(largest)
+    target = weights.square * parts + weights.signal * (own - parts)
+    return torch.maximum(target, weights.floor * own).clamp_max(largest)
+
+
+def accumulate_(
+    total: Tensor, part: Tensor | None, grad: Tensor, *, weight: float, signs: bool, first: bool
+) -> None:
+    """Add a micro-batch's gradient to a sum, and its square or its sign to another.
+
+        total <- total + w g
+        part  <- part + (w g)^2, or part + w sign(g)
+
+    Both start at 0 with the first.
+    """
+    g = weight * grad.to(total.dtype)
+    total.copy_(g if first else total + g)
+    if part is not None:
+        own = weight * _sign(g) if signs else g * g
+        part.copy_(own if first else part + own)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """As torch.sign, but NaN stays."""
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def _operands(param: Tensor, grad: Tensor, state: Tensor, maximize: bool) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ ADAGRAD = columns(AdagradScalars)
 
 
 @triton.jit
-def update(p, g, s, unused, lr, scalars_ptr, step_ptr):
+def update(p, g, parts, s, unused, lr, scalars_ptr, step_ptr):
     g *= tl.load(scalars_ptr + ADAGRAD.sign)
     s += tl.load(scalars_ptr + ADAGRAD.batch_size) * g * g
     p -= lr * tl.load(scalars_ptr + ADAGRAD.weight_decay) * p

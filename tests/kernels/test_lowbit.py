@@ -217,7 +217,7 @@ def test_hundreds_of_tensors_are_one_launch(device):
     lists = Lowbit("adamw_", "bfloat16 + 8, 8bit", shapes, device, **half_way("adamw_"))
     (launch,) = plan_of(lists, lists.fresh_grads()).launches
     assert launch.programs == len(shapes)
-    assert tuple(launch.dtypes) == (tl.bfloat16, tl.bfloat16, tl.int8, tl.uint8, tl.int8)
+    assert tuple(launch.dtypes) == (tl.bfloat16, tl.bfloat16, tl.int8, tl.uint8, None, tl.int8)
 
 
 def test_a_plan_for_gradients_that_moved(device):

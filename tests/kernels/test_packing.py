@@ -261,7 +261,7 @@ def test_tensors_on_the_cpu_go_elsewhere(monkeypatch):
     monkeypatch.delattr(packing, "unpack_")
     tensors = Tensors("E5M3", SHAPES, torch.device("cpu"))
     slow = by_reference.pack_, by_reference.unpack_
-    on_cuda = map(dispatch._format_on_cuda, ("pack_", "unpack_"), slow)
+    on_cuda = map(dispatch._lists_on_cuda, ("pack_", "unpack_"), ("packing",) * 2, slow)
     for run, body in zip((tensors.pack, tensors.unpack), on_cuda, strict=True):
         run(body)
 

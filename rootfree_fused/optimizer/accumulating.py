@@ -1,0 +1,357 @@
+"""Micro-batches: gradients that are added up, and their squares, until a step takes them."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
+
+from ..ops.checks import is_sharded
+from .amp_and_graphs import Scaling
+from .checks import check_gradient, name_of
+from .groups import DeclaringOptimizer, Group, trains
+from .known_tensors import KnownGradients
+from .parts import Accumulated, kind_of
+
+_UNUSED = "step() or zero_grad() first"
+
+
+class AccumulatingOptimizer(DeclaringOptimizer):
+    """An optimizer that takes the gradients of micro-batches before a step."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], unknown: Mapping[str, Any]) -> None:
+        self._start_accumulation()
+        super().__init__(params, defaults, unknown)
+
+    def _start_accumulation(self) -> None:
+        self._accumulated = Accumulated()
+        self._taken = KnownGradients()
+        self._hooks: list[RemovableHandle] = []
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def accumulate(
+        self,
+        terms: float | None = None,
+        *,
+        squares: Mapping[Tensor, Tensor] | None = None,
+        parts: int = 1,
+    ) -> None:
+        """Take the gradients of a micro-batch: call it after each backward, then `step` once.
+
+            for micro in batches:
+                loss_fn(model(micro.x), micro.y).backward()    # a mean, not divided further
+                optimizer.accumulate()
+            optimizer.step()
+
+        The step's gradient is the mean over micro-batches, which are added up in float32 (float64
+        for float64 parameters) whatever the dtype of the gradients is. Each `.grad` becomes None.
+        A parameter without a gradient in one of them counts as zero there. batch_size stays the
+        number of terms of all of them together.
+
+        Args:
+            terms: how many loss terms this micro-batch averages, by which it then counts; with None
+                all count alike. For all of a step or for none.
+            squares: of parameters with a `second_moment` other than "batch", the mean over parts of
+                this micro-batch of their squared gradients, of the parameter's shape; others take
+                the square of the micro-batch's own gradient. `micro.TokenSquares` makes them.
+            parts: how many parts that is.
+
+        Raises:
+            RuntimeError: there is no gradient, they are taken by hooks, or `accumulated_grads` has
+                ended this accumulation.
+            ValueError, TypeError: a gradient that no step could take, a value out of range; nothing
+                was taken.
+
+        Source: for squares, Roulet and Agarwala, "Per-example gradients: a new frontier for
+        understanding and improving optimizers", arXiv 2510.00236; the formulas are ours.
+        """
+        if self._hooks:
+            raise RuntimeError(
+                "accumulate() was called, but accumulate_in_backward() takes the gradients; leave "
+                "the call out, or remove() what that returned"
+            )
+        self._check_open()
+        weight = self._weight_of(terms, parts)
+        params = self._take(squares or {})
+        if not params:
+            raise RuntimeError("no parameter has a gradient; call backward() before accumulate()")
+        self._accumulated.add(params, weight, squares or {}, weight**2 / parts)
+        self._accumulated.counted(params, weight, parts)
+        self._accumulated.by_terms = terms is not None
+
+    @torch.no_grad()
+    def accumulate_in_backward(self) -> RemovableHandle:
+        """Have every gradient taken as soon as it is there, so that there never is a full set.
+
+        A backward then is a micro-batch: call neither `accumulate` nor, before a step, anything
+        else. Parameters that are added later are not among them. remove() what is returned to end
+        it.
+
+        Raises:
+            RuntimeError: it is so already, or something is accumulated.
+        """
+        self._check_unused("accumulate_in_backward()")
+        if self._hooks:
+            raise RuntimeError(
+                "accumulate_in_backward() was called already; remove() what it returned first"
+            )
+        optimizer = weakref.ref(self)
+
+        def take(param: Tensor) -> None:
+            owner = optimizer()
+            if owner is not None and owner._hooks:
+                owner._take_one(param)
+
+        self._hooks = [p.register_post_accumulate_grad_hook(take) for p, _ in self._trained()]
+        return _Hooks(self)
+
+    @torch.no_grad()
+    def accumulated_grads(self) -> list[Tensor]:
+        """End an accumulation: put the mean gradients in the place of `.grad`, and return them.
+
+        For what reads `.grad` before a step: clip_grad_norm_, and a gradient scaler, which looks
+        for infs there. Means of float32 are `.grad` of bfloat16 parameters too, until the step.
+        What clips them leaves the squares of micro-batches as they were.
+
+        Raises:
+            RuntimeError: nothing is accumulated.
+        """
+        accumulated = self._accumulated
+        if not accumulated.count:
+            raise RuntimeError("nothing is accumulated; call accumulate() after each backward")
+        params = accumulated.pending(self._all_params())
+        if not accumulated.are_grads:
+            self._check_taken_all()
+            accumulated.become_means()
+            accumulated.put(params)
+        return [param.grad for param in params if param.grad is not None]
+
+    @torch.no_grad()
+    def reduce_accumulated(self, process_group: Any = None) -> None:
+        """Sum what ranks accumulated, so that each rank's micro-batches are micro-batches of all.
+
+        For DistributedDataParallel where every backward was under no_sync(): call it once before
+        `step`, on every rank of the group. Where DistributedDataParallel averages gradients at each
+        backward, and with FSDP2, a micro-batch is of all ranks already, and this is not called.
+
+        Args:
+            process_group: of torch.distributed; None for all ranks.
+
+        Raises:
+            RuntimeError: ranks accumulated different things, or `accumulated_grads` was called;
+                nothing changed. TypeError: parameters are DTensors.
+        """
+        self._check_open()
+        every = self._trained()
+        if any(is_sharded(param) for param, _ in every):
+            raise TypeError(
+                "parameters are DTensors, whose gradients FSDP2 reduces at each backward; leave "
+                "reduce_accumulated() out"
+            )
+        params = [param for param, _ in every]
+        self._accumulated.prepare(params, [kind for _, kind in every])
+        self._accumulated.sum_over(process_group, params)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim, and drop what was accumulated."""
+        self._accumulated.forget()
+        super().zero_grad(set_to_none)
+
+    # For a step -------------------------------------------------------------------------------
+
+    def _takes_parts(self, group: Group) -> bool:
+        """Whether the next step of a group takes more of micro-batches than their mean."""
+        return bool(self._accumulated.count) and kind_of(group) is not None
+
+    def _check_parts(self, index: int, group: Group) -> None:
+        """Raise a ValueError for a second moment that needs more micro-batches than there are."""
+        kind, count = group.get("second_moment", "batch"), self._accumulated.count or 1
+        if kind in ("variance", "mean") and count < 2:
+            raise ValueError(
+                f"second_moment={kind!r} in group {index} needs at least 2 micro-batches a step, "
+                f"got {count}; call optimizer.accumulate() after each backward"
+            )
+
+    def _check_micro_batches(self, scaling: Scaling) -> None:
+        """Raise where a step could not be taken on what was accumulated."""
+        accumulated = self._accumulated
+        for index, group in enumerate(self.param_groups):
+            for param in accumulated.pending(group["params"]):
+                if not accumulated.fits(param, kind_of(group)):
+                    raise ValueError(
+                        f"a parameter of group {index}, of shape {tuple(param.shape)}, or its "
+                        "second_moment changed since accumulate(); zero_grad() drops what is there"
+                    )
+        if not accumulated.are_grads:
+            self._check_taken_all()
+            if isinstance(getattr(self, "found_inf", None), int):  # the scaler looked at nothing
+                self._check_before_scaler()
+        if "found_inf" in scaling and "grad_scale" not in scaling and self._has_squares():
+            raise ValueError(
+                "scaler.unscale_(optimizer) was called where squares of micro-batches are "
+                "accumulated, which it cannot unscale; leave it out, and pass amp_scaling=True"
+            )
+
+    def _has_squares(self) -> bool:
+        return any(kind_of(group) == "squares" for group in self.param_groups)
+
+    def _check_before_scaler(self) -> None:
+        """Raise where a gradient scaler would look for infs in gradients that are not there."""
+        accumulated = self._accumulated
+        if not accumulated.count:
+            return
+        if not accumulated.are_grads:
+            raise RuntimeError(
+                f"{accumulated.count} micro-batches are accumulated, and a gradient scaler looks "
+                "for infs in .grad; call optimizer.accumulated_grads() before scaler.step("
+                "optimizer)"
+            )
+        if self._has_squares() and not all(group["amp_scaling"] for group in self.param_groups):
+            raise ValueError(
+                "squares of micro-batches are accumulated, and scaled squares cannot be unscaled "
+                "later; pass amp_scaling=True"
+            )
+
+    def _check_taken_all(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    raise RuntimeError(
+                        f"{name_of(index, position, group)} has a gradient that was not "
+                        "accumulated; call accumulate() after each backward, or zero_grad() to "
+                        "drop all"
+                    )
+
+    def _trained(self) -> list[tuple[Tensor, str | None]]:
+        """All that may have a gradient, with what their method follows of micro-batches."""
+        counts = self._accumulated.counts
+        return [
+            (param, kind_of(group))
+            for group in self.param_groups
+            for param in group["params"]
+            if trains(param) or id(param) in counts
+        ]
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _take(self, squares: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """The parameters that have a gradient, after a check of all of them, with buffers."""
+        found: list[Tensor] = []
+        kinds: list[str | None] = []
+        for index, group in enumerate(self.param_groups):
+            own = self._taken.find(index, group["params"])
+            if own is None:
+                own = [
+                    self._checked_one(index, position, group)
+                    for position, param in enumerate(group["params"])
+                    if isinstance(param, Tensor) and param.grad is not None
+                ]
+                self._taken.keep(index, group["params"], own)
+            found += own
+            kinds += [kind_of(group)] * len(own)
+        _check_squares(squares, found, kinds)
+        self._prepare_all(found, kinds)
+        return found
+
+    def _checked_one(self, index: int, position: int, group: Group) -> Tensor:
+        """A parameter that has a gradient, after a check of both."""
+        self._check_taken(index, position, group)
+        param: Tensor = group["params"][position]
+        check_gradient(name_of(index, position, group), param, param.grad)
+        return param
+
+    def _prepare_all(self, found: list[Tensor], kinds: list[str | None]) -> None:
+        """Buffers for these and, in the same allocation, for all that train."""
+        if self._accumulated.fit(found, kinds):
+            return
+        every = self._trained()
+        self._accumulated.prepare([p for p, _ in every], [kind for _, kind in every])
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _take_one(self, param: Tensor) -> None:
+        """As `accumulate`, of one parameter in the midst of a backward."""
+        self._check_open()
+        for index, group in enumerate(self.param_groups):
+            for position, other in enumerate(group["params"]):
+                if other is param:
+                    self._checked_one(index, position, group)
+                    self._prepare_all([param], [kind_of(group)])
+        self._accumulated.add([param], 1.0, {})
+        self._accumulated.counted_alone(param)
+
+    def _weight_of(self, terms: Any, parts: Any) -> float:
+        if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+            raise ValueError(f"parts is {parts!r}; pass how many there are, a whole number >= 1")
+        if terms is not None and (isinstance(terms, bool) or not isinstance(terms, Real)):
+            raise TypeError(
+                f"terms is a {type(terms).__name__}; pass the number of loss terms that the "
+                "micro-batch averages, as a number: of a tensor its item()"
+            )
+        if terms is not None and not 0 < float(terms) < math.inf:
+            raise ValueError(f"terms is {terms!r}; pass a number > 0")
+        before = self._accumulated.by_terms
+        if before is not None and before != (terms is not None):
+            raise ValueError(
+                "terms was given for some micro-batches of this step and not for others; pass it "
+                "to all of them, or to none"
+            )
+        return float(parts if terms is None else terms)
+
+    def _check_open(self) -> None:
+        if self._accumulated.are_grads:
+            raise RuntimeError(f"accumulated_grads() has ended this accumulation; {_UNUSED}")
+
+    def _check_unused(self, what: str) -> None:
+        if self._accumulated.count:
+            raise RuntimeError(
+                f"{what} was called, but {self._accumulated.count} micro-batches are accumulated; "
+                f"{_UNUSED}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_unused("a copy of the optimizer")
+        return super().__getstate__()
+
+
+class _Hooks(RemovableHandle):
+    """What ends `accumulate_in_backward`."""
+
+    def __init__(self, optimizer: AccumulatingOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+
+    def remove(self) -> None:
+        """Leave gradients where they are from now on."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for hook in optimizer._hooks:
+                hook.remove()
+            optimizer._hooks = []
+
+
+def _check_squares(
+    squares: Mapping[Tensor, Tensor], params: Sequence[Tensor], kinds: Sequence[str | None]
+) -> None:
+    if squares and "signs" in kinds:
+        raise ValueError("squares were given to an optimizer that takes signs; leave them out")
+    shapes = {id(param): param.shape for param in params}
+    for param, square in squares.items():
+        if id(param) not in shapes:
+            raise ValueError(
+                f"squares has a parameter of shape {tuple(param.shape)} that is not among those "
+                "with a gradient; leave it out"
+            )
+        if square.shape != shapes[id(param)]:
+            raise ValueError(
+                f"squares has {tuple(square.shape)} for a parameter of shape "
+                f"{tuple(param.shape)}; pass one mean square an element"
+            )
