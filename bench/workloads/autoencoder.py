@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..measuring.common import optional
+from .training import Problem
 
 SIZES = (64, 48, 24, 8, 24, 48, 64)
 STEPS_A_ROUND = 30
 
 
-class Autoencoder:
+class Autoencoder(Problem):
     """A round is 30 batches of images in random order; all images are trained on, and evaluated."""
 
     name = "autoencoder"

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..measuring.common import optional
+from .training import Problem
 
 Set = tuple[Tensor, Tensor]  # images (n, 1, 8, 8) in [0, 1], labels (n,)
 
 
-class Digits:
+class Digits(Problem):
     """A round is an epoch; its smaller last batch is dropped, so that batch_size stays true."""
 
     name = "digits"

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .training import Problem
+
 CONTEXT, SEQUENCES = 64, 24  # characters that are seen, sequences a batch
 STEPS_A_ROUND = 25
 HELD_OUT = 16_384  # characters
@@ -21,7 +23,7 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))  # all others are one more
 VOCABULARY = len(CHARACTERS) + 1
 
 
-class Text:
+class Text(Problem):
     """Every tenth module is held out for the test, every tenth for tuning."""
 
     warm_up = 0.1

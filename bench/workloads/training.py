@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Data = Any  # what a problem's `load` returns and its other methods take
+# A cosine to 0, or ("steps", shares of all steps, the factor at each of them).
+Schedule = Literal["cosine"] | tuple[Literal["steps"], tuple[float, ...], float]
 
 
 class Problem(Protocol):
     """A training problem. A round is what lies between two evaluations."""
+
+    schedule: Schedule = "cosine"
+    clip: float | None = None  # the largest norm of all gradients together
 
     name: str
     batch_size: int  # loss terms that a gradient averages
@@ -42,7 +47,18 @@ class Problem(Protocol):
         """Mean over the batch's `batch_size` loss terms."""
 
     def evaluate(self, model: nn.Module, held_out: Data) -> dict[str, float]:
-        """The `loss`, and other measures by their names."""
+        """The `loss`, and other measures by their names; of a model in evaluation mode."""
+
+
+def measured(problem: Problem, model: nn.Module, data: Data) -> dict[str, float]:
+    """Every measure of a model in evaluation mode, and without gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return problem.evaluate(model, data)
+    finally:
+        model.train(training)
 
 
 @dataclass
@@ -52,6 +68,7 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     schedule: LambdaLR
+    clip: float | None = None
     training_loss: list[float] = field(default_factory=list)
     held_out: dict[str, list[float]] = field(default_factory=dict)
     optimizer_step: list[float] = field(default_factory=list)
@@ -63,6 +80,8 @@ class Run:
         self.optimizer.zero_grad()
         loss = loss_of(self.model)
         loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         before = _now(device)
         self.optimizer.step()
         end = _now(device)
@@ -73,9 +92,8 @@ class Run:
 
     def evaluate(self, problem: Problem, data: Data) -> None:
         """Append every measure on held-out data."""
-        with torch.no_grad():
-            for name, value in problem.evaluate(self.model, data).items():
-                self.held_out.setdefault(name, []).append(value)
+        for name, value in measured(problem, self.model, data).items():
+            self.held_out.setdefault(name, []).append(value)
 
 
 def _now(device: torch.device) -> float:
@@ -84,11 +102,14 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def learning_rate(step: int, *, steps: int, warm_up: int) -> float:
-    """Factor of the learning rate at a step: a line to 1 in `warm_up` steps, a cosine to 0."""
+def learning_rate(step: int, *, steps: int, warm_up: int, schedule: Schedule = "cosine") -> float:
+    """Factor of the learning rate at a step: a line to 1 in `warm_up` steps, then the schedule."""
     if step < warm_up:
         return (step + 1) / warm_up
-    return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
+    _, shares, factor = schedule
+    return factor ** sum(step >= round(share * steps) for share in shares)
 
 
 def train(
@@ -131,12 +152,17 @@ def _start(
     steps: int,
 ) -> dict[str, Run]:
     runs = {}
-    factor = partial(learning_rate, steps=steps, warm_up=round(problem.warm_up * steps))
+    factor = partial(
+        learning_rate,
+        steps=steps,
+        warm_up=round(problem.warm_up * steps),
+        schedule=problem.schedule,
+    )
     for name, build in optimizers.items():
         torch.manual_seed(seed)
         model = problem.build_model().to(device)
         optimizer = build(model)
-        runs[name] = Run(model, optimizer, LambdaLR(optimizer, factor))
+        runs[name] = Run(model, optimizer, LambdaLR(optimizer, factor), problem.clip)
     return runs
 
 
