@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from . import convolutions
+from . import convolutions, full, graph, sequences, transformers
 from .workload import Workload
 
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in convolutions.WORKLOADS}
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for module in (convolutions, transformers, sequences, graph, full)
+    for workload in module.WORKLOADS
+}
 
 __all__ = ["WORKLOADS", "Workload"]

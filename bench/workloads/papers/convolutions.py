@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .workload import OnDigits, squared_loss
+from .workload import STEPS, OnDigits, squared_loss
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -105,15 +105,16 @@ def convmixer(width: int = 32, depth: int = 4) -> nn.Module:
 
 
 WORKLOADS = [
-    OnDigits("digits_vgg", vgg, rounds=60),
-    OnDigits("digits_resnet", resnet, rounds=60),
+    OnDigits("digits_vgg", vgg, rounds=60, schedule=STEPS),
+    OnDigits("digits_resnet", resnet, rounds=60, schedule=STEPS),
     OnDigits(
         "digits_resnet_squared",
         resnet,
         rounds=60,
+        schedule=STEPS,
         criterion=squared_loss,
         unit="squared error",
     ),
-    OnDigits("digits_densenet", densenet, rounds=60),
+    OnDigits("digits_densenet", densenet, rounds=60, schedule=STEPS),
     OnDigits("digits_convmixer", convmixer, rounds=60),
 ]

@@ -16,10 +16,11 @@ from torch.nn import functional
 from typing_extensions import Self
 
 from ..digits import Digits
-from ..training import Data, Problem
+from ..training import Data, Problem, Schedule
 
 Set = tuple[Tensor, Tensor]  # images (n, channels, height, width), labels (n,)
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (n, classes) and labels, mean over them
+STEPS: Schedule = ("steps", (1 / 3, 2 / 3), 0.1)  # of the published CNNs
 CHUNK = 512  # images that are evaluated at once
 
 
@@ -32,24 +33,29 @@ class Workload(Problem):
     threads = 1
     published: str | None = None  # the model's name among the published search spaces
     needs_data: str | None = None  # what has to lie in the folder that `with_data` takes
+    files: tuple[str, ...] = ()  # paths there without which nothing can be read
     folder: Path | None = None
 
-    def with_data(self, folder: Path | None) -> Self:
+    def with_data(self, folder: Path | str | None) -> Self:
         """The same workload on the data in a folder; itself where it needs none."""
         if self.needs_data is None or folder is None:
             return self
         other = copy.copy(self)
-        other.folder = folder
+        other.folder = Path(folder)
         return other
 
     def missing(self) -> str | None:
         """Why it cannot be trained here, and the cure; None where it can."""
         absent = [name for name in self.needs if find_spec(name) is None]
         if absent:
-            return f"{', '.join(absent)} missing; pip install rootfree-fused[bench]"
-        if self.needs_data and self.folder is None:
-            return f"no data given; pass --data DIR, a folder with {self.needs_data}"
-        return None
+            return f"no {' and no '.join(absent)}; pip install rootfree-fused[bench]"
+        if self.needs_data is None:
+            return None
+        cure = f"pass --data DIR, a folder with {self.needs_data}"
+        if self.folder is None:
+            return f"no data; {cure}"
+        unread = [path for file in self.files if not (path := self.folder / file).exists()]
+        return f"no {' and no '.join(map(str, unread))}; {cure}" if unread else None
 
     def training_part(self, train_set: Data) -> Data:
         """Training data as `evaluate` takes it, for the accuracy on what was learnt."""
@@ -67,11 +73,17 @@ class Classification(Workload):
         network: Callable[[], nn.Module],
         *,
         rounds: int,
+        warm_up: float = 0.0,
+        schedule: Schedule = "cosine",
+        clip: float | None = None,
         criterion: Loss = functional.cross_entropy,
+        training_criterion: Loss | None = None,
         unit: str = "nat",
     ) -> None:
         self.name, self.rounds, self.unit = name, rounds, unit
+        self.warm_up, self.schedule, self.clip = warm_up, schedule, clip
         self._network, self._criterion = network, criterion
+        self._training_criterion = training_criterion or criterion
 
     def build_model(self) -> nn.Module:
         """The network, its logits (n, classes)."""
@@ -79,10 +91,10 @@ class Classification(Workload):
 
     def loss(self, model: nn.Module, batch: Set) -> Tensor:
         """Mean over the images."""
-        return self._criterion(self._logits(model, batch[0]), batch[1])
+        return self._training_criterion(self._logits(model, batch[0]), batch[1])
 
     def evaluate(self, model: nn.Module, held_out: Set) -> dict[str, float]:
-        """Loss as in training, and accuracy as a share of the images."""
+        """Loss, without label smoothing, and accuracy as a share of the images."""
         parts = [self._logits(model, x) for x in held_out[0].split(CHUNK)]
         logits, labels = torch.cat(parts), held_out[1]
         accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
