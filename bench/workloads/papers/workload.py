@@ -127,5 +127,5 @@ def squared_loss(logits: Tensor, labels: Tensor, *, k: float = 15**0.5, m: float
     Square Loss vs Cross-Entropy in Classification Tasks", arXiv 2006.07322; their k is k^2 here, as
     in the code of arXiv 2402.03496.
     """
-    right = functional.one_hot(labels, logits.shape[1])
+    right = functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
     return ((logits - m * right) * (1 + (k - 1) * right)).square().mean()
