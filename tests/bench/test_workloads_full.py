@@ -174,7 +174,9 @@ def test_cifar_is_divided_and_trained_on_in_bfloat16(tmp_path):
     parts = torch.cat([tuning[0][0], tuning[1][0]]).flatten(1)
     assert sorted(parts.tolist()) == sorted(images.tolist())
     batches = list(workload.batches(tuning[0], torch.Generator().manual_seed(0)))
-    assert [x.shape for x, _ in batches] == [(128, 3, 32, 32)] * 2
+    assert [(x.shape, x.dtype) for x, _ in batches] == [((128, 3, 32, 32), torch.uint8)] * 2
+    originals = set(map(tuple, images.tolist()))
+    assert sum(tuple(x) in originals for x in batches[0][0].flatten(1).tolist()) < 10  # shifted
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 100))
     seen = []
     model[1].register_forward_hook(lambda module, given, found: seen.append((given[0], found)))
