@@ -16,6 +16,7 @@ CASES = (
     "helpers.shared_faults",
     "helpers.row_cases",
     "helpers.shared_formats",
+    "helpers.micro_rank_cases",
 )
 TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
 START = 300.0  # for what ranks import, on a machine that does other things
