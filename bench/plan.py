@@ -53,6 +53,13 @@ FORMATS: dict[str, list[Settings]] = {
     "IFShampoo": [_ALL[0], _ALL[1], _ALL[2], *_ALL[4:7]],
     "RootFreeShampoo": [_ALL[0], _ALL[1], _ALL[2], *_ALL[4:7]],
 }
+# What s follows, by micro-batches of 8, on digits; each at three learning rates.
+MICRO_BATCHES = "micro_batches"
+_MOMENTS = ("batch", "micro", "variance", "mean")
+SECOND_MOMENTS: dict[str, tuple[float, ...]] = {
+    "RootFreeAdamW": (3e-3, 1e-2, 3e-2),
+    "RootFreeRMSprop": (3e-4, 1e-3, 3e-3),
+}
 SEARCHED = {"long text": "text"}  # where the settings of another problem are taken
 
 Losses = dict[str, dict[int, float]]  # by settings as JSON and seed; inf where a run diverged
@@ -175,6 +182,16 @@ def _formats(choice: Choice, rows: list[Row]) -> Iterator[Job]:
                 yield Job("formats", task, name, json.dumps(settings), seed)
 
 
+def _second_moments(choice: Choice, rows: list[Row]) -> Iterator[Job]:
+    for seed in SEEDS[: choice.seeds]:
+        for task, name in choice.cases:
+            for lr in SECOND_MOMENTS.get(name, ()) if task == "digits" else ():
+                for moment in _MOMENTS:
+                    chosen = {"lr": lr, "second_moment": moment, MICRO_BATCHES: 8}
+                    settings = {**METHODS[task][name].defaults, **chosen}
+                    yield Job("second moments", task, name, json.dumps(settings), seed)
+
+
 # In the order of their runs: the best of a search is trained as soon as it is known.
 PLANS = {
     "defaults": _defaults,
@@ -183,6 +200,7 @@ PLANS = {
     "basin": _basin,
     "structures": _structures,
     "formats": _formats,
+    "second moments": _second_moments,
 }
 
 

@@ -6,6 +6,7 @@
     basin      the defaults at nine learning rates over two decades, on the tuning data
     structures   the defaults with factors of other structures, on text, on the comparison's data
     formats    the defaults with weights and state in fewer bytes, on the same
+    second moments   what s follows of 8 micro-batches, at three learning rates, on digits
 
 Runs are made in this order, or in that of --kinds. Each is a row as soon as it ends; the same
 command, or one with other choices, goes on with the runs that have none.
@@ -29,7 +30,7 @@ from .measuring.common import add_measurement_arguments, optional, pick_device, 
 from .measuring.rows import Rows, read_rows
 from .optimizers import METHODS
 from .optimizers.tuned import BASE, COMPARED
-from .plan import PLANS, WEIGHTS, Choice, Job, all_best, planned
+from .plan import MICRO_BATCHES, PLANS, WEIGHTS, Choice, Job, all_best, planned
 from .report import losses
 from .train import add_choice, add_tasks
 from .workloads.bfloat16 import on_bfloat16_weights
@@ -149,6 +150,7 @@ def train_job(job: Job, *, device: str, quick: bool) -> dict[str, Any]:
     problem, method = PROBLEMS[job.task], METHODS[job.task][job.method]
     settings = dict(job.chosen)
     in_bfloat16 = settings.pop(WEIGHTS, None) == "bfloat16"
+    micro_batches = settings.pop(MICRO_BATCHES, 1)
     build = partial(method.optimizer, settings=settings)
     if in_bfloat16:
         build = partial(on_bfloat16_weights, build)
@@ -160,6 +162,7 @@ def train_job(job: Job, *, device: str, quick: bool) -> dict[str, Any]:
         torch.device(device),
         seed=job.seed,
         rounds=rounds,
+        micro_batches=micro_batches,
     )
     found: dict[str, Any] = {"loss": [math.nan], "steps": 0, "bytes_a_parameter": None}
     try:

@@ -44,6 +44,8 @@ def losses(rows: list[Row]) -> str:
         parts += ["**At the defaults, by the structure of factors**", by_structure]
     if by_format := formats(rows):
         parts += ["**At the defaults, weights and state in fewer bytes**", by_format]
+    if by_moment := second_moments(rows):
+        parts += ["**Digits in 8 micro-batches a step, by what s follows**", by_moment]
     notes = (
         "The loss after the last step, mean and standard deviation over the seeds, lowest in bold: "
         "on text and digits of the test data, in nat, of the autoencoder on all images, squared "
@@ -73,6 +75,24 @@ def _structure(row: Row) -> str:
         return f"blocks up to {settings['max_dense_dim']}"
     size = f" of {settings['block_size']}, as released" if "block_size" in settings else ""
     return f"{settings['structures'].replace('_', ' ')}{size}"
+
+
+def second_moments(rows: list[Row]) -> str:
+    """Of each optimizer a line a second moment, and a column a learning rate in order."""
+    own = [row for row in rows if _kind(row) == "second moments"]
+    lines = []
+    for name in unique(own, "provider"):
+        found: dict[str, dict[float, list[Row]]] = {}
+        for row in select(own, provider=name):
+            settings = row["detail"]["settings"]
+            of = found.setdefault(settings["second_moment"], {})
+            of.setdefault(settings["lr"], []).append(row)
+        for moment, by_lr in found.items():
+            most = max(map(len, by_lr.values()))
+            cells = [f"{lr:g}: {_cell(by_lr[lr], most)}" for lr in sorted(by_lr)]
+            lines.append([name, moment, *cells])
+    header = ["optimizer", "second_moment", "low lr: test loss", "middle", "high"]
+    return markdown(header, lines) if lines else ""
 
 
 def formats(rows: list[Row]) -> str:

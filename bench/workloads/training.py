@@ -69,17 +69,21 @@ class Run:
     optimizer: Optimizer
     schedule: LambdaLR
     clip: float | None = None
+    micro_batches: int = 1
     training_loss: list[float] = field(default_factory=list)
     held_out: dict[str, list[float]] = field(default_factory=dict)
     optimizer_step: list[float] = field(default_factory=list)
     training_step: list[float] = field(default_factory=list)
 
-    def step(self, loss_of: Callable[[nn.Module], Tensor], device: torch.device) -> Tensor:
+    def step(self, problem: Problem, batch: Data, device: torch.device) -> Tensor:
         """One training step; returns the loss before it."""
         start = _now(device)
         self.optimizer.zero_grad()
-        loss = loss_of(self.model)
-        loss.backward()
+        if self.micro_batches == 1:
+            loss = problem.loss(self.model, batch)
+            loss.backward()
+        else:
+            loss = self._accumulate(problem, batch)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         before = _now(device)
@@ -89,6 +93,18 @@ class Run:
         self.optimizer_step.append(end - before)
         self.training_step.append(end - start)
         return loss.detach()
+
+    def _accumulate(self, problem: Problem, batch: Data) -> Tensor:
+        """The backwards of the micro-batches, taken by an optimizer of ours; their mean loss."""
+        optimizer: Any = self.optimizer
+        losses = []
+        for part in zip(*(t.chunk(self.micro_batches) for t in batch), strict=True):
+            losses.append(problem.loss(self.model, part))
+            losses[-1].backward()
+            optimizer.accumulate()
+        if self.clip is not None:
+            optimizer.accumulated_grads()
+        return torch.stack(losses).mean()
 
     def evaluate(self, problem: Problem, data: Data) -> None:
         """Append every measure on held-out data."""
@@ -120,11 +136,13 @@ def train(
     *,
     seed: int,
     rounds: int,
+    micro_batches: int = 1,
 ) -> Iterator[dict[str, Run]]:
     """Train one network an optimizer, all from the same weights on the same batches.
 
     Yields the runs, always the same ones, at the end of each round. They take their steps in turn,
-    so that noise falls on the times of all alike.
+    so that noise falls on the times of all alike. micro_batches: in how many equal ones each batch
+    is taken.
     """
     train_set, held_out = sets
     generator = torch.Generator().manual_seed(seed)
@@ -133,10 +151,12 @@ def train(
         batches = list(problem.batches(train_set, generator))
         if not runs:
             runs = _start(problem, optimizers, device, seed=seed, steps=rounds * len(batches))
+            for run in runs.values():
+                run.micro_batches = micro_batches
         totals = dict.fromkeys(runs, 0.0)
         for batch in batches:
             for name, run in runs.items():
-                totals[name] += run.step(partial(problem.loss, batch=batch), device)
+                totals[name] += run.step(problem, batch, device)
         for name, run in runs.items():
             run.training_loss.append(float(totals[name]) / len(batches))
             run.evaluate(problem, held_out)
