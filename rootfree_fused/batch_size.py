@@ -179,7 +179,12 @@ class BatchSizeCounter:
         self._grads_filled = self._any_grad()
 
     def _any_grad(self) -> bool:
-        groups = self._optimizer.param_groups
+        groups, accumulated = (
+            self._optimizer.param_groups,
+            getattr(self._optimizer, "_accumulated", None),  # what accumulate() took
+        )
+        if accumulated is not None and accumulated.count:
+            return True
         return any(p.grad is not None for group in groups for p in group["params"])
 
     def _before_step(

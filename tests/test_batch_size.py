@@ -8,7 +8,7 @@ from helpers.batch_size import Net, batch, batch_sizes, setup
 from helpers.optimizers import SCALED, assert_identical, build, snapshot
 from torch import nn
 
-from rootfree_fused import BatchSizeCounter
+from rootfree_fused import BatchSizeCounter, RootFreeAdamW
 
 IGNORED = -100
 
@@ -273,3 +273,21 @@ def test_a_model_in_eval_mode_is_told_the_cure():
         RuntimeError, match=r"Call train\(\) on it, and eval\(\) only on the layers"
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_micro_batches_that_were_taken_are_counted_together(in_backward):
+    model = torch.nn.Linear(4, 2)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
+    BatchSizeCounter(model, optimizer)
+    if in_backward:
+        optimizer.accumulate_in_backward()
+    for dropped in (False, True):
+        for samples in (3, 5):
+            model(torch.ones(samples, 4)).sum().backward()
+            if not in_backward:
+                optimizer.accumulate()
+            if dropped and samples == 3:
+                optimizer.zero_grad()
+        optimizer.step()
+        assert optimizer.param_groups[0]["batch_size"] == (5 if dropped else 8)

@@ -18,7 +18,7 @@ from .amp_and_graphs import Scaling
 from .checks import check_gradient, name_of
 from .groups import DeclaringOptimizer, Group, trains
 from .known_tensors import KnownGradients
-from .parts import Accumulated, kind_of
+from .parts import Accumulated, Taken, kind_of
 
 _UNUSED = "step() or zero_grad() first"
 
@@ -32,7 +32,7 @@ class AccumulatingOptimizer(DeclaringOptimizer):
 
     def _start_accumulation(self) -> None:
         self._accumulated = Accumulated()
-        self._taken = KnownGradients()
+        self._known: KnownGradients[Taken] = KnownGradients()
         self._hooks: list[RemovableHandle] = []
 
     @_disable_dynamo
@@ -80,12 +80,11 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             )
         self._check_open()
         weight = self._weight_of(terms, parts)
-        params = self._take(squares or {})
-        if not params:
+        takens = self._take(squares or {})
+        if not takens:
             raise RuntimeError("no parameter has a gradient; call backward() before accumulate()")
-        self._accumulated.add(params, weight, squares or {}, weight**2 / parts)
-        self._accumulated.counted(params, weight, parts)
-        self._accumulated.by_terms = terms is not None
+        self._accumulated.add(takens, weight, squares or {}, weight**2 / parts)
+        self._accumulated.counted(weight, parts, terms is not None)
 
     @torch.no_grad()
     def accumulate_in_backward(self) -> RemovableHandle:
@@ -127,12 +126,12 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         accumulated = self._accumulated
         if not accumulated.count:
             raise RuntimeError("nothing is accumulated; call accumulate() after each backward")
-        params = accumulated.pending(self._all_params())
         if not accumulated.are_grads:
             self._check_taken_all()
+            accumulated.put()
             accumulated.become_means()
-            accumulated.put(params)
-        return [param.grad for param in params if param.grad is not None]
+        every = accumulated.pending(p for group in self.param_groups for p in group["params"])
+        return [param.grad for param in every if param.grad is not None]
 
     @torch.no_grad()
     def reduce_accumulated(self, process_group: Any = None) -> None:
@@ -184,12 +183,12 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         """Raise where a step could not be taken on what was accumulated."""
         accumulated = self._accumulated
         for index, group in enumerate(self.param_groups):
-            for param in accumulated.pending(group["params"]):
-                if not accumulated.fits(param, kind_of(group)):
-                    raise ValueError(
-                        f"a parameter of group {index}, of shape {tuple(param.shape)}, or its "
-                        "second_moment changed since accumulate(); zero_grad() drops what is there"
-                    )
+            kind = kind_of(group)
+            if any(accumulated.touched[id(p)].kind != kind for p in self._pending(group)):
+                raise ValueError(
+                    f"what group {index} takes of micro-batches changed since accumulate(), to "
+                    f"{kind or 'their mean'}; set it back, or zero_grad() to drop what is there"
+                )
         if not accumulated.are_grads:
             self._check_taken_all()
             if isinstance(getattr(self, "found_inf", None), int):  # the scaler looked at nothing
@@ -199,6 +198,9 @@ class AccumulatingOptimizer(DeclaringOptimizer):
                 "scaler.unscale_(optimizer) was called where squares of micro-batches are "
                 "accumulated, which it cannot unscale; leave it out, and pass amp_scaling=True"
             )
+
+    def _pending(self, group: Group) -> list[Tensor]:
+        return self._accumulated.pending(group["params"])
 
     def _has_squares(self) -> bool:
         return any(kind_of(group) == "squares" for group in self.param_groups)
@@ -232,35 +234,41 @@ class AccumulatingOptimizer(DeclaringOptimizer):
 
     def _trained(self) -> list[tuple[Tensor, str | None]]:
         """All that may have a gradient, with what their method follows of micro-batches."""
-        counts = self._accumulated.counts
+        touched = self._accumulated.touched
         return [
             (param, kind_of(group))
             for group in self.param_groups
             for param in group["params"]
-            if trains(param) or id(param) in counts
+            if trains(param) or id(param) in touched
         ]
 
-    def _all_params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _take(self, squares: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """The parameters that have a gradient, after a check of all of them, with buffers."""
-        found: list[Tensor] = []
-        kinds: list[str | None] = []
+    def _take(self, squares: Mapping[Tensor, Tensor]) -> list[Taken]:
+        """The parameters that have a gradient, of each group, after a check of all of them."""
+        found: list[tuple[int, Group, Taken | None, list[Tensor]]] = []
         for index, group in enumerate(self.param_groups):
-            own = self._taken.find(index, group["params"])
-            if own is None:
+            known = self._known.find(index, group["params"])
+            if known is None or known.kind != kind_of(group):
                 own = [
                     self._checked_one(index, position, group)
                     for position, param in enumerate(group["params"])
                     if isinstance(param, Tensor) and param.grad is not None
                 ]
-                self._taken.keep(index, group["params"], own)
-            found += own
-            kinds += [kind_of(group)] * len(own)
-        _check_squares(squares, found, kinds)
-        self._prepare_all(found, kinds)
-        return found
+                found.append((index, group, None, own))
+            else:
+                found.append((index, group, known, known.params))
+        if squares:
+            every = [(p, kind_of(group)) for _, group, _, own in found for p in own]
+            _check_squares(squares, [p for p, _ in every], [kind for _, kind in every])
+        if any(known is None for _, _, known, _ in found):
+            self._prepare_all()
+        takens = []
+        for index, group, known, own in found:
+            if known is None:
+                known = self._accumulated.taken(own, kind_of(group))
+                self._known.keep(index, group["params"], known)
+            if own:
+                takens.append(known)
+        return takens
 
     def _checked_one(self, index: int, position: int, group: Group) -> Tensor:
         """A parameter that has a gradient, after a check of both."""
@@ -269,10 +277,8 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         check_gradient(name_of(index, position, group), param, param.grad)
         return param
 
-    def _prepare_all(self, found: list[Tensor], kinds: list[str | None]) -> None:
-        """Buffers for these and, in the same allocation, for all that train."""
-        if self._accumulated.fit(found, kinds):
-            return
+    def _prepare_all(self) -> None:
+        """Buffers for all that train, in one allocation."""
         every = self._trained()
         self._accumulated.prepare([p for p, _ in every], [kind for _, kind in every])
 
@@ -285,9 +291,11 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             for position, other in enumerate(group["params"]):
                 if other is param:
                     self._checked_one(index, position, group)
-                    self._prepare_all([param], [kind_of(group)])
-        self._accumulated.add([param], 1.0, {})
-        self._accumulated.counted_alone(param)
+                    self._accumulated.prepare([param], [kind_of(group)])
+                    taken = self._accumulated.taken([param], kind_of(group))
+                    self._accumulated.add([taken], 1.0, {})
+                    self._accumulated.counted_alone(param)
+                    return
 
     def _weight_of(self, terms: Any, parts: Any) -> float:
         if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:

@@ -132,11 +132,10 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         """A step on the means of what was accumulated, which then is taken."""
         accumulated = self._accumulated
         self._check_micro_batches(scaling)
-        params = accumulated.pending(self._all_params())
         if not accumulated.are_grads:
-            accumulated.put(params)
+            accumulated.put()
         try:
-            self._take_step(accumulated.scaled(scaling, params[0].device))
+            self._take_step(accumulated.scaled(scaling))
         finally:
             if not accumulated.are_grads:
                 accumulated.give_back()

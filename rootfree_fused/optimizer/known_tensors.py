@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -183,20 +183,23 @@ class PreparedSteps:
         return known[0][1]
 
 
-class KnownGradients:
-    """Parameters that had gradients, by the place of the group, and were checked with them."""
+T = TypeVar("T")
+
+
+class KnownGradients(Generic[T]):
+    """What was found of parameters with their gradients, by the place of their group."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, list[State], list[Tensor]]] = {}
+        self._known: dict[int, tuple[Any, list[State], T]] = {}
 
-    def find(self, index: int, params: list[Tensor]) -> list[Tensor] | None:
-        """Those with a gradient, while all are what they were but for where gradients are."""
-        seen, states, found = self._known.get(index, (None, [], []))
-        if seen is None or host().unchanged(params, states, seen) is None:
+    def find(self, index: int, params: list[Tensor]) -> T | None:
+        """It, while all of them are what they were but for where gradients are."""
+        if index not in self._known:
             return None
-        return found
+        seen, states, found = self._known[index]
+        return None if host().unchanged(params, states, seen) is None else found
 
-    def keep(self, index: int, params: list[Tensor], found: list[Tensor]) -> None:
+    def keep(self, index: int, params: list[Tensor], found: T) -> None:
         states: list[State] = [{} for _ in params]
         seen = fingerprint(params, states)
         self._known.pop(index, None)

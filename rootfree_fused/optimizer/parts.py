@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.checks import state_dtype, usable_gradients
+from ..ops.checks import state_dtype
 from ..ops.methods import DiagonalMethod
 from ..reference import square_weights
 from .amp_and_graphs import Scaling
+from .known_tensors import reader
 from .shards import as_part_of, local
 
 _ALIGNMENT = 16  # elements: kernels move 16 bytes at a time, and caches have lines of 64
@@ -30,10 +33,36 @@ class Buffers(NamedTuple):
     step.
     """
 
+    param: weakref.ref[Tensor]
     total: Tensor
     part: Tensor | None
     grad: Tensor
     kind: str | None
+
+    def fit(self, param: Tensor, kind: str | None) -> bool:
+        """Whether they are right for what the parameter is now."""
+        own, total = local(param), self.total
+        return (
+            self.kind == kind
+            and total.shape == own.shape
+            and total.device == own.device
+            and total.dtype == state_dtype(own)
+            and self.grad.shape == param.shape
+        )
+
+
+class Taken(NamedTuple):
+    """Parameters of a group that have gradients, as they were checked, and where those go."""
+
+    params: list[Tensor]
+    kind: str | None
+    grads: Callable[[], list[Tensor]]
+    buffers: dict[int, Buffers]  # by the id of the parameter
+
+    def lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The sums, and the parts that there are."""
+        own = self.buffers.values()
+        return [b.total for b in own], [b.part for b in own if b.part is not None]
 
 
 class Accumulated:
@@ -42,15 +71,14 @@ class Accumulated:
     weight: the sum of the micro-batches' weights, by which the sums are to be divided.
     count: how many micro-batches there were. by_terms: whether weights are terms, or None.
     are_grads: whether the means are in the place of gradients already.
+    touched: by the id of a parameter that had a gradient its buffers.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[int, Buffers] = {}
-        self._params: dict[int, weakref.ref[Tensor]] = {}
-        self._flats: list[Tensor] = []
         self._dtypes: dict[int, torch.dtype | None] = {}
         self._scales: dict[float, Tensor] = {}
-        self.counts: dict[int, int] = {}  # of micro-batches, by the parameter, where there were any
+        self.touched: dict[int, Buffers] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -59,126 +87,134 @@ class Accumulated:
         self.weight, self.count = 0.0, 0
         self.by_terms: bool | None = None
         self.are_grads = False
-        self.counts = {}
+        self.touched = {}
+        self._first: list[Taken] = []
+        self._alone: dict[int, int] = {}  # micro-batches of each parameter that came alone
 
     def pending(self, params: Iterable[Tensor]) -> list[Tensor]:
         """Those of the parameters that have something here."""
-        return [p for p in params if id(p) in self.counts]
-
-    def fit(self, params: Sequence[Tensor], kinds: Sequence[str | None]) -> bool:
-        """Whether all these parameters have the buffers that they need."""
-        return all(self.fits(p, kind) for p, kind in zip(params, kinds, strict=True))
+        return [p for p in params if id(p) in self.touched]
 
     def prepare(self, params: Sequence[Tensor], kinds: Sequence[str | None]) -> None:
         """Make the buffers that parameters lack, one allocation for all of a dtype and device."""
         lacking: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, str | None]]] = {}
         for param, kind in zip(params, kinds, strict=True):
-            if not self.fits(param, kind):
+            known = self._buffers.get(id(param))
+            if known is None or known.param() is not param or not known.fit(param, kind):
                 own = local(param)
                 lacking.setdefault((own.device, state_dtype(own)), []).append((param, kind))
+        if lacking:  # and drop what was of parameters that are gone
+            self._buffers = {k: b for k, b in self._buffers.items() if b.param() is not None}
         for (device, dtype), owners in lacking.items():
             sizes = [-(-local(p).numel() // _ALIGNMENT) * _ALIGNMENT for p, _ in owners]
             wanted = [size for size, (_, kind) in zip(sizes, owners, strict=True) if kind]
-            flats = [
-                torch.empty(sum(of), dtype=dtype, device=device) for of in (sizes, wanted) if of
-            ]
-            totals = iter(flats[0].split(sizes))
-            parts = iter(flats[1].split(wanted)) if wanted else iter(())
+            totals, parts = (
+                iter(torch.empty(sum(of), dtype=dtype, device=device).split(of) if of else ())
+                for of in (sizes, wanted)
+            )
             for param, kind in owners:
                 total = _like(next(totals), local(param))
                 part = _like(next(parts), local(param)) if kind else None
                 grad = as_part_of(param, total)
-                self._buffers[id(param)] = Buffers(total, part, grad, kind)
-                self._params[id(param)] = weakref.ref(param)
-        if lacking:
-            self._flats = [of._base for of in self._tensors() if of._base is not None]
+                self._buffers[id(param)] = Buffers(weakref.ref(param), total, part, grad, kind)
 
-    def fits(self, param: Tensor, kind: str | None) -> bool:
-        """Whether the parameter's buffers are right for what it is now."""
-        buffers, owner = self._buffers.get(id(param)), self._params.get(id(param))
-        if buffers is None or owner is None or owner() is not param or buffers.kind != kind:
-            return False
-        own, total = local(param), buffers.total
-        return (
-            total.shape == own.shape
-            and total.device == own.device
-            and total.dtype == state_dtype(own)
-            and buffers.grad.shape == param.shape
-        )
-
-    def _tensors(self) -> list[Tensor]:
-        """All sums and parts, of parameters that are still there."""
-        gone = [key for key, owner in self._params.items() if owner() is None]
-        for key in gone:
-            del self._buffers[key], self._params[key]
-        found = [(b.total, b.part) for b in self._buffers.values()]
-        return [t for pair in found for t in pair if t is not None]
+    def taken(self, params: list[Tensor], kind: str | None) -> Taken:
+        """What `add` takes of parameters that have a gradient and buffers."""
+        buffers = {id(param): self._buffers[id(param)] for param in params}
+        return Taken(params, kind, reader(params), buffers)
 
     def add(
         self,
-        params: Sequence[Tensor],
+        takens: list[Taken],
         weight: float,
         given: Mapping[Tensor, Tensor],
         given_weight: float = 1.0,
     ) -> None:
-        """Take the gradients of these parameters, whose buffers are there.
+        """Take the gradients of these parameters.
 
         given: by the parameter what is added, times its weight, instead of the gradient's square.
         """
-        calls: dict[tuple[str | None, bool], list[Tensor]] = {}
-        for param in params:
-            kind = self._buffers[id(param)].kind if param not in given else None
-            calls.setdefault((kind, id(param) not in self.counts), []).append(param)
-        for (kind, first), owners in calls.items():
-            own = [self._buffers[id(p)] for p in owners]
-            torch.ops.rootfree_fused.accumulate_(
-                [buffers.total for buffers in own],
-                [buffers.part for buffers in own] if kind else [],
-                usable_gradients(owners),
-                weight=weight,
-                signs=kind == "signs",
-                first=first,
-            )
-            for param in owners:
-                part = self._buffers[id(param)].part
-                if param in given and part is not None:
-                    if first:
-                        part.zero_()
-                    part.add_(local(given[param]), alpha=given_weight)
-        for param in params:
-            param.grad = None
+        alike = len(takens) == len(self._first) and all(map(operator.is_, takens, self._first))
+        for kind in dict.fromkeys(taken.kind for taken in takens):
+            own = [taken for taken in takens if taken.kind == kind]
+            if not given and (alike or not self.touched):
+                totals, parts = zip(*(taken.lists() for taken in own), strict=True)
+                grads = [taken.grads() for taken in own]
+                _add_(kind, chain(*totals), chain(*parts), chain(*grads), weight, not self.touched)
+                continue
+            for taken in own:
+                self._add_one_by_one(taken, weight, given, given_weight)
+        if not self.touched:
+            self._first = takens
+        for taken in takens:
+            if not alike:
+                self.touched.update(taken.buffers)
+            for param in taken.params:
+                param.grad = None
 
-    def counted(self, params: Iterable[Tensor], weight: float, parts: int) -> None:
+    def _add_one_by_one(
+        self,
+        taken: Taken,
+        weight: float,
+        given: Mapping[Tensor, Tensor],
+        given_weight: float,
+    ) -> None:
+        """Where parameters have gradients in other micro-batches, or squares that are given."""
+        columns = zip(taken.params, taken.buffers.items(), taken.grads(), strict=True)
+        for param, (key, own), grad in columns:
+            first = key not in self.touched
+            told = param in given and own.part is not None
+            parts = [] if told or own.part is None else [own.part]
+            _add_(taken.kind, [own.total], parts, [grad], weight, first)
+            if told:
+                assert own.part is not None
+                if first:
+                    own.part.zero_()
+                own.part.add_(local(given[param]), alpha=given_weight)
+
+    def counted(self, weight: float, parts: int, by_terms: bool) -> None:
         """Count what `add` added of a micro-batch, or of so many at once."""
-        for param in params:
-            self.counts[id(param)] = self.counts.get(id(param), 0) + parts
         self.weight, self.count = self.weight + weight, self.count + parts
+        self.by_terms = by_terms
 
     def counted_alone(self, param: Tensor) -> None:
         """The same of one parameter, whose own backwards are counted: all see the most of any."""
-        self.counted([param], 0.0, 0)
-        self.counts[id(param)] += 1
-        self.count = max(self.count, self.counts[id(param)])
+        self._alone[id(param)] = self._alone.get(id(param), 0) + 1
+        self.count = max(self.count, self._alone[id(param)])
         self.weight, self.by_terms = float(self.count), False
 
     # As gradients -----------------------------------------------------------------------------
 
-    def put(self, params: Iterable[Tensor]) -> None:
-        """Put sums in the place of gradients, until `give_back`."""
-        for param in self.pending(params):
-            grad = self._buffers[id(param)].grad
-            if grad.dtype != param.dtype:
-                self._dtypes[id(param)] = param.grad_dtype
-                param.grad_dtype = grad.dtype
-            param.grad = grad
+    def put(self) -> None:
+        """Put sums in the place of gradients, until `give_back`.
+
+        Raises:
+            ValueError: a parameter is another one than it was; then nothing is there.
+        """
+        for key, own in self.touched.items():
+            param = own.param()
+            if param is None:
+                continue
+            try:
+                if own.grad.dtype != param.dtype:
+                    self._dtypes[key] = param.grad_dtype
+                    param.grad_dtype = own.grad.dtype
+                param.grad = own.grad
+            except RuntimeError as error:  # torch's, for another shape or device
+                self.give_back()
+                raise ValueError(
+                    f"a parameter of shape {tuple(own.grad.shape)} changed since accumulate(), to "
+                    f"{tuple(param.shape)} on {param.device}: {error}; zero_grad() drops what is "
+                    "there"
+                ) from None
 
     def give_back(self) -> None:
         """Take them away again, and leave what is no sum."""
-        for key in self.counts:
-            param = self._params[key]()
+        for key, own in self.touched.items():
+            param = own.param()
             if param is None:
                 continue
-            if param.grad is self._buffers[key].grad:
+            if param.grad is own.grad:
                 param.grad = None
             if key in self._dtypes and param.grad is None:
                 param.grad_dtype = self._dtypes[key]
@@ -186,7 +222,7 @@ class Accumulated:
 
     def become_means(self) -> None:
         """Divide the sums, and what is beside them, by their weights."""
-        own = [self._buffers[key] for key in self.counts]
+        own = self.touched.values()
         if self.weight != 1:
             torch._foreach_mul_([buffers.total for buffers in own], 1 / self.weight)
             for kind, power in (("squares", 2), ("signs", 1)):
@@ -195,11 +231,12 @@ class Accumulated:
                     torch._foreach_mul_(parts, self.weight**-power)
         self.weight, self.are_grads = 1.0, True
 
-    def scaled(self, scaling: Scaling, device: torch.device) -> Scaling:
+    def scaled(self, scaling: Scaling) -> Scaling:
         """A scaler's tensors as they are for sums, which are `weight` times the gradients."""
         if self.weight == 1:
             return scaling
         if self.weight not in self._scales:
+            device = next(iter(self.touched.values())).total.device
             scale = torch.tensor(self.weight, dtype=torch.float64, device="cpu")
             self._scales = {self.weight: scale if device.type == "mps" else scale.to(device)}
         scale = self._scales[self.weight]
@@ -211,7 +248,7 @@ class Accumulated:
         """What a step on these parameters of a group takes beside the sums."""
         if not self.count or kind_of(group) is None:
             return None
-        parts = [self._buffers[id(param)].part for param in params]
+        parts = [self.touched[id(param)].part for param in params]
         return Parts([part for part in parts if part is not None], self)
 
     # Many ranks -------------------------------------------------------------------------------
@@ -235,20 +272,19 @@ class Accumulated:
                 f"{[tuple(map(int, row[2:])) for row in rows]}; build the same optimizer on each, "
                 "and pass terms= on all or on none"
             )
-        there = [int(id(p) in self.counts) for p in params]
+        there = [int(id(p) in self.touched) for p in params]
         touched = torch.tensor(there, dtype=torch.uint8, device=device)
         for buffers, param in zip(every, params, strict=True):
-            if id(param) not in self.counts:
+            if id(param) not in self.touched:
                 buffers.total.zero_()
                 if buffers.part is not None:
                     buffers.part.zero_()
         distributed.all_reduce(touched, distributed.ReduceOp.MAX, group=process_group)
-        for flat in {id(f): f for f in self._flats}.values():
+        for flat in _flats(every):
             distributed.all_reduce(flat, group=process_group)
         self.weight, self.count = sum(r[0] for r in rows), int(sum(r[1] for r in rows))
-        for param, anywhere in zip(params, touched.tolist(), strict=True):
-            if anywhere:
-                self.counts.setdefault(id(param), 0)
+        anywhere = zip(params, every, touched.tolist(), strict=True)
+        self.touched = {id(param): buffers for param, buffers, there in anywhere if there}
 
 
 class Parts(NamedTuple):
@@ -282,6 +318,31 @@ def weights_of(
         return {"part_weight": 1 / of.weight}
     weights = square_weights(group["second_moment"], of.count)
     return dict(zip(method.weights, weights, strict=True))
+
+
+def _add_(
+    kind: str | None,
+    totals: Iterable[Tensor],
+    parts: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    weight: float,
+    first: bool,
+) -> None:
+    torch.ops.rootfree_fused.accumulate_(
+        list(totals),
+        list(parts),
+        list(grads),
+        weight=weight,
+        signs=kind == "signs",
+        first=first,
+    )
+
+
+def _flats(every: Iterable[Buffers]) -> list[Tensor]:
+    """The allocations of some buffers, in the order of these."""
+    tensors = [t for buffers in every for t in (buffers.total, buffers.part) if t is not None]
+    bases = [tensor if tensor._base is None else tensor._base for tensor in tensors]
+    return list({id(base): base for base in bases}.values())
 
 
 def _like(flat: Tensor, own: Tensor) -> Tensor:

@@ -47,12 +47,27 @@ def test_matrices_have_the_batch_alone():
     with pytest.raises(ValueError, match=words):
         IFShampoo(named, batch_size=1, second_moment="micro")
     optimizer = IFShampoo(named, batch_size=1)
-    take(optimizer, [p for _, p in named], [[torch.ones(3), torch.ones(3, 2)]])
     optimizer.param_groups[0]["second_moment"] = "micro"
-    before = [p.clone() for _, p in named]
-    with pytest.raises(ValueError, match=r"second_moment|is a matrix"):
+    params = [p for _, p in named]
+    backward(params, [torch.ones(3), torch.ones(3, 2)])
+    for call in (optimizer.accumulate, optimizer.step):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert all(torch.equal(p, torch.ones_like(p)) and p.grad is not None for p in params)
+
+
+def test_a_kind_that_changed_since_is_told():
+    params = parameters(*SHAPES)
+    optimizer = RootFreeRMSprop(params, batch_size=8)
+    take(optimizer, params, gradients(2, F32))
+    optimizer.param_groups[0]["second_moment"] = "micro"
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="of micro-batches changed since accumulate"):
         optimizer.step()
-    assert_identical([p.detach() for _, p in named], before)
+    assert_identical([p.detach() for p in params], before)
+    optimizer.param_groups[0]["second_moment"] = "batch"
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
 
 
 @pytest.mark.parametrize(
