@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -104,12 +105,17 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             )
         optimizer = weakref.ref(self)
 
-        def take(param: Tensor) -> None:
+        def take(index: int, position: int, param: Tensor) -> None:
             owner = optimizer()
             if owner is not None and owner._hooks:
-                owner._take_one(param)
+                owner._take_one(index, position, param)
 
-        self._hooks = [p.register_post_accumulate_grad_hook(take) for p, _ in self._trained()]
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(partial(take, index, position))
+            for index, group in enumerate(self.param_groups)
+            for position, param in enumerate(group["params"])
+            if trains(param)
+        ]
         return _Hooks(self)
 
     @torch.no_grad()
@@ -284,18 +290,18 @@ class AccumulatingOptimizer(DeclaringOptimizer):
 
     @_disable_dynamo
     @torch.no_grad()
-    def _take_one(self, param: Tensor) -> None:
+    def _take_one(self, index: int, position: int, param: Tensor) -> None:
         """As `accumulate`, of one parameter in the midst of a backward."""
         self._check_open()
-        for index, group in enumerate(self.param_groups):
-            for position, other in enumerate(group["params"]):
-                if other is param:
-                    self._checked_one(index, position, group)
-                    self._accumulated.prepare([param], [kind_of(group)])
-                    taken = self._accumulated.taken([param], kind_of(group))
-                    self._accumulated.add([taken], 1.0, {})
-                    self._accumulated.counted_alone(param)
-                    return
+        group = self.param_groups[index]
+        if group["params"][position] is not param:
+            return  # a step tells that it has a gradient
+        self._checked_one(index, position, group)
+        kind = kind_of(group)
+        if not self._accumulated.has_room(param, kind):
+            self._prepare_all()
+        self._accumulated.add([self._accumulated.taken([param], kind)], 1.0, {})
+        self._accumulated.counted_alone(param)
 
     def _weight_of(self, terms: Any, parts: Any) -> float:
         if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:

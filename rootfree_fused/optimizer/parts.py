@@ -18,6 +18,7 @@ from .amp_and_graphs import Scaling
 from .known_tensors import reader
 from .shards import as_part_of, local
 
+_HEADER = 16  # numbers by which ranks see that they accumulated alike
 _ALIGNMENT = 16  # elements: kernels move 16 bytes at a time, and caches have lines of 64
 
 
@@ -95,12 +96,16 @@ class Accumulated:
         """Those of the parameters that have something here."""
         return [p for p in params if id(p) in self.touched]
 
+    def has_room(self, param: Tensor, kind: str | None) -> bool:
+        """Whether the parameter has buffers, and these are right for what it is now."""
+        known = self._buffers.get(id(param))
+        return known is not None and known.param() is param and known.fit(param, kind)
+
     def prepare(self, params: Sequence[Tensor], kinds: Sequence[str | None]) -> None:
         """Make the buffers that parameters lack, one allocation for all of a dtype and device."""
         lacking: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, str | None]]] = {}
         for param, kind in zip(params, kinds, strict=True):
-            known = self._buffers.get(id(param))
-            if known is None or known.param() is not param or not known.fit(param, kind):
+            if not self.has_room(param, kind):
                 own = local(param)
                 lacking.setdefault((own.device, state_dtype(own)), []).append((param, kind))
         if lacking:  # and drop what was of parameters that are gone
@@ -259,16 +264,19 @@ class Accumulated:
 
         every = [self._buffers[id(p)] for p in params]
         device = every[0].total.device
-        header = [self.weight, self.count, len(every), sum(b.total.numel() for b in every)]
-        header += [sum(b.part is not None for b in every), self.by_terms is True]
+        flats = _flats(every)
+        header = [self.weight, self.count, self.by_terms is True]
+        header += [len(every), len(flats), *(flat.numel() for flat in flats)]
+        header = (header + [0.0] * _HEADER)[:_HEADER]
         own = torch.tensor(header, dtype=torch.float64, device=device)
         size = distributed.get_world_size(process_group)
         found = [torch.empty_like(own) for _ in range(size)]
         distributed.all_gather(found, own, group=process_group)
         rows = torch.stack(found).tolist()
-        if any(row[2:] != rows[0][2:] for row in rows if row[1] or row is rows[0]):
+        by_terms = {row[2] for row in rows if row[1]}
+        if any(row[3:] != rows[0][3:] for row in rows) or len(by_terms) > 1:
             raise RuntimeError(
-                f"ranks accumulated different things (parameters, elements, parts, terms): "
+                "ranks accumulated different things (terms, parameters, allocations, elements): "
                 f"{[tuple(map(int, row[2:])) for row in rows]}; build the same optimizer on each, "
                 "and pass terms= on all or on none"
             )
@@ -280,9 +288,10 @@ class Accumulated:
                 if buffers.part is not None:
                     buffers.part.zero_()
         distributed.all_reduce(touched, distributed.ReduceOp.MAX, group=process_group)
-        for flat in _flats(every):
+        for flat in flats:
             distributed.all_reduce(flat, group=process_group)
         self.weight, self.count = sum(r[0] for r in rows), int(sum(r[1] for r in rows))
+        self.by_terms = True in by_terms
         anywhere = zip(params, every, touched.tolist(), strict=True)
         self.touched = {id(param): buffers for param, buffers, there in anywhere if there}
 
