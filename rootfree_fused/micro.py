@@ -181,9 +181,7 @@ class TokenSquares:
         if not self._handles or not output.requires_grad:
             return
         named = module._parameters.items()
-        wanted: dict[str, Tensor] = {
-            name: p for name, p in named if p is not None and p in self._names and p.requires_grad
-        }
+        wanted = {name: p for name, p in named if p is not None and p in self._names}
         if not wanted:
             return
         saved = None
@@ -193,7 +191,7 @@ class TokenSquares:
         output.register_hook(partial(self._add, module, wanted, [saved]))
 
     def _add(
-        self, module: nn.Module, wanted: dict[str, Tensor], held: list[Any], delta: Tensor
+        self, module: nn.Module, uses: dict[str, nn.Parameter], held: list[Any], delta: Tensor
     ) -> None:
         """A backward has reached an output: add the squares of what it sends to the parameters.
 
@@ -204,7 +202,7 @@ class TokenSquares:
         (saved,) = held
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             held.clear()
-        wanted = {name: p for name, p in wanted.items() if _accumulates(p)}
+        wanted = {name: p for name, p in uses.items() if _accumulates(p)}
         if not wanted:
             return
         if torch.is_grad_enabled():
@@ -221,12 +219,11 @@ class TokenSquares:
         self._float16 |= delta.dtype == torch.float16
         x = saved.saved_tensors[0] if "weight" in wanted else None
         add = ADDS[kind_of(module)]
-        with torch.autocast(delta.device.type, enabled=False):
-            sums = {name: _sum_in(self._sums, p) for name, p in wanted.items()}
-            rows = add(module, x, delta, sums, torch.square)
-            if not self._checked.issuperset(wanted.values()):
-                totals = {name: _sum_in(self._totals, p) for name, p in wanted.items()}
-                add(module, x, delta, totals, identity)
+        sums = {name: _sum_in(self._sums, p) for name, p in wanted.items()}
+        rows = add(module, x, delta, sums, torch.square)
+        if not self._checked.issuperset(wanted.values()):
+            totals = {name: _sum_in(self._totals, p) for name, p in wanted.items()}
+            add(module, x, delta, totals, identity)
         for p in wanted.values():
             self._rows[p] = self._rows.get(p, 0) + rows
 

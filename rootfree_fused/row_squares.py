@@ -5,6 +5,7 @@ the loss by its output, and adds to the sums of "weight" and "bias" that are wan
 their parameters' shapes. It returns the number of rows.
 
 `of` is torch.square, or the identity: a part is a product, whose square is that of its factors.
+Products are in place, where autocast leaves them in the dtype of the sums.
 """
 
 from __future__ import annotations

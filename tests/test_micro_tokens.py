@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.token_squares import Block, Recorder, assert_near, by_example, by_row, token_loss
+from helpers.token_squares import (
+    Block,
+    Recorder,
+    assert_near,
+    by_example,
+    by_row,
+    squares_of,
+    token_loss,
+)
 from torch import nn
 from torch.nn import functional as F
 
 from rootfree_fused.micro import TokenSquares
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
-
-
-def squares_of(model, run, **options):
-    """What the optimizer is given after one backward of the loss, by parameter."""
-    optimizer = Recorder(model.parameters())
-    with TokenSquares(model, optimizer, **options) as squares:
-        run().backward()
-        squares.accumulate()
-    (call,) = optimizer.calls
-    return call["squares"], call["parts"]
 
 
 def mean_of_squares(calls, parts):

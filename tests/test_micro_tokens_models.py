@@ -1,4 +1,4 @@
-"""TokenSquares on models that recompute, cast, are compiled, copied, shared or wrong."""
+"""TokenSquares on models that recompute, cast, are compiled, copied or data-parallel."""
 
 from __future__ import annotations
 
@@ -12,48 +12,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.token_squares import Block, Recorder, assert_near, by_row, token_loss
+from helpers.token_squares import (
+    Recorder,
+    assert_near,
+    assert_squares,
+    loss,
+    plain_squares,
+    setup,
+    squares_of,
+)
 from torch import nn
-from torch.nn import functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from rootfree_fused import IFShampoo, RootFreeShampoo
 from rootfree_fused.micro import TokenSquares
 
 HELPERS = Path(__file__).parent / "helpers"
 
 
-def setup(seed=0):
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2))
-    return model, Recorder(model.parameters()), torch.randn(8, 3)
-
-
-def loss(model, x):
-    return model(x).pow(3).mean()
-
-
-def squares_of(model, run):
-    optimizer = Recorder(model.parameters())
-    with TokenSquares(model, optimizer) as squares:
-        run().backward()
-        squares.accumulate()
-    return optimizer.calls[0]["squares"]
-
-
 @pytest.fixture
 def plain():
-    """What is right for `setup`, by position."""
-    model, _, x = setup()
-    got = squares_of(model, lambda: loss(model, x))
-    return [got[p] for p in model.parameters()]
+    return plain_squares()
 
 
-def assert_squares(optimizer, plain, call=0, factor=1):
-    params = optimizer.param_groups[0]["params"]
-    assert len(params) == len(plain)
-    for p, want in zip(params, plain, strict=True):
-        assert_near(optimizer.calls[call]["squares"][p], factor * want, 1e-6)
+def memory_of_outputs(module):
+    """Of each call of a module: whether the memory of its output has gone."""
+    seen = []
+    module.register_forward_hook(
+        lambda module, args, output: seen.append(StorageWeakRef(output.untyped_storage()))
+    )
+    return seen
 
 
 # Autograd ---------------------------------------------------------------------------------------
@@ -62,11 +50,10 @@ def assert_squares(optimizer, plain, call=0, factor=1):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_is_counted_once_and_keeps_no_activation(plain, reentrant):
     model, optimizer, x = setup()
-    seen = []
-    model[1].register_forward_hook(lambda *args: seen.append(weakref.ref(args[2])))
+    seen = memory_of_outputs(model[1])
     with TokenSquares(model, optimizer) as squares:
         value = checkpoint(model, x.requires_grad_(), use_reentrant=reentrant).pow(3).mean()
-        assert seen[0]() is None
+        assert seen[0].expired()
         value.backward()
         squares.accumulate()
     assert_squares(optimizer, plain)
@@ -75,20 +62,19 @@ def test_a_checkpoint_is_counted_once_and_keeps_no_activation(plain, reentrant):
 def test_activations_go_with_the_backward():
     """While the loss is still held; and without one, with the output."""
     model, optimizer, x = setup()
-    seen = []
-    model[2].register_forward_hook(lambda *args: seen.append(weakref.ref(args[2])))
+    seen = memory_of_outputs(model[2])
     with TokenSquares(model, optimizer) as squares:
         value = loss(model, x)
-        assert seen[-1]() is not None
+        assert not seen[-1].expired()
         value.backward()
-        assert seen[-1]() is None
+        assert seen[-1].expired()
         squares.accumulate()
         value = loss(model, x)
         del value
-        assert seen[-1]() is None
+        assert seen[-1].expired()
         with torch.no_grad():
             loss(model, x)
-        assert seen[-1]() is None
+        assert seen[-1].expired()
 
 
 def test_a_graph_that_is_kept_can_be_run_again(plain):
@@ -124,10 +110,10 @@ def test_only_what_is_added_to_grad_counts(plain):
     model, optimizer, x = setup()
     with TokenSquares(model, optimizer) as squares:
         leaf = x.clone().requires_grad_()
+        loss(model, x).backward()
         torch.autograd.grad(loss(model, leaf), leaf)
         torch.autograd.grad(loss(model, x), list(model.parameters()))
         loss(model, leaf).backward(inputs=[leaf])
-        loss(model, x).backward()
         squares.accumulate()
     assert_squares(optimizer, plain)
     assert optimizer.calls[0]["parts"] == 8
@@ -203,7 +189,7 @@ def test_copies_of_a_model_count_nothing(plain):
 
 def test_frozen_parameters_have_no_squares():
     model, optimizer, x = setup()
-    got = squares_of(model, lambda: loss(model, x))
+    got, _ = squares_of(model, lambda: loss(model, x))
     model[3].weight.requires_grad_(False)
     model[2].bias.requires_grad_(False)
     optimizer = Recorder(model.parameters())
@@ -292,154 +278,6 @@ def test_float16_needs_a_scaler():
                 optimizer.zero_grad()
         squares.accumulate()
     assert len(optimizer.calls) == 1
-
-
-# What has no squares ----------------------------------------------------------------------------
-
-
-def test_parameters_of_other_modules_are_named():
-    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(TypeError, match=r"0\.weight is in a Conv1d, which is no Linear, Embedding"):
-        TokenSquares(model, Recorder(model.parameters()))
-    conv, rest = {"params": model[0].parameters(), "second_moment": "batch"}, model[2].parameters()
-    optimizer = Recorder([conv, {"params": rest}])
-    with TokenSquares(model, optimizer) as squares:
-        model(torch.ones(5, 3, 1)).mean().backward()
-        squares.accumulate()
-    assert optimizer.calls[0]["squares"].keys() == set(model[2].parameters())
-
-
-def test_a_subclass_with_a_forward_of_its_own_is_another_module():
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    with pytest.raises(TypeError, match="weight is in a Scaled"):
-        TokenSquares(model := Scaled(3, 2), Recorder(model.parameters()))
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: torch.compile(nn.Linear(3, 2)), TypeError, "the model is compiled"),
-        (lambda: nn.DataParallel(nn.Linear(3, 2)), TypeError, "the model is a DataParallel"),
-        (lambda: nn.Embedding(3, 2, sparse=True), ValueError, "weight is in an Embedding with"),
-        (lambda: nn.Embedding(3, 2, scale_grad_by_freq=True), ValueError, "scale_grad_by_freq"),
-    ],
-)
-def test_models_that_are_refused(make, error, message):
-    model = make()
-    with pytest.raises(error, match=message):
-        TokenSquares(model, Recorder(model.parameters()))
-
-
-def test_parameters_of_another_model_are_refused():
-    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    with pytest.raises(TypeError, match=r"parameter 0 of group 0, of shape \(2, 3\), is in no"):
-        TokenSquares(model, Recorder(other.parameters()))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-def test_sharded_parameters_are_refused(tmp_path):
-    from torch.distributed.fsdp import fully_shard
-
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model = fully_shard(nn.Linear(3, 2), mesh=mesh)
-        with pytest.raises(TypeError, match="weight is a DTensor"):
-            TokenSquares(model, Recorder(model.parameters()))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", [IFShampoo, RootFreeShampoo])
-def test_matrices_of_shampoos_have_no_squares(name):
-    model, _, x = setup()
-    settings = {"batch_size": 8} if name is IFShampoo else {}
-    optimizer = name(model.parameters(), lr=0.1, **settings)
-    optimizer.param_groups[0]["second_moment"] = "micro"
-    calls = []
-    optimizer.accumulate = lambda **given: calls.append(given)
-    with TokenSquares(model, optimizer) as squares:
-        loss(model, x).backward()
-        squares.accumulate()
-    assert calls[0]["squares"].keys() == {p for p in model.parameters() if p.ndim == 1}
-
-
-def test_without_second_moments_gradients_are_accumulated_alone():
-    model, optimizer, x = setup()
-    optimizer.param_groups[0]["second_moment"] = "batch"
-    with TokenSquares(model, optimizer) as squares:
-        assert not any(m._forward_hooks for m in model.modules())
-        loss(model, x).backward()
-        squares.accumulate(terms=torch.tensor(5))
-    assert optimizer.calls == [{"terms": 5.0}]
-
-
-# Uses that no hook sees -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_head_that_is_a_function_of_the_lookup_is_noticed(seed):
-    torch.manual_seed(seed)
-    model = nn.Embedding(6, 4)
-    tokens, targets = torch.randint(6, (2, 30))
-    optimizer = Recorder(model.parameters())
-    with TokenSquares(model, optimizer) as squares:
-        F.cross_entropy(F.linear(model(tokens), model.weight), targets).backward()
-        with pytest.raises(RuntimeError, match="another gradient than the calls of its module"):
-            squares.accumulate()
-    assert not optimizer.calls
-
-
-def test_a_gradient_without_squares_is_named():
-    model, optimizer, x = setup()
-    with TokenSquares(model, optimizer) as squares:
-        F.linear(model[2](model[0](x)), model[3].weight).mean().backward()
-        with pytest.raises(RuntimeError, match=r"3\.weight has a gradient but no squares"):
-            squares.accumulate()
-    assert not optimizer.calls
-
-
-def test_gradients_that_were_there_before_are_noticed(plain):
-    model, optimizer, x = setup()
-    loss(model, x).backward()
-    with TokenSquares(model, optimizer) as squares:
-        loss(model, x).backward()
-        with pytest.raises(RuntimeError, match="was not zeroed"):
-            squares.accumulate()
-        optimizer.zero_grad()
-        loss(model, x).backward()
-        squares.accumulate()
-    assert_squares(optimizer, plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_is_not_taken_for_another_gradient(dtype):
-    """Nor a gradient that is 0 but for rounding, as of a bias before a softmax over tokens."""
-    torch.manual_seed(0)
-    model = Block(dim=32).to(dtype)
-    tokens, targets = torch.randint(11, (2, 4, 64))
-    got = squares_of(model, lambda: token_loss(model(tokens), targets))
-    want = by_row(model.double(), lambda: token_loss(model(tokens), targets))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    for p in model.parameters():
-        assert_near(got[p], 256 * want[p][0].square().sum(0), tolerance)
-
-
-def test_infinite_gradients_are_not_taken_for_others(plain):
-    model, optimizer, x = setup()
-    with TokenSquares(model, optimizer) as squares:
-        (loss(model, x) * torch.inf).backward()
-        squares.accumulate()
-        assert not squares._checked
-        loss(model, x).backward()
-        squares.accumulate()
-        assert len(squares._checked) == 6
-    assert_squares(optimizer, plain, 1)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

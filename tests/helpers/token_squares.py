@@ -10,6 +10,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from rootfree_fused.micro import TokenSquares
+
 
 class Recorder(torch.optim.SGD):
     """Notes what `accumulate` is called with, and takes the gradients."""
@@ -24,6 +26,16 @@ class Recorder(torch.optim.SGD):
     def accumulate(self, **given):
         self.calls.append(given)
         self.zero_grad()
+
+
+def squares_of(model, run):
+    """What the optimizer is given after one backward of the loss: by parameter, and of how many."""
+    optimizer = Recorder(model.parameters())
+    with TokenSquares(model, optimizer) as squares:
+        run().backward()
+        squares.accumulate()
+    (call,) = optimizer.calls
+    return call["squares"], call["parts"]
 
 
 def by_example(model, loss, x, y):
@@ -122,3 +134,27 @@ def assert_near(got, want, tolerance):
     error, size = (got.double() - want.double()).abs().max(), want.double().abs().max()
     assert size > 0
     assert error <= tolerance * size, f"{float(error / size):.1e}"
+
+
+def setup(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2))
+    return model, Recorder(model.parameters()), torch.randn(8, 3)
+
+
+def loss(model, x):
+    return model(x).pow(3).mean()
+
+
+def plain_squares():
+    """What is right for `setup`, by position."""
+    model, _, x = setup()
+    parts = by_row(model, lambda: loss(model, x))
+    return [8 * parts[p][0].square().sum(0) for p in model.parameters()]
+
+
+def assert_squares(optimizer, plain, call=0, factor=1):
+    params = optimizer.param_groups[0]["params"]
+    assert len(params) == len(plain)
+    for p, want in zip(params, plain, strict=True):
+        assert_near(optimizer.calls[call]["squares"][p], factor * want, 1e-6)
