@@ -70,11 +70,11 @@ class TokenSquares:
 
     Args:
         model: holds every parameter of those groups in a Linear, Embedding, LayerNorm or RMSNorm.
-        optimizer: one of rootfree_fused; its groups are read here, and matrices of IFShampoo and
-            RootFreeShampoo, which take no squares, are left out.
+        optimizer: one of rootfree_fused; its groups are read here.
         process_group: the ranks that gradients are averaged over, each the mean of its own loss.
             None takes those of a DistributedDataParallel model. The squares are summed over them
-            in ``accumulate()``, which all ranks call; every backward must synchronize.
+            in ``accumulate()``, which all ranks call; but under ``no_sync()`` they stay the rank's
+            own, as its gradients do, until ``optimizer.reduce_accumulated()``.
 
     Raises:
         TypeError: a parameter in another module, sharded (DTensor), or not in the model; a module
@@ -127,9 +127,9 @@ class TokenSquares:
         """Give gradients and squares to ``optimizer.accumulate``, after a backward.
 
         Args:
-            terms: how many terms the loss of this micro-batch averages, its weight among the
-                others, as in ``optimizer.accumulate``; None for equal weights. Over several ranks
-                the sum of theirs is taken.
+            terms: how many terms the loss of this micro-batch averages, by which it counts among
+                the others, as in ``optimizer.accumulate``. None takes its K rows, and 1 where no
+                group takes squares. Ranks add up theirs.
 
         Raises:
             RuntimeError: a parameter has a gradient but no squares.
@@ -171,6 +171,7 @@ class TokenSquares:
         # Of those that are not checked yet, the sum of the parts themselves.
         self._totals: dict[Tensor, Tensor] = {}
         self._float16 = False
+        self._is_local = False  # gradients and squares are of this rank alone
 
     # Hooks ------------------------------------------------------------------------------------
 
@@ -210,12 +211,8 @@ class TokenSquares:
                 "a backward with create_graph=True inside TokenSquares: what gradients of "
                 "gradients send to a parameter has no squares; take them outside"
             )
-        if not getattr(self._model, "require_backward_grad_sync", True):
-            raise RuntimeError(
-                "a backward under no_sync() inside TokenSquares: squares are summed over ranks at "
-                "every accumulate(), and so must gradients be; leave no_sync() out"
-            )
         self._begin_backward()
+        self._is_local |= not getattr(self._model, "require_backward_grad_sync", True)
         self._float16 |= delta.dtype == torch.float16
         x = saved.saved_tensors[0] if "weight" in wanted else None
         add = ADDS[kind_of(module)]
@@ -237,9 +234,12 @@ class TokenSquares:
 
     # Ranks ------------------------------------------------------------------------------------
 
+    def _is_alone(self) -> bool:
+        return self._ranks == 1 or self._is_local
+
     def _reduce_rows(self, terms: float | None) -> tuple[dict[Tensor, int], float | None]:
         """Of each parameter the rows of all ranks, and the terms of all ranks."""
-        if self._ranks == 1:
+        if self._is_alone():
             return self._rows, terms
         numbers = torch.tensor(
             [*(self._rows.get(p, 0) for p in self._names), terms or 0],
@@ -252,7 +252,7 @@ class TokenSquares:
         return rows, None if terms is None else total
 
     def _reduce(self, sums: dict[Tensor, Tensor], among: Iterable[Tensor], divisor: int) -> None:
-        if self._ranks > 1:
+        if not self._is_alone():
             for param in among:
                 total = _sum_in(sums, param)
                 torch.distributed.all_reduce(total, group=self._process_group)

@@ -11,8 +11,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from .ops.checks import is_sharded
-from .optimizer.layouts import layout_of
-from .optimizer.matrix import MatrixOptimizer
 from .row_squares import kind_of
 
 
@@ -48,8 +46,7 @@ def _wanted(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
         if group.get("second_moment", "batch") == "batch":
             continue
         for position, p in enumerate(group["params"]):
-            is_matrix = isinstance(optimizer, MatrixOptimizer) and layout_of(p.shape, group)
-            if p.requires_grad and not is_matrix:
+            if p.requires_grad:
                 yield f"parameter {position} of group {index}", p
 
 

@@ -19,7 +19,6 @@ from helpers.token_squares import (
 from torch import nn
 from torch.nn import functional as F
 
-from rootfree_fused import IFShampoo, RootFreeShampoo
 from rootfree_fused.micro import TokenSquares
 
 
@@ -87,20 +86,6 @@ def test_sharded_parameters_are_refused(tmp_path):
             TokenSquares(model, Recorder(model.parameters()))
     finally:
         torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", [IFShampoo, RootFreeShampoo])
-def test_matrices_of_shampoos_have_no_squares(name):
-    model, _, x = setup()
-    settings = {"batch_size": 8} if name is IFShampoo else {}
-    optimizer = name(model.parameters(), lr=0.1, **settings)
-    optimizer.param_groups[0]["second_moment"] = "micro"
-    calls = []
-    optimizer.accumulate = lambda **given: calls.append(given)
-    with TokenSquares(model, optimizer) as squares:
-        loss(model, x).backward()
-        squares.accumulate()
-    assert calls[0]["squares"].keys() == {p for p in model.parameters() if p.ndim == 1}
 
 
 def test_without_second_moments_gradients_are_accumulated_alone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from datetime import timedelta
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.token_squares import Recorder, assert_near
 
+from rootfree_fused import RootFreeAdamW
 from rootfree_fused.micro import TokenSquares
 
 
@@ -40,9 +42,6 @@ def main(rank, store):
     with TokenSquares(parallel, optimizer) as squares:
         parallel(x[6 * rank :][:6]).pow(3).mean().backward()
         squares.accumulate(terms=6)
-        with parallel.no_sync(), pytest.raises(RuntimeError, match=r"under no_sync\(\)"):
-            parallel(x).pow(3).mean().backward()
-    optimizer.zero_grad()
     with TokenSquares(model, alone, process_group=own) as squares:
         model(x).pow(3).mean().backward()
         squares.accumulate(terms=12)
@@ -64,6 +63,26 @@ def main(rank, store):
     assert ours["terms"] is None
     for p in model.parameters():
         assert_near(ours["squares"][p], whole["squares"][p], 1e-14)
+
+    # Gradients that stay the rank's own until the optimizer sums them.
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    optimizers = [
+        RootFreeAdamW(twin.parameters(), batch_size=12, second_moment="variance") for twin in twins
+    ]
+    parallel = DistributedDataParallel(twins[0])
+    with TokenSquares(parallel, optimizers[0]) as squares:
+        for part in x[6 * rank :][:6].split((2, 4)):
+            with parallel.no_sync():
+                parallel(part).pow(3).mean().backward()
+            squares.accumulate()
+        optimizers[0].reduce_accumulated()
+    with TokenSquares(twins[1], optimizers[1], process_group=own) as squares:
+        twins[1](x).pow(3).mean().backward()
+        squares.accumulate()
+    for optimizer in optimizers:
+        optimizer.step()
+    for before, p, q in zip(*(twin.parameters() for twin in (model, *twins)), strict=True):
+        assert_near(p.detach() - before, q.detach() - before, 1e-12)
 
 
 main(int(sys.argv[1]), sys.argv[2])
