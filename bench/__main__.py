@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "gpu": "the GPU tests, then every benchmark of the targets, in minutes",
     "train": "train small networks with several optimizers in turn, with the times of their steps",
     "sweep": "losses of many training runs at once: defaults, over lr, searches; no times",
+    "search": "two-stage random search of settings on a workload, and the best of it tested",
     "defaults": "train small networks at every constructor's defaults",
     "report": "tables and plots of stored rows, and those of README.md and docs/",
 }

@@ -25,6 +25,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
 
 from .measuring.common import add_measurement_arguments, optional, pick_device, threads
 from .measuring.rows import Rows, read_rows
@@ -35,7 +36,7 @@ from .report import losses
 from .train import add_choice, add_tasks
 from .workloads.bfloat16 import on_bfloat16_weights
 from .workloads.problems import PROBLEMS, rounded
-from .workloads.training import state_bytes, train
+from .workloads.training import Data, Problem, Run, state_bytes, train
 
 QUICK_ROUNDS = 2
 
@@ -154,29 +155,44 @@ def train_job(job: Job, *, device: str, quick: bool) -> dict[str, Any]:
     build = partial(method.optimizer, settings=settings)
     if in_bfloat16:
         build = partial(on_bfloat16_weights, build)
-    rounds = QUICK_ROUNDS if quick else problem.rounds
-    runs = train(
+    found, run = trained(
         problem,
-        {job.method: build},
+        build,
         loaded(job.task, job.tuning, device),
         torch.device(device),
         seed=job.seed,
-        rounds=rounds,
+        rounds=QUICK_ROUNDS if quick else problem.rounds,
         micro_batches=micro_batches,
     )
-    found: dict[str, Any] = {"loss": [math.nan], "steps": 0, "bytes_a_parameter": None}
+    found["bytes_a_parameter"] = round(bytes_of(run.optimizer), 3) if run else None
+    return {**found, "process_seconds": round(time.process_time() - start, 2)}
+
+
+def trained(
+    problem: Problem,
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+    sets: tuple[Data, Data],
+    device: torch.device,
+    *,
+    seed: int,
+    rounds: int,
+    micro_batches: int = 1,
+) -> tuple[dict[str, Any], Run | None]:
+    """What one network measured in each round, and the steps it took; a NaN where it diverged."""
+    found: dict[str, Any] = {"loss": [math.nan], "steps": 0}
+    run = None
     try:
-        for of_round in runs:
-            (done,) = of_round.values()
-            found = {**done.held_out, "training loss": done.training_loss}
-            found["steps"] = len(done.training_step)
-            found["bytes_a_parameter"] = round(bytes_of(done.optimizer), 3)
-            if not math.isfinite(done.training_loss[-1]):
+        settings: dict[str, Any] = {"seed": seed, "rounds": rounds, "micro_batches": micro_batches}
+        for of_round in train(problem, {"": build}, sets, device, **settings):
+            (run,) = of_round.values()
+            found = {**run.held_out, "training loss": run.training_loss}
+            found["steps"] = len(run.training_step)
+            if not math.isfinite(run.training_loss[-1]):
                 found["loss"] = [*found["loss"][:-1], math.nan]
                 break
     except torch.linalg.LinAlgError:
         found["loss"] = [*found["loss"], math.nan]
-    return {**found, "process_seconds": round(time.process_time() - start, 2)}
+    return found, run
 
 
 def bytes_of(optimizer: torch.optim.Optimizer) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..measuring.common import optional
 from ..measuring.rows import ROOT, Row, read_rows, unique
-from . import losses, tables, targets, training
+from . import losses, searches, tables, targets, training
 from .cells import provenance
 from .figures import shows
 from .pages import PAGES, pictures, summary, write
@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "train": training.train,
     "sweep": losses.sweep,
     "defaults": training.defaults,
+    "search": searches.table,
 }
 
 

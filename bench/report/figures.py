@@ -35,6 +35,7 @@ STYLES = {
     "torch.bmm": ("#e6550d", "--", "^"),
     "torch.compile": ("#31a354", "-.", "D"),
 }
+STYLES |= {"AdamW": STYLES["torch AdamW"], "SGD": STYLES["torch SGD"]}
 OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#555555")
 WIDTH = 9.0  # inches; at 120 dots an inch the width of a README
 GREY = "#666666"

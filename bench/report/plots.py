@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
+from . import searches
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
 from .losses import basin, basin_rows
 from .tables import STATE, WORK
@@ -211,7 +212,8 @@ LEAST_ERROR = 0.1  # %, because a logarithmic axis has no 0; one of the digits' 
 
 def loss_rows(rows: list[Row]) -> list[Row]:
     """All of a comparison's; a search has no curves of that name."""
-    return rows if any("curve" in row["detail"] for row in rows) else []
+    has_curves = any("curve" in row["detail"] and row["case"] in PANELS for row in rows)
+    return rows if has_curves else []
 
 
 def loss(rows: list[Row], path: Path) -> None:
@@ -308,5 +310,12 @@ PLOTS = {
         "has whole ones. Computed from shapes.",
         worlds_rows,
         worlds,
+    ),
+    "search": Plot(
+        "What a trial of a search is worth",
+        "The expected lowest validation loss of n trials, exact over all orders of them; each "
+        "method draws from a space of its own.",
+        searches.rows_of,
+        searches.plot,
     ),
 }

@@ -44,7 +44,7 @@ def train(rows: list[Row]) -> str:
         f"step; losses in {losses[0]['unit']}."
     )
     lines = lines_of(rows, lambda own: _line(own, len(header)))
-    title = f"# {TITLES[rows[0]['case']]}"
+    title = f"# {TITLES.get(rows[0]['case'], rows[0]['case'])}"
     return page(title, provenance(rows), markdown(header, lines), notes)
 
 
@@ -53,6 +53,8 @@ def _line(rows: list[Row], columns: int) -> list[str]:
         error = f"**WRONG**, error {number(rows[0]['value'], '.2g')}"
         return [rows[0]["provider"], error, *[""] * (columns - 2)]
     settings = goals(rows)[0]["detail"]["settings"]
+    if any("diverged" in row["detail"] for row in rows):
+        return [rows[0]["provider"], settings_text(settings), "diverged", *[""] * (columns - 3)]
     accuracy = [100 * v for v in _values(rows, "test accuracy")]
     return [
         rows[0]["provider"],
