@@ -28,11 +28,12 @@ from .optimizers.tuned import Settings
 from .report import searches
 from .report import training as tables
 from .report.cells import markdown
-from .search_runs import WORKLOADS, Plan, missing_of, problem_of, untrained, work
+from .search_runs import Plan, problem_of, untrained, work
 from .sweep import QUICK_ROUNDS
 from .train import add_choice
 from .trials import FINAL, NARROW_STAGE, WIDE_STAGE, Trials
-from .workloads.training import Problem, train
+from .workloads.papers import WORKLOADS, Workload
+from .workloads.training import train
 
 STAGES = {
     "1": (WIDE_STAGE,),
@@ -105,7 +106,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> Plan:
     if args.workload is None:
         raise ValueError(f"pass --workload, one of {', '.join(WORKLOADS)}; --list shows them")
     problem = problem_of(args.workload, args.data)
-    if missing := missing_of(problem):
+    if missing := problem.missing():
         raise ValueError(f"{args.workload}: {missing}")
     runs = (QUICK_RUNS if args.quick else 30) if args.runs is None else args.runs
     if runs < 1 or (args.stage != "1" and runs < LEAST_RUNS):
@@ -146,7 +147,7 @@ def planned(args: argparse.Namespace, device: torch.device) -> Plan:
 
 
 def spaces_of(
-    asked: str, methods: list[str] | None, problem: Problem
+    asked: str, methods: list[str] | None, problem: Workload
 ) -> tuple[dict[str, Space], dict[str, Settings]]:
     """Of each method its space, and the settings that no trial changes.
 
@@ -158,11 +159,11 @@ def spaces_of(
         known = spaces.WIDE
     elif asked == "published":
         by_model = spaces.published()
-        model = getattr(problem, "published", None)
+        model = problem.published
         if model not in by_model:
-            have = [n for n, of in WORKLOADS.items() if getattr(of, "published", None) in by_model]
+            have = [name for name, of in WORKLOADS.items() if of.published in by_model]
             raise ValueError(
-                f"no space was published for {problem.name}; for {', '.join(have) or 'none'}. Pass "
+                f"no space was published for {problem.name}; for {', '.join(have)}. Pass "
                 "--space wide"
             )
         known = {name: of.space for name, of in by_model[model].items()}
@@ -262,7 +263,7 @@ def write(plan: Plan, trials: Trials, device: torch.device) -> None:
 
 
 def add_stage(
-    rows: Rows, problem: Problem, trials: Trials, key: tuple[str, int], before: float
+    rows: Rows, problem: Workload, trials: Trials, key: tuple[str, int], before: float
 ) -> None:
     """A row of the space of a stage, and one a trial."""
     method, stage = key
@@ -283,8 +284,8 @@ def listed(data: Path | None, device: torch.device) -> str:
     lines = []
     for name in WORKLOADS:
         problem = problem_of(name, data)
-        needs = getattr(problem, "needs_data", None)
-        if missing := missing_of(problem):
+        needs = problem.needs_data
+        if missing := problem.missing():
             lines.append([name, needs or "none", missing, ""])
             continue
         is_long = needs is not None and device.type == "cpu"
@@ -293,12 +294,14 @@ def listed(data: Path | None, device: torch.device) -> str:
     return markdown(["workload", "data", "on this machine", "minutes a run"], lines)
 
 
-def _minutes(problem: Problem, device: torch.device) -> float:
+def _minutes(problem: Workload, device: torch.device) -> float:
     build = partial(METHODS["AdamW"].optimizer, settings={})
     with threads(1):
         sets = problem.load(device, tuning=True)
+        rounds = train(problem, {"": build}, sets, device, seed=0, rounds=problem.rounds)
+        next(rounds)  # which loads and compiles
         start = time.perf_counter()
-        next(train(problem, {"": build}, sets, device, seed=0, rounds=problem.rounds))
+        next(rounds)
         return (time.perf_counter() - start) * problem.rounds / 60
 
 

@@ -23,10 +23,9 @@ from .plan import SEEDS, TUNING_SEEDS
 from .sweep import trained
 from .train import add_rows
 from .trials import FINAL, Claim, Trials
-from .workloads.problems import PROBLEMS, rounded
-from .workloads.training import Problem, train
-
-WORKLOADS = PROBLEMS
+from .workloads.papers import WORKLOADS, Workload
+from .workloads.problems import rounded
+from .workloads.training import measured, train
 
 
 @dataclass(frozen=True)
@@ -135,14 +134,9 @@ class Kept(Rows):
         )
 
 
-def problem_of(name: str, data: Path | None) -> Problem:
+def problem_of(name: str, data: Path | None) -> Workload:
     """A workload, on the data in a folder where it needs some."""
-    problem = WORKLOADS[name]
-    return problem.with_data(data) if hasattr(problem, "with_data") else problem
-
-
-def missing_of(problem: Problem) -> str | None:
-    return problem.missing() if hasattr(problem, "missing") else None
+    return WORKLOADS[name].with_data(data)
 
 
 @cache
@@ -150,10 +144,9 @@ def loaded(name: str, data: Path | None, device: str, *, tuning: bool) -> tuple[
     return problem_of(name, data).load(torch.device(device), tuning=tuning)
 
 
-def untrained(plan: Plan, problem: Problem) -> float:
+def untrained(plan: Plan, problem: Workload) -> float:
     """The validation loss before the first step."""
     device = torch.device(plan.device)
     _, held_out = loaded(plan.workload, plan.data, plan.device, tuning=True)
     torch.manual_seed(TUNING_SEEDS[0])
-    with torch.no_grad():
-        return problem.evaluate(problem.build_model().to(device), held_out)["loss"]
+    return measured(problem, problem.build_model().to(device), held_out)["loss"]
