@@ -123,7 +123,7 @@ class Trials:
         study = self._studies.get(key) or self._stored(key)
         trials = study.get_trials(deepcopy=False) if study else []
         found = [
-            Ended(trial.number, trial.params, trial.value, trial.user_attrs)
+            Ended(trial.number, trial.params, trial.value, trial.user_attrs.get("kept", {}))
             for trial in trials
             if trial.state.is_finished() and trial.number < self._most(key)
         ]
@@ -220,8 +220,7 @@ class Trials:
 
     def end(self, claim: Claim, value: float, **kept: Any) -> None:
         """Store what a trial ended at; what is not finite has diverged."""
-        for name, what in kept.items():
-            claim.trial.set_user_attr(name, what)
+        claim.trial.set_user_attr("kept", kept)
         study, states = self._study((claim.method, claim.stage)), self._optuna.trial.TrialState
         if math.isfinite(value):
             study.tell(claim.trial, value)
