@@ -241,16 +241,16 @@ def _ended(trials: Trials) -> int:
 
 def write(plan: Plan, trials: Trials, device: torch.device) -> None:
     """The rows of every trial that ended, and of the final runs, with their tables."""
+    if not _ended(trials):
+        return
     problem = problem_of(plan.workload, plan.data)
     stem = plan.path.stem
     with trials.alone():
         rows = Rows(plan.path.with_name(f"{stem}.jsonl"), "search", device)
         before = untrained(plan, problem)
-        for method, space in plan.spaces.items():
+        for method in plan.spaces:
             for stage in (WIDE_STAGE, NARROW_STAGE):
                 add_stage(rows, problem, trials, (method, stage), before)
-            if not trials.ended((method, WIDE_STAGE)):
-                print(f"{method}: no run of its {len(space)} settings yet")
         rows.finish(searches.table)
         finals = [run for name in plan.spaces for run in trials.ended((name, FINAL))]
         if finals:
@@ -273,6 +273,8 @@ def add_stage(
     space = trials.space(key) or {}
     ranges = {name: ends.written() for name, ends in space.items()}
     about = {"stage": stage, "space": ranges, "untrained": before}
+    if stage == WIDE_STAGE and space == spaces.WIDE.get(method) and method in spaces.NOTES:
+        about["note"] = spaces.NOTES[method]
     rows.add(problem.name, method, searches.SEARCHED, len(space), "settings", **about)
     for of in ended:
         detail = {"stage": stage, "run": of.number, "settings": settings_of(of.point), **of.kept}

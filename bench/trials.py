@@ -220,13 +220,14 @@ class Trials:
 
     def end(self, claim: Claim, value: float, **kept: Any) -> None:
         """Store what a trial ended at; what is not finite has diverged."""
-        claim.trial.set_user_attr("kept", kept)
         study, states = self._study((claim.method, claim.stage)), self._optuna.trial.TrialState
-        if math.isfinite(value):
-            study.tell(claim.trial, value)
-        else:
-            study.tell(claim.trial, state=states.FAIL)
-        fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, claim.trial._trial_id)
+        with self.alone():  # or another would find it running, and free
+            claim.trial.set_user_attr("kept", kept)
+            if math.isfinite(value):
+                study.tell(claim.trial, value)
+            else:
+                study.tell(claim.trial, state=states.FAIL)
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, claim.trial._trial_id)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

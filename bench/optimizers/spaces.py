@@ -126,8 +126,7 @@ def _space(lr: tuple[float, float], **others: tuple[float, float]) -> Space:
     return {name: Range(*ends) for name, ends in {"lr": lr, **named}.items()}
 
 
-# For stage 1. IFShampoo's damping goes above the published 5e-4: below 1e-3 runs that were driven
-# to a training loss of zero diverged (docs/interface.md).
+# For stage 1.
 WIDE: dict[str, Space] = {
     "SGD": _space((1e-3, 3.0), one_minus_momentum=(1e-2, 1.0), weight_decay=(1e-8, 1e-1)),
     "AdamW": _space(
@@ -181,6 +180,13 @@ WIDE: dict[str, Space] = {
         matrix_eps=(1e-12, 1e-6),
         weight_decay=(1e-6, 3e-1),
     ),
+}
+
+
+# What rows say of a wide space.
+NOTES = {
+    "IFShampoo": "damping up to 1e-2, above the published 5e-4: below 1e-3 runs that were driven to "
+    "a training loss of zero diverged (docs/interface.md)"
 }
 
 

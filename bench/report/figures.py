@@ -35,7 +35,7 @@ STYLES = {
     "torch.bmm": ("#e6550d", "--", "^"),
     "torch.compile": ("#31a354", "-.", "D"),
 }
-STYLES |= {"AdamW": STYLES["torch AdamW"], "SGD": STYLES["torch SGD"]}
+OF_TORCH = ("AdamW", "SGD")  # as a search calls them
 OTHERS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#555555")
 WIDTH = 9.0  # inches; at 120 dots an inch the width of a README
 GREY = "#666666"
@@ -45,10 +45,10 @@ def styles(names: list[str]) -> dict[str, dict[str, Any]]:
     """Keywords of a line for each provider; of two variants of one the second is hollow."""
     found: dict[str, dict[str, Any]] = {}
     bases: list[str] = []
-    taken = {STYLES[base][0] for name in names if (base := name.partition(",")[0]) in STYLES}
+    taken = {STYLES[base][0] for name in names if (base := _base(name)) in STYLES}
     free = [colour for colour in OTHERS if colour not in taken] or list(OTHERS)
     for name in names:
-        base = name.partition(",")[0]
+        base = _base(name)
         fill = "none" if base in bases else "full"
         bases += [] if base in bases else [base]
         number = bases.index(base)
@@ -57,6 +57,11 @@ def styles(names: list[str]) -> dict[str, dict[str, Any]]:
         found[name] = {"color": colour, "ls": dash, "marker": marker, "fillstyle": fill}
         found[name]["label"] = name
     return found
+
+
+def _base(name: str) -> str:
+    base = name.partition(",")[0]
+    return f"torch {base}" if base in OF_TORCH else base
 
 
 def subplots(columns: int = 1, height: float = 3.9) -> tuple[Any, Any]:

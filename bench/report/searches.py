@@ -38,8 +38,6 @@ def rows_of(rows: list[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Per method and stage what so many trials are worth, and the best settings."""
-    if not rows:
-        return "# Search\n\nNo run ended yet."
     stages = {stage: _stage(rows, stage) for stage in (1, 2)}
     longest = 1 + max(row["detail"]["run"] for row in _trials(rows))
     shown = [n for n in OF if n <= longest]
@@ -65,6 +63,8 @@ def table(rows: list[Row]) -> str:
         f"counts there as the network before training, {before:.4g}. Within 2 %: the share of "
         "trials that end at most that far above the best of their stage."
     )
+    noted = [row for row in rows if "note" in row["detail"]]
+    parts += [f"{row['provider']}: {row['detail']['note']}." for row in noted]
     return page(*parts)
 
 

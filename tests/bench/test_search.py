@@ -158,7 +158,7 @@ def test_a_search_end_to_end(tmp_path, capsys, monkeypatch):
     """Runs that diverge, both stages, final runs, rows, tables and a plot; then nothing is left."""
     for name in ("LEAST_RUNS", "QUICK_RUNS"):
         monkeypatch.setattr(command, name, 4)
-    spaces = {"SGD": {"lr": [1e-2, 1e38]}, "AdamW": {"lr": [1e-4, 1e-1], "eps": [1e-9, 1e-7]}}
+    spaces = {"SGD": {"lr": [1e-3, 1e19]}, "AdamW": {"lr": [1e-4, 1e-1], "eps": [1e-9, 1e-7]}}
     (tmp_path / "spaces.json").write_text(json.dumps(spaces))
     options = ["--workload", "graph", "--space", str(tmp_path / "spaces.json"), "--quick"]
     asked = ["search", *options, "--reference", "--out", str(tmp_path)]
