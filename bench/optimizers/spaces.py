@@ -185,8 +185,8 @@ WIDE: dict[str, Space] = {
 
 # What rows say of a wide space.
 NOTES = {
-    "IFShampoo": "damping up to 1e-2, above the published 5e-4: below 1e-3 runs that were driven to "
-    "a training loss of zero diverged (docs/interface.md)"
+    "IFShampoo": "damping up to 1e-2, above the published 5e-4: below 1e-3 runs that were driven "
+    "to a training loss of zero diverged (docs/interface.md)"
 }
 
 
