@@ -168,9 +168,6 @@ def spaces_of(
             )
         known = {name: of.space for name, of in by_model[model].items()}
         fixed = spaces.RELEASED
-        for name in known:
-            for fault in by_model[model][name].faults:
-                print(f"{model}, {name}: {fault}")
     else:
         known = spaces.read_spaces(Path(asked))
     names = [n for n in spaces.DEFAULT if n in known] if methods is None else methods
@@ -179,6 +176,10 @@ def spaces_of(
             f"--space {asked} has none of {', '.join(absent)}; it has {', '.join(known)}"
         )
     chosen = names or list(known)
+    if asked == "published":
+        for name in chosen:
+            for fault in by_model[model][name].faults:
+                print(f"{model}, {name}: {fault}")
     return {name: known[name] for name in chosen}, {name: fixed.get(name, {}) for name in chosen}
 
 

@@ -16,8 +16,10 @@ from helpers.search import ALL, SPACE, killed_in, search, share, trials_of
 from bench import search as command
 from bench.__main__ import main
 from bench.measuring.rows import read_rows
+from bench.optimizers import spaces
 from bench.report import searches
 from bench.trials import FINAL, NARROW_STAGE, WIDE_STAGE
+from bench.workloads.papers import WORKLOADS
 
 pytestmark = needs_extras
 pytest.importorskip("optuna")
@@ -147,6 +149,21 @@ def test_unknown_names_list_the_choices(option, name, capsys):
     assert name in capsys.readouterr().err
 
 
+def test_published_spaces_are_those_of_the_model_of_a_workload(capsys):
+    resnet, swin = (WORKLOADS[name] for name in ("cifar_resnet34", "imagewoof_swin"))
+    found, fixed = command.spaces_of("published", None, resnet)
+    assert list(found) == ["SGD", "AdamW", "RootFreeRMSprop"]
+    assert fixed["RootFreeRMSprop"]["weight_decay_mode"] == "momentum"
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="has none of IFShampoo; it has SGD, AdamW, RootFreeRMS"):
+        command.spaces_of("published", ["IFShampoo"], resnet)
+    command.spaces_of("published", ["IFShampoo"], swin)
+    assert "SwinT, IFShampoo: weight_decay is written from" in capsys.readouterr().out
+    found, fixed = command.spaces_of("wide", None, resnet)
+    assert list(found) == list(spaces.DEFAULT)
+    assert not any(fixed.values())
+
+
 def test_uncommitted_code_goes_on_with_no_search(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_COMMIT", "abc-dirty")
     (tmp_path / "search_graph.db").touch()
@@ -158,8 +175,8 @@ def test_a_search_end_to_end(tmp_path, capsys, monkeypatch):
     """Runs that diverge, both stages, final runs, rows, tables and a plot; then nothing is left."""
     for name in ("LEAST_RUNS", "QUICK_RUNS"):
         monkeypatch.setattr(command, name, 4)
-    spaces = {"SGD": {"lr": [1e-3, 1e19]}, "AdamW": {"lr": [1e-4, 1e-1], "eps": [1e-9, 1e-7]}}
-    (tmp_path / "spaces.json").write_text(json.dumps(spaces))
+    given = {"SGD": {"lr": [1e-3, 1e19]}, "AdamW": {"lr": [1e-4, 1e-1], "eps": [1e-9, 1e-7]}}
+    (tmp_path / "spaces.json").write_text(json.dumps(given))
     options = ["--workload", "graph", "--space", str(tmp_path / "spaces.json"), "--quick"]
     asked = ["search", *options, "--reference", "--out", str(tmp_path)]
     assert main(asked) == 0
@@ -170,12 +187,12 @@ def test_a_search_end_to_end(tmp_path, capsys, monkeypatch):
     assert any(found["value"] is None for found in runs)
     for found in runs:
         assert found["detail"]["seconds"] > 0
-        assert set(found["detail"]["settings"]) == set(spaces[found["provider"]])
+        assert set(found["detail"]["settings"]) == set(given[found["provider"]])
     assert [f["value"] for f in written if f["metric"] == searches.SEARCHED] == [1, 1, 2, 2]
     last = read_rows(tmp_path / "search_graph_final.jsonl")
     tested = [found for found in last if found["metric"] == "test loss"]
     assert [(found["provider"], found["detail"]["seed"]) for found in tested] == [
-        (name, seed) for name in spaces for seed in (0, 1, 2)
+        (name, seed) for name in given for seed in (0, 1, 2)
     ]
     best = min((f for f in runs if f["provider"] == "AdamW"), key=lambda f: f["value"])
     assert tested[-1]["detail"]["settings"] == best["detail"]["settings"]

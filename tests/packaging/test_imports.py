@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {
     "rootfree_fused": ["reference", "ops", "optimizer", ""],
     "kernels": [""],
-    "bench": ["measuring", "workloads", "optimizers", "report", "machine_code", ""],
+    "bench": [
+        "measuring",
+        "workloads/papers",
+        "workloads",
+        "optimizers",
+        "report",
+        "machine_code",
+        "",
+    ],
 }
 # As Python knows them: kernels/ is installed inside the package.
 PACKAGES = {"kernels": "rootfree_fused.kernels"}
