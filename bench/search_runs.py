@@ -20,6 +20,7 @@ from .measuring.rows import Rows
 from .optimizers.spaces import Space, method_of, settings_of
 from .optimizers.tuned import Settings
 from .plan import SEEDS, TUNING_SEEDS
+from .report.generalization import TRAINING
 from .sweep import trained
 from .train import add_rows
 from .trials import FINAL, Claim, Trials
@@ -97,10 +98,11 @@ def final(plan: Plan, trials: Trials, claim: Claim) -> tuple[float, dict[str, An
     best = trials.best(claim.method)
     assert best is not None
     settings = settings_of(best.point)
+    sets = loaded(plan.workload, plan.data, plan.device, tuning=False)
     runs = train(
         problem,
         {claim.method: plan.build(claim.method, settings)},
-        loaded(plan.workload, plan.data, plan.device, tuning=False),
+        sets,
         torch.device(plan.device),
         seed=seed,
         rounds=plan.rounds,
@@ -115,6 +117,9 @@ def final(plan: Plan, trials: Trials, claim: Claim) -> tuple[float, dict[str, An
     ended = last[claim.method]
     shown = {**settings, **plan.fixed[claim.method]}
     add_rows(rows, problem, claim.method, ended, seed=seed, settings=shown)
+    learnt = measured(problem, ended.model, problem.training_part(sets[0]))
+    if "accuracy" in learnt:
+        rows.add(problem.name, claim.method, TRAINING, learnt["accuracy"], "of all", seed=seed)
     return ended.held_out["loss"][-1], {"rows": rows.kept}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..measuring.common import PROBE_BYTES
 from ..measuring.rows import ROOT, Row, select, unique
+from . import generalization, searches
 from .cells import NOISY, markdown, noisy, page, provenance, timed
 from .losses import KINDS, formats, in_order, losses, structures
 from .tables import FORWARD
@@ -295,7 +296,30 @@ def _by_case(rows: list[Row], provider: str) -> dict[str, Row]:
     return {row["case"]: row for row in select(rows, provider=provider)}
 
 
+def _search(workload: str) -> Callable[[Files], str]:
+    """What trials of a search are worth, the best settings, and where that was measured."""
+
+    def table(files: Files) -> str:
+        rows = files[f"epyc/search_{workload}"]
+        _, _, text = searches.table(rows).partition("\n\n")
+        return text
+
+    return table
+
+
+def _generalization(workload: str) -> Callable[[Files], str]:
+    def table(files: Files) -> str:
+        rows = files[f"epyc/search_{workload}_final"]
+        return f"{generalization.table(rows)}\n\n{_measured(rows)}"
+
+    return table
+
+
 TABLES: dict[str, Callable[[Files], str]] = {
+    "search_resnet": _search("digits_resnet"),
+    "search_vit": _search("digits_vit"),
+    "generalization_resnet": _generalization("digits_resnet"),
+    "generalization_vit": _generalization("digits_vit"),
     "headline": headline,
     "gpu": gpu,
     "diag": diag,

@@ -8,6 +8,7 @@ A row takes part by what it has, whatever benchmark it is from:
     loss        losses of `bench train` with their `curve`
     basin       losses of `bench sweep` at several learning rates
     worlds      work and state a rank that `bench distributed` computed
+    generalization   accuracies of the final runs of `bench search`
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
-from . import searches
+from . import generalization, searches
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
 from .losses import basin, basin_rows
 from .tables import STATE, WORK
@@ -310,6 +311,12 @@ PLOTS = {
         "has whole ones. Computed from shapes.",
         worlds_rows,
         worlds,
+    ),
+    "generalization": Plot(
+        "Accuracy on training and on test data",
+        "Each optimizer at the best settings of its search, trained with three other seeds.",
+        generalization.rows_of,
+        generalization.plot,
     ),
     "search": Plot(
         "What a trial of a search is worth",

@@ -106,11 +106,11 @@ def convmixer(width: int = 32, depth: int = 4) -> nn.Module:
 
 WORKLOADS = [
     OnDigits("digits_vgg", vgg, rounds=60, schedule=STEPS),
-    OnDigits("digits_resnet", resnet, rounds=60, schedule=STEPS),
+    OnDigits("digits_resnet", resnet, rounds=45, schedule=STEPS),
     OnDigits(
         "digits_resnet_squared",
         resnet,
-        rounds=60,
+        rounds=45,
         schedule=STEPS,
         criterion=squared_loss,
         unit="squared error",

@@ -30,6 +30,7 @@ class Full(Classification):
 
     batch_size = 128
     autocast = True
+    extras = "bench,timm"
     colours: tuple[tuple[float, ...], tuple[float, ...]]
 
     def __init__(self, name: str, *args: Any, published: str | None = None, **kwargs: Any) -> None:
@@ -110,7 +111,7 @@ class ImageWoof(Full):
 
 def timm_model(name: str, classes: int, **settings: Any) -> nn.Module:
     """By timm's name, its weights drawn anew."""
-    return optional("timm").create_model(name, num_classes=classes, **settings)
+    return optional("timm", extra="timm").create_model(name, num_classes=classes, **settings)
 
 
 def _stem() -> nn.Module:

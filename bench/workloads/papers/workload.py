@@ -31,6 +31,7 @@ class Workload(Problem):
     unit = "nat"
     warm_up = 0.0
     threads = 1
+    extras = "bench"  # of this package, which bring what it needs
     published: str | None = None  # the model's name among the published search spaces
     needs_data: str | None = None  # what has to lie in the folder that `with_data` takes
     files: tuple[str, ...] = ()  # paths there without which nothing can be read
@@ -48,7 +49,7 @@ class Workload(Problem):
         """Why it cannot be trained here, and the cure; None where it can."""
         absent = [name for name in self.needs if find_spec(name) is None]
         if absent:
-            return f"no {' and no '.join(absent)}; pip install rootfree-fused[bench]"
+            return f"no {' and no '.join(absent)}; pip install rootfree-fused[{self.extras}]"
         if self.needs_data is None:
             return None
         cure = f"pass --data DIR, a folder with {self.needs_data}"
