@@ -59,7 +59,7 @@ class AccumulatingOptimizer(DeclaringOptimizer):
 
         Args:
             terms: how many loss terms this micro-batch averages, by which it then counts; with None
-                all count alike. For all of a step or for none.
+                all count alike, and one of several `parts` as so many. For all of a step or none.
             squares: of parameters with a `second_moment` other than "batch", the mean over parts of
                 this micro-batch of their squared gradients, of the parameter's shape; others take
                 the square of the micro-batch's own gradient. `micro.TokenSquares` makes them.

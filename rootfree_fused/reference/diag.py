@@ -13,7 +13,7 @@ become infinite, and NaN at the next step.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 from torch import Tensor
@@ -150,12 +150,10 @@ def sign_(
     param.copy_(p - lr * (_sign(exp_avg) if sign_last else exp_avg))
 
 
-class SquareWeights(NamedTuple):
+class SquareWeights(namedtuple("SquareWeights", ("square", "signal", "floor"))):
     """How what s follows is made of b q and B g^2; see `second_moment`."""
 
-    square: float
-    signal: float
-    floor: float
+    __slots__ = ()
 
 
 def square_weights(kind: str, parts: int) -> SquareWeights:
