@@ -40,6 +40,13 @@ EXACT = {
         "batch_size": 8.0,
         "maximize": True,
     },
+    "lowbit_sign_": {
+        "beta": 0.5,
+        "weight_decay": 0.25,
+        "batch_size": 1.0,
+        "sign_last": False,
+        "maximize": False,
+    },
     "lowbit_vector_adam_": {
         "beta1": 0.0,
         "vector_beta2": 0.0,
@@ -54,6 +61,7 @@ METHODS = {
     "rmsprop": ("lowbit_rmsprop_", 2),
     "rmsprop without buffer": ("lowbit_rmsprop_", 1),
     "adamw": ("lowbit_adamw_", 2),
+    "sign": ("lowbit_sign_", 1),
     "vector_adam": ("lowbit_vector_adam_", 2),
 }
 SHAPES = [(1,), (255,), (256,), (257,), (5, 300)]
@@ -94,7 +102,7 @@ class Problem:
             ]
             self.states.append([codes for codes, _ in encoded])
             self.scales.append([scale for _, scale in encoded if scale is not None])
-        if len(states) == 1:
+        if len(states) < len(method.states):
             self.states.append([])
             self.scales.append([])
         count = len(shapes)

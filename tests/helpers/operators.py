@@ -38,6 +38,14 @@ VECTOR_ROOTFREE = {
     "batch_size": 1.0,
     "maximize": True,
 }
+# Which reads no batch size.
+SIGN = {
+    "beta": 0.8,
+    "weight_decay": 0.1,
+    "batch_size": 1.0,
+    "sign_last": True,
+    "maximize": False,
+}
 
 
 def for_operators(scalars):
