@@ -148,7 +148,7 @@ def find_plan(
     kept: Kept | None = None,
     parts: Sequence[Tensor] = (),
 ) -> LaunchPlan:
-    """The plan for params, grads and at most two lists of states.
+    """The plan for params, grads and at most two lists of states; for sums and grads where none is.
 
     A row's chunks count as aligned where `vector` elements of each tensor can be moved at once.
     kept: of tensors in fewer bytes, whose blocks follow the order of their axes: all are contiguous
@@ -339,6 +339,14 @@ def _check_signature(
             f"{', '.join(map(str, devices))} (-1 is the CPU); move them to one"
         )
     param, grad, first, second, parts, residual, *scales = dtypes
+    found = ", ".join(map(str, filter(None, dtypes)))
+    if first is None and not fewer_bytes:  # of kernels/accumulate.py
+        if param != torch.float32 or grad not in DTYPES or parts not in (param, None):
+            raise TypeError(
+                f"sums[{i}], its gradient and its part are {found}; the Triton kernel adds "
+                "gradients in float32, bfloat16 or float16 to sums and parts in float32"
+            )
+        return
     taken = "state in float32"
     right = {first, second} <= {torch.float32, None}
     if fewer_bytes:
@@ -351,7 +359,6 @@ def _check_signature(
         )
     right &= parts in (torch.float32, None)
     if param not in DTYPES or grad not in (param, torch.float32) or not right:
-        found = ", ".join(map(str, filter(None, dtypes)))
         raise TypeError(
             f"params[{i}], its gradient and its state are {found}; "
             "the Triton kernels take parameters in float32, bfloat16 or float16, gradients in the "
