@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers.kernels_diag import assert_guards_untouched, in_guarded_memory
-from helpers.operators import ADAMW, RMSPROP, VECTOR_ADAM, for_operators
+from helpers.operators import ADAMW, RMSPROP, SIGN, VECTOR_ADAM, for_operators
 from triton.runtime import interpreter
 
 from rootfree_fused.kernels import formats, lowbit
@@ -41,12 +41,13 @@ CASES = {
     "float32, bfloat16": Case(F32, None, BF16, BF16),
     "float16, S8 and float32": Case(F16, None, S8, F32),
 }
-# By method: settings, and which of its states is a second moment; the other is an average.
+# By method: settings, and which of its states is a second moment, or None; others are averages.
 METHOD_SETTINGS = {
     "adamw_": ({**ADAMW, "bias_correction": True}, 1),
     "rmsprop_": (RMSPROP, 0),
     "rmsprop_ without momentum": ({**RMSPROP, "momentum": 0.0}, 0),
     "vector_adam_": ({**VECTOR_ADAM, "bias_correction": True}, 1),
+    "sign_": (SIGN, None),
 }
 
 
@@ -73,7 +74,8 @@ class Lowbit:
         if self.case.residual is not None:
             pairs = [split_weight(p, self.case.residual) for p in params]
             params, residuals = map(list, zip(*pairs, strict=True))
-        self.formats = [self.case.average, self.case.moment][:: 1 if moment else -1]
+        self.formats = [self.case.average, self.case.moment][:: -1 if moment == 0 else 1]
+        del self.formats[len(METHODS[self.name].states) :]
         states = []
         for i, dtype in enumerate(self.formats):
             there = not (i == 1 and method.endswith("without momentum"))

@@ -22,7 +22,7 @@ UPDATES = {
         2,
         False,
     ),
-    "rmsprop, s is the last target": ("rmsprop_", {**RMSPROP, "alpha": 0.0}, 2, False),
+    "rmsprop, s is the target": ("rmsprop_", {**RMSPROP, "alpha": 0.0, "damping": 1.0}, 2, False),
     "adamw": ("adamw_", ADAMW, 2, False),
     "adamw corrected": ("adamw_", ADAMW, 2, True),
     "adamw ascending": ("adamw_", {**ADAMW, "maximize": True}, 2, True),
@@ -71,7 +71,9 @@ class Sums:
             return [lay(draw(shape).to(device, dtype)) for shape in shapes]
 
         self.params = made(torch.randn, param_dtype, like)
-        self.states = [made(torch.rand, state_dtype, like) for _ in range(states)]
+        self.states = [
+            made(lambda shape: torch.rand(shape) + 0.5, state_dtype, like) for _ in range(states)
+        ]
         drawn = [[torch.randn(shape) + 0.5 for shape in shapes] for _ in range(_COUNT)]
         sums = [_WEIGHT * sum(grads) for grads in zip(*drawn, strict=True)]
         part = torch.sign if kind == "signs" else lambda g: _WEIGHT * g * g

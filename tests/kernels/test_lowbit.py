@@ -38,7 +38,7 @@ from rootfree_fused.reference.formats import (
 )
 
 SHAPES = [(n,) for n in (1, 255, 256, 257, 0, 5000)]
-HALF_WAY = {"beta1": 0.5, "beta2": 0.5, "vector_beta2": 0.5, "alpha": 0.5}
+HALF_WAY = {"beta": 0.5, "beta1": 0.5, "beta2": 0.5, "vector_beta2": 0.5, "alpha": 0.5}
 
 # The interpreter is numpy, which reports the infinities that some of the tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
