@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 import torch
-from helpers.operators import ADAMW, RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, for_operators
+from helpers.operators import ADAMW, RMSPROP, SIGN, VECTOR_ADAM, VECTOR_ROOTFREE, for_operators
 from helpers.optimizers import (
     DIAGONAL,
     accepted,
@@ -39,11 +39,17 @@ def lists(device, count=4):
 def operator_calls(device):
     steps = torch.tensor([1.0, 3.0], device=device)
     rmsprop, adamw = for_operators(RMSPROP), for_operators(ADAMW)
+    sums = {"parts": tensors(device, (5,), (2, 3)), "grad_scale": torch.tensor(4.0, device=device)}
+    squares = sums | {"square_weight": 1.0, "signal_weight": -1.0, "floor_weight": 0.0}
     return {
         "rmsprop_": ((*lists(device), LR), rmsprop),
         "rmsprop_ without momentum": ((*lists(device, 3), [], LR), {**rmsprop, "momentum": 0.0}),
         "adamw_": ((*lists(device), None, LR), adamw),
         "adamw_ with steps": ((*lists(device), steps, LR), adamw),
+        "rmsprop_ with squares": ((*lists(device), LR), rmsprop | squares),
+        "adamw_ with squares": ((*lists(device), steps, LR), adamw | squares),
+        "sign_": ((*lists(device, 3), LR), for_operators(SIGN)),
+        "sign_ with signs": ((*lists(device, 3), LR), for_operators(SIGN) | sums),
         "vector_adam_": ((*lists(device), steps, LR), for_operators(VECTOR_ADAM)),
         "vector_rootfree_": ((*lists(device), steps, LR), for_operators(VECTOR_ROOTFREE)),
     }
