@@ -55,7 +55,8 @@ from .tables import (
 # sm_100 has 8 loads of 16 bytes in flight a thread (16-bit dtypes: of 8) at 48 to 72 registers, so
 # 7 to 10 programs and 64 to 130 KB in flight on a multiprocessor, where bandwidth times 0.8 us of
 # latency is 20 KB (H100) or 45 KB (B200). 16 elements a thread, not 8, take 96 to 168 registers for
-# no more bytes in flight; 2048 elements on 8 warps are the same code with a coarser tail.
+# no more bytes in flight; 2048 elements on 8 warps are the same code with a coarser tail. With
+# squares there are 2 loads more, at 64 to 86 registers: 5 to 8 programs, 90 to 140 KB in flight.
 BLOCK = 1024
 NUM_WARPS = 4
 

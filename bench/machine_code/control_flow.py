@@ -174,11 +174,20 @@ class ControlFlow:
         # What a group leads to reaches fewer blocks than it does.
         for group in sorted(groups, key=lambda g: (self._reach[g[0]] | 1 << g[0]).bit_count()):
             after = {where[j] for i in group for j in self.successors[i]} - {group}
-            weight, size, path = max((best[g] for g in after), default=(0, 0, []))
+            ways = [best[g] for g in after]
+            if not ways or any(map(self._may_end, group)):
+                ways.append((0, 0, []))
+            weight, size, path = max(ways)
             weight += self._weight(group)
             size -= sum(len(self.blocks[i]) for i in group)
             best[group] = weight, size, [*group, *path]
         return best[where[0]][2]
+
+    def _may_end(self, i: int) -> bool:
+        """Whether a block is a path of full chunks, which then leaves what else follows it."""
+        stores = [access.size for access in self._accesses[i] if access.is_store]
+        wide = bool(stores) and min(stores) >= 16
+        return wide and bool(re.match(r"@\S+ EXIT\b", self.blocks[i][-1]))
 
     def _weight(self, group: tuple[int, ...]) -> int:
         accesses = [access for i in group for access in self._accesses[i]]

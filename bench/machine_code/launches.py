@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
+from itertools import product
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from rootfree_fused.kernels import (
+    accumulate,
     diag,
     lowbit,
     matrix,
@@ -41,6 +43,12 @@ Bucket = tuple[tuple[int, int], tuple[bool, bool], int]  # sizes, which axes are
 DIAG_DTYPES: tuple[Dtypes, ...] = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
 # What differs in the compiled code: buffers or none, step counts or none. Scalars do not.
 DIAG_CASES = ("rmsprop", "rmsprop momentum", "adamw", "adamw bias correction")
+# On sums of micro-batches, which are of float32.
+DIAG_CASES_OF_SQUARES = ("rmsprop, squares", "rmsprop momentum, squares", "adamw, squares")
+DIAG_LAUNCHES: tuple[tuple[str, Dtypes], ...] = (
+    *product(DIAG_CASES, DIAG_DTYPES),
+    *product(DIAG_CASES_OF_SQUARES, ((F32, F32), (BF16, F32))),
+)
 _RMSPROP = {
     "alpha": 0.9,
     "damping": 0.1,
@@ -64,21 +72,25 @@ def diag_call(case: str, dtypes: Dtypes, lr: float = 0.1) -> Call:
     """The call for one tensor of one full chunk."""
     params, grads = ([torch.zeros(diag.BLOCK, dtype=dtype)] for dtype in dtypes)
     state, other = ([torch.zeros(diag.BLOCK)] for _ in range(2))
-    recorder, kernel = Recorder(), diag._diag_kernel
-    diag._diag_kernel = recorder
-    try:
-        if case.startswith("adamw"):
-            steps = torch.ones(1) if case == "adamw bias correction" else None
+    update, _, squares = case.partition(", ")
+    given = _of_squares(diag.BLOCK) if squares else {}
+    recorder = Recorder()
+    with patch.object(diag, "_diag_kernel", recorder):
+        if update.startswith("adamw"):
+            steps = torch.ones(1) if update == "adamw bias correction" else None
             tensors = params, grads, other, state, steps, torch.tensor(lr)
-            diag.update_("adamw_", *tensors, **_ADAMW)
+            diag.update_("adamw_", *tensors, **_ADAMW, **given)
         else:
-            buffers = other if case == "rmsprop momentum" else []
+            buffers = other if update == "rmsprop momentum" else []
             tensors = params, grads, state, buffers, torch.tensor(lr)
-            diag.update_("rmsprop_", *tensors, **_RMSPROP)
-    finally:
-        diag._diag_kernel = kernel
+            diag.update_("rmsprop_", *tensors, **_RMSPROP, **given)
     (call,) = recorder.calls
     return call
+
+
+def _of_squares(elements: int) -> dict[str, Any]:
+    """What a step on sums of micro-batches is given of a tensor of so many elements."""
+    return {"parts": [torch.zeros(elements)], "grad_scale": torch.tensor(4.0)}
 
 
 @cache
@@ -86,12 +98,36 @@ def diag_program(case: str, dtypes: Dtypes, architecture: int) -> Program:
     return compile_call(diag._diag_kernel, diag_call(case, dtypes), architecture)
 
 
+# Sums of micro-batches: dtype of the gradients, what there is of parts, and whether the first.
+SUMS: tuple[tuple[torch.dtype, str, bool], ...] = (
+    *product((F32, BF16, F16), ("no parts", "squares"), (False, True)),
+    *product((F32, BF16), ("signs",), (False,)),
+)
+
+
+def accumulate_call(grad: torch.dtype, part: str, first: bool) -> Call:
+    """The call for one tensor of one full chunk."""
+    sums, parts = ([torch.zeros(diag.BLOCK)] for _ in range(2))
+    recorder, grads = Recorder(), [torch.zeros(diag.BLOCK, dtype=grad)]
+    settings = {"weight": 2.0, "signs": part == "signs", "first": first}
+    with patch.object(accumulate, "_accumulate_kernel", recorder):
+        accumulate.accumulate_(sums, [] if part == "no parts" else parts, grads, **settings)
+    (call,) = recorder.calls
+    return call
+
+
+@cache
+def accumulate_program(grad: torch.dtype, part: str, first: bool, architecture: int) -> Program:
+    call = accumulate_call(grad, part, first)
+    return compile_call(accumulate._accumulate_kernel, call, architecture)
+
+
 # In fewer bytes -------------------------------------------------------------------------------
 
 LOWBIT_METHODS = ("rmsprop momentum", "adamw bias correction")
 
 
-def lowbit_call(method: str, case: LowbitCase) -> Call:
+def lowbit_call(method: str, case: LowbitCase, squares: bool = False) -> Call:
     """The call for one tensor of one full chunk."""
 
     def tensors(dtype: torch.dtype | None) -> list[Tensor]:
@@ -100,8 +136,6 @@ def lowbit_call(method: str, case: LowbitCase) -> Call:
     def scales(dtype: torch.dtype) -> list[Tensor]:
         return tensors({INT8: F32, UINT8: UINT8}.get(dtype))
 
-    recorder, kernel = Recorder(), lowbit._lowbit_kernel
-    lowbit._lowbit_kernel = recorder
     formats = [case.average, case.second_moment]
     name, settings = "adamw_", _ADAMW | {"bias_correction": True}
     if method == "rmsprop momentum":
@@ -109,19 +143,21 @@ def lowbit_call(method: str, case: LowbitCase) -> Call:
         formats.reverse()
     lists = [*map(tensors, formats), tensors(case.residual), *map(scales, formats)]
     random = {"seeds": [0], "firsts": [0], "stochastic": case.stochastic}
-    try:
+    given = _of_squares(lowbit.CHUNK) if squares else {}
+    recorder = Recorder()
+    with patch.object(lowbit, "_lowbit_kernel", recorder):
         params, grads = tensors(case.param), tensors(case.grad)
         others = *lists, torch.ones(1), torch.tensor(0.1)
-        lowbit.update_(name, params, grads, *others, **random, **settings)
-    finally:
-        lowbit._lowbit_kernel = kernel
+        lowbit.update_(name, params, grads, *others, **random, **settings, **given)
     (call,) = recorder.calls
     return call
 
 
 @cache
-def lowbit_program(method: str, case: LowbitCase, architecture: int) -> Program:
-    return compile_call(lowbit._lowbit_kernel, lowbit_call(method, case), architecture)
+def lowbit_program(
+    method: str, case: LowbitCase, architecture: int, squares: bool = False
+) -> Program:
+    return compile_call(lowbit._lowbit_kernel, lowbit_call(method, case, squares), architecture)
 
 
 PACKING = ("unpack", "pack")

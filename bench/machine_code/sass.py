@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from ..measuring.common import add_quick_argument, dtype_name, optional
 from ..measuring.rows import commit
 from ..workloads import lowbit
@@ -83,10 +85,11 @@ def measure(program: Program) -> Row:
 
 
 def diag_entry(case: str, dtypes: launches.Dtypes, architecture: int) -> Entry:
-    """Bytes: p and its states read and written, g read."""
+    """Bytes: p and its states read and written, g and squares read."""
     param, grad = dtypes
-    states = 1 if case == "rmsprop" else 2
-    moved = 2 * param.itemsize + grad.itemsize + 8 * states
+    update, _, squares = case.partition(", ")
+    states = 1 if update == "rmsprop" else 2
+    moved = 2 * param.itemsize + grad.itemsize + 8 * states + 4 * bool(squares)
     configuration = f"{case}, {dtype_name(param)}"
     if grad != param:
         configuration += f", {dtype_name(grad)} gradients"
@@ -95,6 +98,19 @@ def diag_entry(case: str, dtypes: launches.Dtypes, architecture: int) -> Entry:
         return launches.diag_program(case, dtypes, architecture)
 
     return Entry("diag", configuration, architecture, f"{moved} bytes a parameter", build)
+
+
+def accumulate_entry(grad: torch.dtype, part: str, first: bool, architecture: int) -> Entry:
+    """Bytes: g read, the sum and the part written, and read but for the first."""
+    sums = 1 if part == "no parts" else 2
+    moved = grad.itemsize + sums * (4 if first else 8)
+    configuration = f"{part}, {dtype_name(grad)} gradients" + (", first" if first else "")
+
+    def build() -> Program:
+        return launches.accumulate_program(grad, part, first, architecture)
+
+    modelled = f"{moved} bytes an element"
+    return Entry("accumulate", configuration, architecture, modelled, build)
 
 
 def lowbit_entry(method: str, name: str, architecture: int) -> Entry:
@@ -165,9 +181,10 @@ def entries(architecture: int, quick: bool = False) -> Iterator[Entry]:
     """Every configuration that something may launch on this architecture, each once."""
     float32 = launches.MATRIX_DTYPES[0]
     large = launches.large_tiling(architecture)
-    for case in launches.DIAG_CASES[: 1 if quick else None]:
-        for dtypes in launches.DIAG_DTYPES[: 1 if quick else None]:
-            yield diag_entry(case, dtypes, architecture)
+    for case, dtypes in launches.DIAG_LAUNCHES[: 1 if quick else None]:
+        yield diag_entry(case, dtypes, architecture)
+    for sums in launches.SUMS if not quick else ():
+        yield accumulate_entry(*sums, architecture)
     for name in lowbit.CASES if not quick else ():
         for method in launches.LOWBIT_METHODS:
             yield lowbit_entry(method, name, architecture)

@@ -141,6 +141,16 @@ def test_the_main_path_of_a_snippet():
     assert flow.wide_share == 2 / 3
 
 
+def test_a_path_of_full_chunks_may_end_in_the_midst():
+    """Where the branch is short, every instruction of it has a guard."""
+    full = ["S2R R3, SR_TID.X ;", "@!P0 STG.E.128 [R3.64], R4 ;", "@!P0 EXIT ;"]
+    flow = ControlFlow([*full, "@P1 LDG.E R4, [R3.64] ;", "STG.E [R3.64], R4 ;", "EXIT ;"])
+    assert flow.main_path == full
+    assert flow.wide_share == 1
+    more = ["STG.E.128 [R3.64+0x800], R4 ;", "EXIT ;"]
+    assert ControlFlow([*full, *more]).main_path == [*full, *more]
+
+
 def test_an_address_is_of_elements_until_it_is_overwritten():
     uniform = "LDC.64 R2, c[0x0][0x210] ;"
     flow = ControlFlow(
@@ -201,12 +211,13 @@ def test_every_configuration_has_one_row_an_architecture():
         of_matrices = {*launches.MATRIX_KERNELS, *shampoo}
         assert {kernel for kernel, _ in names} == {
             "diag",
+            "accumulate",
             "lowbit",
             *launches.PACKING,
             *of_matrices,
         }
-        diagonal = len(launches.DIAG_CASES) * len(launches.DIAG_DTYPES)
-        assert sum(kernel == "diag" for kernel, _ in names) == diagonal
+        assert sum(kernel == "diag" for kernel, _ in names) == len(launches.DIAG_LAUNCHES)
+        assert sum(kernel == "accumulate" for kernel, _ in names) == len(launches.SUMS)
         of_few_bytes = len(lowbit.CASES) * len(launches.LOWBIT_METHODS)
         assert sum(kernel == "lowbit" for kernel, _ in names) == of_few_bytes
         for packing in launches.PACKING:

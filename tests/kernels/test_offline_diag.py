@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -14,9 +16,10 @@ from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index, last_index, widths
 from bench.machine_code.launches import (
     ARCHITECTURES,
-    DIAG_CASES,
-    DIAG_DTYPES,
+    DIAG_LAUNCHES,
     F32,
+    SUMS,
+    accumulate_program,
     diag_call,
     diag_program,
 )
@@ -35,14 +38,23 @@ def architecture(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=DIAG_CASES)
-def configuration(request):
+def shown(launch):
+    return ", ".join(map(str, (launch[0], *launch[1])))
+
+
+@pytest.fixture(scope="module", params=DIAG_LAUNCHES, ids=shown)
+def launch(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=DIAG_DTYPES, ids=str)
-def dtypes(request):
-    return request.param
+@pytest.fixture(scope="module")
+def configuration(launch):
+    return launch[0]
+
+
+@pytest.fixture(scope="module")
+def dtypes(launch):
+    return launch[1]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +70,9 @@ def row(architecture, configuration, dtypes):
 @pytest.fixture
 def accesses(configuration, dtypes):
     """Bytes of an element in each tensor that is read, and in each that is written."""
-    states = [4] if configuration == "rmsprop" else [4, 4]
-    read = [dtypes[0].itemsize, dtypes[1].itemsize, *states]
+    update, _, squares = configuration.partition(", ")
+    states = [4] if update == "rmsprop" else [4, 4]
+    read = [dtypes[0].itemsize, dtypes[1].itemsize, *states, *([4] if squares else [])]
     return {"LDG": read, "STG": [read[0], *states]}
 
 
@@ -124,7 +137,8 @@ def test_the_ragged_path_promises_no_alignment(program, accesses):
 def test_enough_programs_fit(row, accesses, architecture):
     in_flight = row["ctas_per_sm"] * diag.BLOCK * sum(accesses["LDG"])
     assert in_flight >= IN_FLIGHT[architecture]
-    assert row["warps_per_sm"] == row["ctas_per_sm"] * diag.NUM_WARPS >= 24
+    least = 20 if architecture == 100 else 24
+    assert row["warps_per_sm"] == row["ctas_per_sm"] * diag.NUM_WARPS >= least
 
 
 def test_the_kernel_multiplies_no_matrices(row):
@@ -181,3 +195,52 @@ def test_a_method_of_one_state_compiles(architecture, monkeypatch):
     main, _ = program.paths
     start = first_index(main, r"\bBRA\b")
     assert widths(main[start:], "STG") == expected_widths([4, 4], diag.VECTOR)
+
+
+# Sums of micro-batches -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=SUMS, ids=lambda sums: ", ".join(map(str, sums)))
+def sums(request):
+    return request.param
+
+
+@pytest.fixture
+def of_sums(sums, architecture):
+    """The program, the path of its aligned chunks, and bytes that are read and written."""
+    grad, part, first = sums
+    program = accumulate_program(*sums, architecture)
+    lines = program.instructions
+    main = lines[: first_index(lines, r"\bEXIT\b") + 1]
+    written = [4] if part == "no parts" else [4, 4]
+    read = [grad.itemsize, *([] if first else written)]
+    return program, main, {"LDG": read, "STG": written}
+
+
+def test_sums_neither_spill_nor_go_through_shared_memory(of_sums, sums, architecture):
+    program, _, accesses = of_sums
+    row = sass.accumulate_entry(*sums, architecture).row()
+    assert row["spill_bytes"] == row["shared_bytes"] == 0
+    assert first_index(program.instructions, rf"{LOCAL_MEMORY}|\b(LDS|STS|LDSM|STSM)\b") == len(
+        program.instructions
+    )
+    assert row["registers"] <= 40
+    moved = sum(map(sum, accesses.values()))
+    assert row["modelled"] == f"{moved} bytes an element"
+    sizes = accesses["LDG"] + accesses["STG"]
+    assert row["wide_share"] == round(sizes.count(4) / len(sizes), 3)
+
+
+def test_sums_move_vectors_that_are_in_flight_together(of_sums, sums):
+    _, main, accesses = of_sums
+    assert widths(main, "STG") == expected_widths(accesses["STG"], diag.VECTOR)
+    entries = Counter({4: 2, 8: 4 + (sums[1] != "no parts")})  # of tables
+    assert widths(main, "LDG") == entries + Counter(expected_widths(accesses["LDG"], diag.VECTOR))
+    assert last_index(main, r"\bLDG\b") < first_index(main, FLOAT_ARITHMETIC) < len(main)
+
+
+def test_enough_programs_of_sums_fit(of_sums, architecture):
+    """Of what goes through the memory, this is the part that is read."""
+    program, _, accesses = of_sums
+    moved = sum(map(sum, accesses.values()))
+    assert program.resident_programs * diag.BLOCK * moved >= IN_FLIGHT[architecture]

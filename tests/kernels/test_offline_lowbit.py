@@ -15,6 +15,7 @@ from bench.machine_code import sass
 from bench.machine_code.instructions import LOCAL_MEMORY, first_index, last_index, widths
 from bench.machine_code.launches import (
     ARCHITECTURES,
+    F32,
     LOWBIT_METHODS,
     PACKING,
     lowbit_program,
@@ -128,6 +129,30 @@ def test_the_product_of_a_level_and_its_scale_is_rounded():
     )
     assert "math.fma" in with_s8
     assert "math.fma" not in without
+
+
+# On sums of micro-batches, which are of float32: the methods as above.
+@pytest.mark.parametrize(
+    ("method", "case"),
+    [*((ADAMW, case) for case in LOWBIT_CASES), (RMSPROP, "bfloat16 + 8, 8bit")],
+)
+def test_squares_are_loads_with_the_others(method, case, architecture):
+    of = LOWBIT_CASES[case]._replace(grad=F32)
+    plain, program = (lowbit_program(method, of, architecture, given) for given in (False, True))
+    assert program.spill_bytes == 0
+    assert first_index(program.instructions, LOCAL_MEMORY) == len(program.instructions)
+    main = program.flow.main_path
+    written = [of.param, of.residual, of.average, of.second_moment]
+    wide = any(dtype is not None and dtype.itemsize > 2 for dtype in written)
+    vector = lowbit.VECTOR_OF_WIDE if wide else lowbit.VECTOR
+    loads, others = (widths(p.flow.main_path, "LDG") for p in (program, plain))
+    more = {width: loads[width] - others.get(width, 0) for width in (16, 32) if width in loads}
+    assert sum(width * count for width, count in more.items()) == 4 * vector
+    assert widths(main, "STG") == widths(plain.flow.main_path, "STG")
+    barrier = first_index(main, r"\bBAR\b")
+    assert last_index(main, r"\bLDG\.E\S*\.(64|128|256)\b") < barrier
+    read = sum(dtype.itemsize for dtype in (*written, F32, F32) if dtype is not None)
+    assert program.resident_programs * lowbit.CHUNK * read >= IN_FLIGHT[architecture]
 
 
 # To float32 tensors and back ------------------------------------------------------------------
