@@ -39,14 +39,16 @@ from .measuring.common import (
 )
 from .measuring.rows import Rows, wrong_of_ours
 from .optimizers import PROVIDERS
-from .optimizers.diagonal import CHECK_STEPS, Provider, replayed
+from .optimizers.diagonal import ALLOWED_ERROR, CHECK_STEPS, Provider, replayed
 from .report import tables
-from .workloads import lowbit, networks
+from .workloads import lowbit, micro_batches, networks
 
 # Elements: on the CPU the comparison stays in the cache, on a GPU it is not a host's work.
 CHECK_ELEMENTS = {"cpu": 3 * 10**7, "cuda": 10**9}
 SHORT = ("ResNet-50, float32", "tensors of 1,000, float32")  # how their names end
-FEWER_BYTES = "30M in one tensor, fewer bytes"  # on a GPU a case of `bench gpu`
+# On a GPU cases of `bench gpu`.
+FEWER_BYTES = "30M in one tensor, fewer bytes"
+MICRO_BATCHES = "30M in one tensor, sums of micro-batches"
 ADAMW = "RootFreeAdamW"
 CHECK_CHUNK = {"cpu": 2**15, "cuda": 2**24}
 
@@ -236,6 +238,40 @@ def measure_formats(
             if share == 0:
                 runs[name] = run
                 moved[name] = lowbit.PACKED[formats].bytes_with_scales
+    _add_bandwidths(case, runs, moved, elements, rows, device, seconds)
+
+
+def measure_micro_batches(
+    case: str, elements: int, judged: int, rows: Rows, device: torch.device, seconds: float
+) -> None:
+    """Check and time sums of micro-batches and a step on them, beside a copy and torch.
+
+    judged: how many elements are compared with the specification.
+    """
+    source, target = (torch.ones(elements, device=device) for _ in range(2))
+    runs: dict[str, Call] = {COPY: functools.partial(target.copy_, source)}
+    moved = {COPY: 8.0}
+    for name, bytes_, run in micro_batches.MicroBatches(elements, device).runs():
+        if name.startswith(micro_batches.OURS):
+            error = micro_batches.error_of(name, judged, device)
+            right = error <= ALLOWED_ERROR
+            rows.add(case, name, "error", error, "x eager error", right=right)
+            if not right:
+                continue
+        runs[name], moved[name] = run, bytes_
+    _add_bandwidths(case, runs, moved, elements, rows, device, seconds)
+
+
+def _add_bandwidths(
+    case: str,
+    runs: dict[str, Call],
+    moved: dict[str, float],
+    elements: int,
+    rows: Rows,
+    device: torch.device,
+    seconds: float,
+) -> None:
+    """Time calls that move so many bytes an element."""
     times = interleave(runs, device_timer(device), seconds=seconds)
     rates = {name: moved[name] * elements / timing.median for name, timing in times.items()}
     for name, timing in times.items():
@@ -264,7 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_measurement_arguments(parser)
     add_short_argument(parser, SHORT)
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="timing budget of each of the 16 cases"
+        "--seconds", type=float, default=4.0, help="timing budget of each of the 17 cases"
     )
 
 
@@ -276,11 +312,13 @@ def run(args: argparse.Namespace) -> int:
     chosen = cases(device, args.quick)
     if args.short:
         chosen = {name: case for name, case in chosen.items() if name.endswith(SHORT)}
-    in_formats = [FEWER_BYTES] if device.type == "cpu" and not args.short else []
-    for case in rows.remaining([*chosen, *in_formats]):
-        if case == FEWER_BYTES:
+    by_operator = {FEWER_BYTES: measure_formats, MICRO_BATCHES: measure_micro_batches}
+    if device.type != "cpu" or args.short:
+        by_operator = {}
+    for case in rows.remaining([*chosen, *by_operator]):
+        if case in by_operator:
             elements, judged = (5000, 1000) if args.quick else (30_000_000, 1_000_000)
-            measure_formats(case, elements, judged, rows, device, seconds)
+            by_operator[case](case, elements, judged, rows, device, seconds)
         else:
             measure(case, *chosen[case], rows, device, seconds)
     return int(bool(wrong_of_ours(rows.finish(tables.diag))))

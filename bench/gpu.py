@@ -40,11 +40,12 @@ LIMITS = {
     "ncu": (40, 0.0),
     "large diagonal": (50, 8.0),
     "fewer bytes": (25, 3.0),
+    "micro-batches": (20, 3.0),
     "many tensors": (40, 8.0),
     "one rank": (25, 3.0),
     "memcheck": (20, 0.0),
     "racecheck": (20, 0.0),
-    "tests": (70, 0.0),  # and all that others leave
+    "tests": (50, 0.0),  # and all that others leave
 }
 LEAST = 10.0  # seconds; with less left a part is not started
 # Programs that watch a case, each with its options. Of `ncu`'s case a step has three launches of

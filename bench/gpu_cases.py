@@ -77,6 +77,13 @@ def fewer_bytes(rows: Rows, device: torch.device, seconds: float) -> None:
     diag.measure_formats(case, elements, judged, rows, device, seconds)
 
 
+def micro_batches(rows: Rows, device: torch.device, seconds: float) -> None:
+    """Sums of micro-batches on one tensor far larger than the caches, beside a copy and torch."""
+    elements, judged = (5000, 1000) if small(device) else (10**9, 10**7)
+    case = "micro-batches of one large tensor"
+    diag.measure_micro_batches(case, elements, judged, rows, device, seconds)
+
+
 def many_tensors(rows: Rows, device: torch.device, seconds: float) -> None:
     """2,000 mixed tensors beside one of as many elements; host time, eager and replayed."""
     largest = 1000 if small(device) else 2_000_000  # 276M elements in all
@@ -267,6 +274,7 @@ CASES: dict[str, Case] = {
     "limits": limits,
     "large diagonal": large_diagonal,
     "fewer bytes": fewer_bytes,
+    "micro-batches": micro_batches,
     "whole steps": whole_steps,
     "blocks": blocks,
     "products": products,

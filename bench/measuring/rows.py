@@ -23,7 +23,8 @@ Row = dict[str, Any]
 
 ROOT = Path(__file__).parents[2]
 DIRTY = "-dirty"
-OURS = ("IFShampoo", "RootFree")  # how the names of our optimizers start
+# How the names of what is ours start.
+OURS = ("IFShampoo", "RootFree", "accumulate_", "rmsprop_")
 ROW_KEYS = (
     "benchmark",
     "case",

@@ -37,11 +37,22 @@ def _targets() -> list[Target]:
         for provider in (f"RootFreeAdamW, {formats}",)
         for rest in (("bandwidth fraction", 0.9),)
     ]
+    sums = [
+        Target(f"{name}, of a copy", "micro-batches of one large tensor", name, *rest)
+        for name in (
+            "accumulate_, float32 gradients",
+            "accumulate_ with squares, float32 gradients",
+            "accumulate_ with squares, bfloat16 gradients",
+            "rmsprop_, momentum 0.9, on squares",
+        )
+        for rest in (("bandwidth fraction", 0.92),)
+    ]
     goals = {"1 of 4096": 1.7, "16 of 2048": 1.5, "32 of 1024": 1.4, "64 of 512": 1.1}
     ours = "IFShampoo, bfloat16"
     return [
         *large,
         *fewer,
+        *sums,
         Target("114 of 1024: a step", "114 of 1024", ours, "time", 6.0, True, "ms"),
         Target("the same, graph", "114 of 1024", f"{ours}, graph", "time", 6.0, True, "ms"),
         *(

@@ -202,8 +202,8 @@ def test_the_help_names_defaults_cases_and_where_it_runs(capsys):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         shown[name] = " ".join(capsys.readouterr().out.split())
-    assert "each of the 16 cases (default: 4.0)" in shown["diag"]
-    assert len([*diag.cases(CPU, False), diag.FEWER_BYTES]) == 16
+    assert "each of the 17 cases (default: 4.0)" in shown["diag"]
+    assert len([*diag.cases(CPU, False), diag.FEWER_BYTES, diag.MICRO_BATCHES]) == 17
     assert "(default: None)" not in shown["diag"]
     assert "search again where the best of a search is stored" in shown["sweep"]
     main([])
@@ -266,6 +266,9 @@ def test_diag_end_to_end(tmp_path, monkeypatch, capsys):
         rows.select(in_formats, metric="error")
     )
     assert all(row["detail"]["right"] for row in rows.select(in_formats, metric="error"))
+    sums = rows.select(written, case=diag.MICRO_BATCHES)
+    assert len(rows.select(sums, metric="time")) == 5 + len(rows.select(sums, metric="error")) == 13
+    assert all(row["detail"]["right"] for row in rows.select(sums, metric="error"))
     of_tiny = rows.select(written, case="tiny, float32")
     assert set(rows.unique(of_tiny, "provider")) == {*common.PROBE_BYTES, *diagonal.PROVIDERS}
     timed = rows.select(of_tiny, metric="time")
