@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from helpers.kernels_lowbit import CASES as FORMATS
 from helpers.kernels_lowbit import Lowbit
 from helpers.layouts import channels_last, gapped, misaligned, transposed
-from helpers.squares import CASES, KINDS, Sums, weights_of
 from helpers.offline import on_its_device
+from helpers.squares import CASES, KINDS, Sums, weights_of
 
 from bench.host import as_on_cuda
 from rootfree_fused.kernels import diag
