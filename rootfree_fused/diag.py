@@ -239,6 +239,15 @@ class RootFreeAdamW(DiagonalOptimizer):
         super().__init__(params, defaults, unknown)
 
 
+# What users of the other classes and of torch.optim pass to Sign from habit.
+_NO_SCALE = "leave it out: nothing divides by damping or a second moment"
+_SIGN_REPLACED = {
+    "betas": "pass beta=, the decay of its one average",
+    "momentum": "pass beta=: its momentum is an average",
+    **dict.fromkeys(("eps", "damping", "batch_size", "initial_square_avg"), _NO_SCALE),
+}
+
+
 class Sign(DiagonalOptimizer):
     r"""Sign descent with momentum, a baseline: where the sign is taken makes the difference.
 
@@ -275,6 +284,7 @@ class Sign(DiagonalOptimizer):
 
     _method = SIGN
     _shaping = tuple(BEFORE)
+    _replaced = _SIGN_REPLACED
 
     def __init__(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo, Sign
 
 # For 1,000 steps on random gradients, where the defaults amplify every rounding.
 TAME = {"damping": 1e-3, "factor_lr": 0.4}
@@ -27,6 +29,8 @@ SETTINGS = {
     ),
     "adamw": (RootFreeAdamW, {"lr": 0.05}),
     "adamw-corrected": (RootFreeAdamW, {"lr": 0.05, "bias_correction": True}),
+    "sign": (Sign, {"lr": 0.05, "weight_decay": 0.1}),
+    "sign-batch": (Sign, {"lr": 0.05, "sign": "batch"}),
     "ifshampoo": (
         IFShampoo,
         {**TAME, "lr": 0.05, "weight_decay": 0.1, "factor_dtype": torch.bfloat16},
@@ -71,9 +75,16 @@ SETTINGS = {
         },
     ),
 }
-# What RootFreeShampoo has not, since no scale of a gradient matters to it.
-SCALE = ("batch_size", "initial_square_avg", "momentum")
-SCALED = [name for name in SETTINGS if not name.startswith("shampoo")]
+# What not every class has.
+OPTIONAL = ("batch_size", "initial_square_avg", "momentum", "damping")
+
+
+def has(name, setting):
+    return setting in inspect.signature(SETTINGS[name][0]).parameters
+
+
+# Those to which the scale of a gradient matters.
+SCALED = [name for name in SETTINGS if has(name, "batch_size")]
 DIAGONAL = [name for name in SETTINGS if "shampoo" not in name]
 
 
@@ -84,8 +95,7 @@ def build(name, params, **overrides):
 
 def accepted(name, values):
     """Of settings that other classes take too, those that this one has."""
-    has_scale = not name.startswith("shampoo")
-    return {key: value for key, value in values.items() if has_scale or key not in SCALE}
+    return {key: value for key, value in values.items() if key not in OPTIONAL or has(name, key)}
 
 
 def parameters(*shapes, dtype=torch.float32, device="cpu", seed=0) -> list[torch.nn.Parameter]:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from helpers.tensor_cores import float32_products
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, reference
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, Sign, reference
 from rootfree_fused.optimizer.layouts import layout_of
 
 COMMON = ("lr", "damping", "weight_decay", "batch_size")
@@ -19,6 +19,8 @@ def start(cls, param, group, dtype):
     state = {"step": torch.zeros(())}
     if cls is RootFreeShampoo:
         return {**state, **_shampoo_start(param, group, dtype)}
+    if cls is Sign:
+        return {**state, "exp_avg": torch.zeros_like(param, dtype=dtype)}
     layout = layout_of(param.shape, group) if cls is IFShampoo else None
     square = 0.0 if group["initial_square_avg"] == "auto" else group["initial_square_avg"]
     if cls is RootFreeAdamW:
@@ -73,6 +75,11 @@ def step_(cls, param, grad, state, group):
     state["step"] += 1
     if cls is RootFreeShampoo:
         _shampoo_step_(param, grad, state, group)
+        return
+    if cls is Sign:
+        own = {key: group[key] for key in ("lr", "beta", "weight_decay", "maximize")}
+        last = group["sign"] == "ema"
+        reference.sign_(param, grad, state["exp_avg"], sign_last=last, **own)
         return
     layout = layout_of(param.shape, group) if cls is IFShampoo else None
     start_(grad, state, group, layout)

@@ -243,10 +243,10 @@ def test_every_batch_size_is_the_group_s_own(name, device):
     set_grads(params, seed=0)
     params[1].grad = params[0].grad.clone()
     optimizer.step()
-    key = {"rmsprop": "square_avg", "adamw": "exp_avg_sq", "ifshampoo": "square_avg"}
     if "batch_size" not in optimizer.defaults:
-        assert torch.equal(*(optimizer.state[p]["exp_avg_sq"] for p in params))
+        assert torch.equal(*(optimizer.state[p]["exp_avg"] for p in params))
         return
+    key = {"rmsprop": "square_avg", "adamw": "exp_avg_sq", "ifshampoo": "square_avg"}
     key = "factor_0" if name == "ifshampoo-axes" else key[name.split("-")[0]]
     small, large = (optimizer.state[p][key] for p in params)
     if key == "factor_0":  # the inverse factor: larger where less was seen

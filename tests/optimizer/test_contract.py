@@ -81,10 +81,16 @@ def test_every_scheduler_sets_what_the_step_reads(name, cls, lr, device):
     if "betas" in scheduled.defaults:
         theirs = torch.optim.AdamW(others, lr=0.05, betas=scheduled.defaults["betas"])
     else:
-        theirs = torch.optim.SGD(others, lr=0.05, momentum=scheduled.defaults["momentum"])
+        momentum = scheduled.defaults.get("momentum", 0.9)
+        theirs = torch.optim.SGD(others, lr=0.05, momentum=momentum)
+    cycles = {"momentum", "betas"} & scheduled.defaults.keys()
+    if not cycles and cls in (schedulers.CyclicLR, schedulers.OneCycleLR):
+        with pytest.raises(ValueError, match="cycle_momentum"):
+            SCHEDULERS[cls](scheduled)
+        return
     ours, reference = SCHEDULERS[cls](scheduled), SCHEDULERS[cls](theirs)
     for t in range(7):
-        for key in ("momentum", "betas"):
+        for key in cycles:
             if key in theirs.param_groups[0]:
                 by_hand.param_groups[0][key] = theirs.param_groups[0][key]
         by_hand.param_groups[0]["lr"] = theirs.param_groups[0]["lr"]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parametrize("name", SETTINGS)
         ("weight-decay", "spell it 'weight_decay'"),
         ("LR", "spell it 'lr'"),
         ("maximise", "spell it 'maximize'"),
-        ("dampin", "spell it 'damping'"),
+        ("capturabel", "spell it 'capturable'"),
         ("param", "spell it 'params'"),
         ("eps", "damping"),
         ("fused", "leave it out"),
