@@ -18,9 +18,10 @@ from helpers.layouts import (
     reversed_axes,
     transposed,
 )
-from helpers.operators import ADAMW, RMSPROP, for_operators
+from helpers.operators import ADAMW, OF_SIGNS, RMSPROP, SIGN, for_operators
 
 from rootfree_fused import ops
+from rootfree_fused.ops.methods import METHODS
 from rootfree_fused.reference import diag as reference
 
 NAN, INF = float("nan"), float("inf")
@@ -42,8 +43,13 @@ UPDATES = {
     "adamw corrected": ("adamw_", ADAMW, 2, True),
     "adamw ascending": ("adamw_", {**ADAMW, "maximize": True}, 2, True),
     "adamw, m is the last gradient": ("adamw_", {**ADAMW, "beta1": 0.0, "beta2": 0.0}, 2, True),
+    "sign": ("sign_", SIGN, 1, False),
+    "sign ascending": ("sign_", {**SIGN, "maximize": True}, 1, False),
+    "sign of gradients": ("sign_", {**SIGN, "sign_last": False}, 1, False),
+    "signs of micro-batches": ("sign_", OF_SIGNS, 1, False),
+    "signs of micro-batches, ascending": ("sign_", {**OF_SIGNS, "maximize": True}, 1, False),
 }
-MAIN_UPDATES = ["rmsprop", "rmsprop without buffer", "adamw corrected"]
+MAIN_UPDATES = ["rmsprop", "rmsprop without buffer", "adamw corrected", "signs of micro-batches"]
 
 pytestmark = [
     pytest.mark.usefixtures("two_threads"),
@@ -70,11 +76,17 @@ class Problem:
             for _ in range(states)
         ]
         self.steps = torch.arange(1.0, len(shapes) + 1) if has_steps else None
+        self.parts = None
+        if "part_weight" in self.scalars:
+            self.parts = [
+                param_like(torch.randint(-4, 5, shape).to(state_dtype)) for shape in shapes
+            ]
 
     def run(self, steps=1):
         """The C++ body, in place."""
         for _ in range(steps):
-            call(self.name, self.params, self.grads, self.states, self.steps, self.scalars)
+            lists = self.params, self.grads, self.states
+            call(self.name, *lists, self.steps, self.scalars, parts=self.parts)
 
     def expected(self, dtype=None):
         """[params, states...] after one step of the reference; all in `dtype` where it is given."""
@@ -88,6 +100,10 @@ class Problem:
             if self.name == "rmsprop_":
                 param, s, *buffer = operands
                 reference.rmsprop_(param, grad, s, *(buffer or [None]), lr=0.5, **self.scalars)
+            elif self.name == "sign_":
+                parts = {} if self.parts is None else {"parts": self.parts[i]}
+                run = METHODS[self.name].reference
+                run(operands[0], grad, operands[1], lr=0.5, **self.scalars, **parts)
             else:
                 step = None if self.steps is None else self.steps[i]
                 reference.adamw_(operands[0], grad, *operands[1:], step, lr=0.5, **self.scalars)
@@ -109,12 +125,14 @@ class Problem:
         return [t for tensors in (self.params, *self.states) for t in tensors]
 
 
-def call(name, params, grads, states, steps, scalars, lr=0.5):
+def call(name, params, grads, states, steps, scalars, lr=0.5, parts=None):
     lr, scalars = torch.tensor(lr, dtype=F64), for_operators(scalars)
     with torch.no_grad():
         if name == "rmsprop_":
             buffers = states[1] if len(states) == 2 else []
             torch.ops.rootfree_fused.rmsprop_(params, grads, states[0], buffers, lr, **scalars)
+        elif name == "sign_":
+            torch.ops.rootfree_fused.sign_(params, grads, *states, lr, **scalars, parts=parts)
         else:
             torch.ops.rootfree_fused.adamw_(params, grads, *states, steps, lr, **scalars)
 
@@ -158,6 +176,8 @@ def test_mixed_dtypes_and_layouts_in_one_list(update):
     whole.states = [
         [s for part in parts for s in part.states[k]] for k in range(len(parts[0].states))
     ]
+    if whole.parts is not None:
+        whole.parts = [t for part in parts for t in part.parts]
     if whole.steps is not None:
         whole.steps = torch.arange(1.0, len(whole.params) + 1)
     whole.check()
@@ -271,7 +291,9 @@ def test_a_thousand_small_steps_do_not_drift():
 def test_nan_and_infinity_propagate_as_in_the_reference(update):
     problem = Problem(update, [(77,)])
     for i, x in enumerate([NAN, INF, -INF]):
-        problem.grads[0][i] = problem.grads[0][-1 - i] = x  # in a vector and in the tail
+        for tensors in (problem.grads, problem.parts or []):
+            for tensor in tensors:
+                tensor[i] = tensor[-1 - i] = x  # in a vector and in the tail
     expected = problem.expected()
     problem.run()
     for actual, e in zip((problem.params, *problem.states), expected, strict=True):

@@ -20,12 +20,14 @@ from helpers.lowbit import (
     assert_stored_equal,
     problem,
 )
-from helpers.operators import ADAMW, RMSPROP, VECTOR_ADAM
+from helpers.operators import ADAMW, RMSPROP, SIGN, VECTOR_ADAM
 
 from rootfree_fused import ops
 from rootfree_fused.reference import formats
 
-GENERAL = {"rmsprop": RMSPROP, "adamw": ADAMW, "vector_adam": VECTOR_ADAM}
+# The sign of an average that is nearly 0 may be either; that of a gradient is what it is.
+SIGN_FIRST = {**SIGN, "sign_last": False}
+GENERAL = {"rmsprop": RMSPROP, "adamw": ADAMW, "sign": SIGN_FIRST, "vector_adam": VECTOR_ADAM}
 PAIRS = [(F32, F32), (BF16, BF16), (S8, E5M3), (E5M3, S8), (S8, S8), (E5M3, BF16), (F32, E5M3)]
 NAN, INF = float("nan"), float("inf")
 
@@ -47,7 +49,7 @@ def specified(method, weight, states, grad):
     return problem(method, weight=weight, states=states, grad=grad).specified()
 
 
-@pytest.mark.parametrize("name", ["rmsprop_", "adamw_", "vector_adam_"])
+@pytest.mark.parametrize("name", ["rmsprop_", "adamw_", "sign_", "vector_adam_"])
 def test_there_is_a_body(name):
     operator = f"rootfree_fused::lowbit_{name}"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
@@ -61,6 +63,20 @@ def test_every_format_has_the_specified_bits(method, weight):
         for grad in grad_dtypes(weight):
             actual = problem(method, weight=weight, states=states, grad=grad).run()
             assert_stored_equal(actual, specified(method, weight, states, grad))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("with_parts", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_sign_of_gradients_and_those_of_micro_batches(maximize, with_parts):
+    scalars = {**EXACT["lowbit_sign_"], "sign_last": False, "maximize": maximize}
+    for states in PAIRS:
+        actual = problem("sign", states=states, scalars=scalars)
+        if with_parts:
+            parts = [torch.randint(-4, 5, p.shape).float() for p in actual.params]
+            actual.more = {"parts": parts, "part_weight": 0.25}
+        expected = actual.copy().specified()
+        assert_stored_equal(actual.run(), expected)
 
 
 @pytest.mark.usefixtures("isa")

@@ -44,8 +44,8 @@ EXACT = {
         "beta": 0.5,
         "weight_decay": 0.25,
         "batch_size": 1.0,
-        "sign_last": False,
-        "maximize": False,
+        "sign_last": True,
+        "maximize": True,
     },
     "lowbit_vector_adam_": {
         "beta1": 0.0,

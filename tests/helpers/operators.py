@@ -21,6 +21,15 @@ ADAMW = {
     "batch_size": 8.0,
     "maximize": False,
 }
+SIGN = {
+    "beta": 0.8,
+    "weight_decay": 0.1,
+    "batch_size": 1.0,  # which it does not read
+    "sign_last": True,
+    "maximize": False,
+}
+# Of the mean over four micro-batches of their signs.
+OF_SIGNS = {**SIGN, "sign_last": False, "part_weight": 0.25}
 # Of root-free Shampoo's vectors, which read no batch size.
 VECTOR_ADAM = {
     "beta1": 0.8,
@@ -39,13 +48,6 @@ VECTOR_ROOTFREE = {
     "maximize": True,
 }
 # Which reads no batch size.
-SIGN = {
-    "beta": 0.8,
-    "weight_decay": 0.1,
-    "batch_size": 1.0,
-    "sign_last": True,
-    "maximize": False,
-}
 
 
 def for_operators(scalars):

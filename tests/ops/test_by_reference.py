@@ -6,7 +6,7 @@ from inspect import signature
 
 import pytest
 import torch
-from helpers.operators import ADAMW, RMSPROP, VECTOR_ADAM, VECTOR_ROOTFREE, for_operators
+from helpers.operators import ADAMW, RMSPROP, SIGN, VECTOR_ADAM, VECTOR_ROOTFREE, for_operators
 
 from rootfree_fused import reference
 from rootfree_fused.ops import by_reference
@@ -20,6 +20,7 @@ CASES = {
     "rmsprop_, without momentum": ({**RMSPROP, "momentum": 0.0}, 1),
     "adamw_": (ADAMW, 2),
     "adamw_, without correction": (ADAMW, 2),
+    "sign_": (SIGN, 1),
     "vector_adam_": (VECTOR_ADAM, 2),
     "vector_rootfree_": (VECTOR_ROOTFREE, 2),
 }
@@ -35,6 +36,8 @@ def drawn(case):
     empty = [[]] if case.startswith("rmsprop") and states == 1 else []
     if case.startswith("rmsprop"):
         return scalars, lists, empty
+    if case == "sign_":
+        return scalars, lists, []
     return scalars, lists, [None if case == "adamw_, without correction" else STEPS]
 
 
@@ -49,9 +52,9 @@ def test_every_tensor_takes_the_step_of_the_specification(case, scale):
     scalars, lists, between = drawn(case)
     wanted = [[tensor.clone() for tensor in tensors] for tensors in lists]
     for i, (param, grad, *state) in enumerate(zip(*wanted, strict=True)):
-        if not case.startswith("rmsprop"):
+        if case.startswith(("adamw", "vector")):
             state.append(None if between[-1] is None else STEPS[i])
-        elif len(state) == 1:
+        elif case.startswith("rmsprop") and len(state) == 1:
             state.append(None)
         specification = getattr(reference, case.partition(",")[0])
         own = {k: scalars[k] for k in scalars.keys() & signature(specification).parameters.keys()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.golden import DIAGONAL, TOLERANCE, load
@@ -95,6 +97,33 @@ def test_adamw_by_hand():
     p, m, s = scalar(2.0), scalar(0.0), scalar(1.0)
     reference.adamw_(p, g, m, s, torch.tensor(1.0), **settings, batch_size=4, maximize=False)
     assert p.item() == pytest.approx(1.9 - 0.3 / 39.25, rel=1e-15)
+
+
+def sign_of(x):
+    return x if math.isnan(x) else (x > 0) - (x < 0)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("placement", ["ema", "batch", "micro"])
+def test_sign_by_hand(placement, maximize):
+    numbers = [2.0, -1e-30, 0.0, -0.0, math.inf, math.nan]
+    rows = [(p, g, m) for p in (3.0, -0.5) for g in numbers for m in (0.25, -0.5, 0.0)]
+    p, g, m = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    # Of three micro-batches the signs' sums are 3, 2, 1, 0, ...
+    sums = [float(i % 7 - 3) if math.isfinite(row[1]) else math.nan for i, row in enumerate(rows)]
+    parts = torch.tensor(sums, dtype=torch.float64)
+    given = {"parts": parts, "part_weight": 1 / 3} if placement == "micro" else {}
+    settings = {"lr": 0.1, "beta": 0.75, "weight_decay": 0.5, "maximize": maximize}
+    reference.sign_(p, g, m, sign_last=placement == "ema", **settings, **given)
+    for i, (old, grad, average) in enumerate(rows):
+        up = -1 if maximize else 1
+        y = {"ema": up * grad, "batch": up * sign_of(grad), "micro": up * sums[i] / 3}[placement]
+        average += 0.25 * (y - average)
+        z = sign_of(average) if placement == "ema" else average
+        expected = pytest.approx(
+            (average, old - 0.1 * 0.5 * old - 0.1 * z), rel=1e-15, abs=1e-16, nan_ok=True
+        )
+        assert (m[i].item(), p[i].item()) == expected
 
 
 @pytest.mark.parametrize("terms", [8, 32])
