@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from helpers.comparison import assert_no_worse_than
-from helpers.operators import ADAMW, RMSPROP
+from helpers.operators import ADAMW, OF_SIGNS, RMSPROP, SIGN
 
 from rootfree_fused.kernels import diag
+from rootfree_fused.ops.methods import METHODS
 from rootfree_fused.reference import diag as reference
 
 GUARD = 64
@@ -20,6 +21,11 @@ CASES = {
     "adamw": (ADAMW, False),
     "adamw maximize": ({**ADAMW, "maximize": True}, False),
     "adamw bias correction": (ADAMW, True),
+    "sign": (SIGN, False),
+    "sign maximize": ({**SIGN, "maximize": True}, False),
+    "sign of gradients maximize": ({**SIGN, "sign_last": False, "maximize": True}, False),
+    "sign of micro-batches": (OF_SIGNS, False),
+    "sign of micro-batches maximize": ({**OF_SIGNS, "maximize": True}, False),
 }
 
 
@@ -71,14 +77,15 @@ class Lists:
 
     def __init__(self, case, shapes, device, dtypes, layouts=("contiguous",) * 4):
         self.scalars, extra = CASES[case]
-        self.is_adamw = case.startswith("adamw")
+        self.is_adamw, self.is_sign = case.startswith("adamw"), case.startswith("sign")
         self.param_dtype, self.grad_dtype = dtypes
         self.device, self.shapes, self.layouts = device, shapes, layouts
         self.steps = None
         if self.is_adamw and extra:
             self.steps = torch.arange(1.0, len(shapes) + 1, device=device)
         params = [torch.randn(shape).to(self.param_dtype) for shape in shapes]
-        square_avgs = [torch.rand(shape) + 0.5 for shape in shapes]
+        first = torch.randn if self.is_sign else lambda shape: torch.rand(shape) + 0.5
+        square_avgs = [first(shape) for shape in shapes]
         others = [torch.randn(shape) for shape in shapes] if self.is_adamw or extra else []
         start = [[t.to(device) for t in tensors] for tensors in (params, square_avgs, others)]
         where = (layouts[0], *layouts[2:])
@@ -86,8 +93,13 @@ class Lists:
             [in_guarded_memory(t, layout) for t in tensors]
             for tensors, layout in zip(start, where, strict=True)
         ]
+        self.parts = None
+        if "part_weight" in self.scalars:
+            counts = [torch.randint(-4, 5, shape).float().to(device) for shape in shapes]
+            placed.append([in_guarded_memory(t, layouts[1]) for t in counts])
+            self.parts = [view for view, _ in placed[-1]]
         self.placed = [pair for pairs in placed for pair in pairs]
-        self.actual = [[view for view, _ in pairs] for pairs in placed]
+        self.actual = [[view for view, _ in pairs] for pairs in placed[:3]]
         self.eager = [[t.clone() for t in tensors] for tensors in start]
         self.truth = [[t.double() for t in tensors] for tensors in start]
 
@@ -109,7 +121,10 @@ class Lists:
 
     def launch(self, grads, lr, **scaling):
         params, square_avgs, others = self.actual
-        if self.is_adamw:
+        if self.is_sign:
+            more = {**self.scalars, **scaling, "parts": self.parts}
+            diag.update_("sign_", params, grads, square_avgs, lr, **more)
+        elif self.is_adamw:
             averages = others, square_avgs, self.steps
             diag.update_("adamw_", params, grads, *averages, lr, **self.scalars, **scaling)
         else:
@@ -121,7 +136,10 @@ class Lists:
         for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             other = others[i] if others else None
             scalars = {**self.scalars, "lr": lr.double().item()}
-            if self.is_adamw:
+            if self.is_sign:
+                parts = {} if self.parts is None else {"parts": self.parts[i]}
+                METHODS["sign_"].reference(param, grad, square_avgs[i], **scalars, **parts)
+            elif self.is_adamw:
                 count = None if self.steps is None else self.steps[i]
                 reference.adamw_(param, grad, other, square_avgs[i], count, **scalars)
             else:

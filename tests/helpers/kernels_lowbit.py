@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from helpers.kernels_diag import assert_guards_untouched, in_guarded_memory
-from helpers.operators import ADAMW, RMSPROP, SIGN, VECTOR_ADAM, for_operators
+from helpers.operators import ADAMW, OF_SIGNS, RMSPROP, SIGN, VECTOR_ADAM, for_operators
 from triton.runtime import interpreter
 
 from rootfree_fused.kernels import formats, lowbit
@@ -46,8 +46,10 @@ METHOD_SETTINGS = {
     "adamw_": ({**ADAMW, "bias_correction": True}, 1),
     "rmsprop_": (RMSPROP, 0),
     "rmsprop_ without momentum": ({**RMSPROP, "momentum": 0.0}, 0),
-    "vector_adam_": ({**VECTOR_ADAM, "bias_correction": True}, 1),
     "sign_": (SIGN, None),
+    "sign_ of gradients": ({**SIGN, "sign_last": False, "maximize": True}, None),
+    "sign_ of micro-batches": (OF_SIGNS, None),
+    "vector_adam_": ({**VECTOR_ADAM, "bias_correction": True}, 1),
 }
 
 
@@ -89,6 +91,9 @@ class Lowbit:
             [in_guarded_memory(t.to(device), how) for t in tensors]
             for tensors, how in zip(start, laid, strict=True)
         ]
+        self.parts = {}
+        if "part_weight" in self.settings:
+            self.parts["parts"] = [torch.randint(-4, 5, s).float().to(device) for s in shapes]
         self.actual = [[view for view, _ in pairs] for pairs in self.placed]
         self.expected = [[t.to(device) for t in tensors] for tensors in start]
 
@@ -112,12 +117,13 @@ class Lowbit:
     def launch(self, grads, lr, **scaling):
         params, *others = self.actual
         tensors = params, grads, *others, self.steps, lr
-        lowbit.update_(self.name, *tensors, **self.random, **self.settings, **scaling)
+        more = {**self.parts, **self.random, **self.settings, **scaling}
+        lowbit.update_(self.name, *tensors, **more)
 
     def specify(self, grads, lr, **scaling):
         params, *others = self.expected
         operator = by_reference.lowbit(METHODS[self.name])
-        settings = for_operators(self.settings)
+        settings = for_operators(self.settings) | self.parts
         operator(params, grads, *others, self.steps, lr, **self.random, **settings, **scaling)
 
     def check_bits(self):

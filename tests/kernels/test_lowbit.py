@@ -38,7 +38,7 @@ from rootfree_fused.reference.formats import (
 )
 
 SHAPES = [(n,) for n in (1, 255, 256, 257, 0, 5000)]
-HALF_WAY = {"beta": 0.5, "beta1": 0.5, "beta2": 0.5, "vector_beta2": 0.5, "alpha": 0.5}
+HALF_WAY = {"beta1": 0.5, "beta2": 0.5, "vector_beta2": 0.5, "alpha": 0.5, "beta": 0.5}
 
 # The interpreter is numpy, which reports the infinities that some of the tests put in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -107,7 +107,7 @@ def test_blocks_follow_the_order_of_the_axes(shape, layout, case, device):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("method", ["adamw_", "rmsprop_"])
+@pytest.mark.parametrize("method", ["adamw_", "rmsprop_", "sign_ of micro-batches"])
 def test_steps_agree_within_a_level(method, case, device):
     """An update that rounds otherwise moves a code by one, and few of them."""
     lists = Lowbit(method, case, [(5000,)], device, grad=F32)
@@ -292,7 +292,7 @@ def test_what_the_kernels_do_not_take(wrong, device):
 # The operators -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["adamw_", "rmsprop_", "vector_adam_"])
+@pytest.mark.parametrize("method", ["adamw_", "rmsprop_", "sign_", "vector_adam_"])
 def test_the_operator_on_cuda_is_the_launcher(method, device):
     lists = Lowbit(method, "bfloat16 + 8, 8bit", SHAPES, device, **half_way(method))
     grads, lr = lists.fresh_grads(), torch.tensor(0.0)

@@ -16,7 +16,14 @@ from helpers.offline import on_its_device
 from rootfree_fused.kernels import diag
 
 LR = torch.tensor(0.3)
-DIAGONAL = ["rmsprop", "rmsprop momentum", "adamw", "adamw bias correction"]
+DIAGONAL = [
+    "rmsprop",
+    "rmsprop momentum",
+    "adamw",
+    "adamw bias correction",
+    "sign",
+    "sign of micro-batches",
+]
 
 # The interpreter is numpy, which reports the infinities that are put in here.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
