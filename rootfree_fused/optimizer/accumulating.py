@@ -172,9 +172,10 @@ class AccumulatingOptimizer(DeclaringOptimizer):
 
     # For a step -------------------------------------------------------------------------------
 
-    def _takes_parts(self, group: Group) -> bool:
-        """Whether the next step of a group takes more of micro-batches than their mean."""
-        return bool(self._accumulated.count) and kind_of(group) is not None
+    def _buffers_made(self, group: Group) -> int | None:
+        """Of which making are the parts that a group's step takes; None if it takes but means."""
+        takes = bool(self._accumulated.count) and kind_of(group) is not None
+        return self._accumulated.made if takes else None
 
     def _check_parts(self, index: int, group: Group) -> None:
         """Raise a ValueError for a second moment that needs more micro-batches than there are."""

@@ -174,7 +174,7 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         self.state.fill()
         self._prepared.forget_unless_owned(self.state)
         known = [
-            self._prepared.find(index, group["params"], self._takes_parts(group))
+            self._prepared.find(index, group["params"], self._buffers_made(group))
             for index, group in enumerate(self.param_groups)
         ]
         if all(known):
@@ -258,7 +258,8 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         owned = [dict.get(self.state, p, {}) for p in group["params"]]
         if launch is None or not (found := fingerprint(group["params"], owned)):
             return UnpreparedStep(params, counts, run)
-        prepared = PreparedStep(*found, owned, params, counts, launch, work.parts is not None)
+        made = self._buffers_made(group)
+        prepared = PreparedStep(*found, owned, params, counts, launch, made)
         self._prepared.keep(index, prepared)
         return prepared
 

@@ -112,7 +112,7 @@ class PreparedStep(NamedTuple):
     params: list[Tensor]  # those that have a gradient
     counts: Counts
     launch: PreparedUpdate
-    with_parts: bool  # of micro-batches
+    made: int | None  # which parts of micro-batches it takes; see `Accumulated`
 
     def run(self, group: dict[str, Any], scaling: Scaling) -> None:
         """A step, after `counts` has counted it."""
@@ -152,11 +152,11 @@ class PreparedSteps:
         """Drop what is known of a group, whose settings ask for another look."""
         self._steps.pop(index, None)
 
-    def find(self, index: int, params: list[Tensor], with_parts: bool) -> PreparedStep | None:
+    def find(self, index: int, params: list[Tensor], made: int | None) -> PreparedStep | None:
         """The step that is right for these parameters, their gradients and state, if there is."""
         known = self._steps.get(index, [])
         for position, step in enumerate(known):
-            if step.with_parts != with_parts:
+            if step.made != made:
                 continue
             grads = host().unchanged(params, step.states, step.fingerprint)
             if grads is not None:

@@ -73,12 +73,14 @@ class Accumulated:
     count: how many micro-batches there were. by_terms: whether weights are terms, or None.
     are_grads: whether the means are in the place of gradients already.
     touched: by the id of a parameter that had a gradient its buffers.
+    made: how often buffers were made, of which a prepared step has those of one time.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[int, Buffers] = {}
         self._dtypes: dict[int, torch.dtype | None] = {}
         self._scales: dict[float, Tensor] = {}
+        self.made = 0
         self.touched: dict[int, Buffers] = {}
         self.forget()
 
@@ -110,6 +112,7 @@ class Accumulated:
                 lacking.setdefault((own.device, state_dtype(own)), []).append((param, kind))
         if lacking:  # and drop what was of parameters that are gone
             self._buffers = {k: b for k, b in self._buffers.items() if b.param() is not None}
+            self.made += 1
         for (device, dtype), owners in lacking.items():
             sizes = [-(-local(p).numel() // _ALIGNMENT) * _ALIGNMENT for p, _ in owners]
             wanted = [size for size, (_, kind) in zip(sizes, owners, strict=True) if kind]

@@ -277,6 +277,28 @@ def test_a_step_without_micro_batches_goes_on_as_before(device):
     assert not torch.equal(params[0], twins[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("rmsprop", "second_moment"), ("adamw", "second_moment"), ("sign", "sign")],
+)
+def test_what_is_taken_of_micro_batches_may_change_between_steps(name, setting, device):
+    """Buffers are then made anew, and no step that was prepared for the others is found."""
+    params, twins = (parameters(*SHAPES, dtype=F64, device=device) for _ in range(2))
+    one, saved = build(name, params), None
+    for t, kind in enumerate(("micro", "batch", "micro", "batch", "micro")):
+        one.param_groups[0][setting] = kind
+        fresh = build(name, twins)
+        if saved is not None:
+            fresh.load_state_dict(saved)
+        fresh.param_groups[0][setting] = kind
+        grads = [[g.to(device) for g in own] for own in gradients(2, seed=t)]
+        for optimizer, own in ((one, params), (fresh, twins)):
+            take(optimizer, own, grads)
+            optimizer.step()
+        saved = fresh.state_dict()
+        assert_identical(snapshot(one, params), snapshot(fresh, twins))
+
+
 def test_channels_last_and_expanded_gradients(device):
     weight = torch.randn(4, 3, 2, 2, dtype=F64, device=device)
     params = [

@@ -206,8 +206,8 @@ def found(monkeypatch):
     seen = []
     find = known_tensors.PreparedSteps.find
 
-    def note(self, index, params, with_parts):
-        prepared = find(self, index, params, with_parts)
+    def note(self, index, params, made):
+        prepared = find(self, index, params, made)
         seen.append(prepared is not None)
         return prepared
 
