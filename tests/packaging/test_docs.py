@@ -127,7 +127,7 @@ def test_names_beside_a_file_are_in_it():
 
 
 @pytest.mark.parametrize(
-    "name", ["RootFreeShampoo", "RootFreeRMSprop", "RootFreeAdamW", "IFShampoo"]
+    "name", ["RootFreeShampoo", "RootFreeRMSprop", "RootFreeAdamW", "IFShampoo", "Sign"]
 )
 def test_the_signatures_of_interface_are_those_of_the_code(name):
     page = (ROOT / "docs" / "interface.md").read_text()
