@@ -179,9 +179,10 @@ def test_where_there_were_infs_nothing_changes(device):
     assert not torch.equal(lists.actual[1][-1], before[1][-1])
 
 
+@pytest.mark.parametrize("method", ["adamw_", "sign_", "sign_ of micro-batches"])
 @pytest.mark.parametrize("case", ["bfloat16 + 8, 8bit", "float32, bfloat16"])
-def test_a_scaler_is_divided_out(case, device):
-    lists = Lowbit("adamw_", case, SHAPES, device, grad=F32, **half_way("adamw_"))
+def test_a_scaler_is_divided_out(case, method, device):
+    lists = Lowbit(method, case, SHAPES, device, grad=F32, **half_way(method))
     for scale in (4.0, 65536.0):
         lists.step([scale * g for g in lists.fresh_grads()], grad_scale=torch.tensor(scale))
     lists.check_bits()

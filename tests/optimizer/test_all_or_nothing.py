@@ -261,9 +261,10 @@ def setting(name, value, *words):
 
 
 def setting_missing(case):
-    case.repair = functools.partial(case.group.__setitem__, "damping", case.group["damping"])
-    del case.group["damping"]
-    return f"group {case.index}", "damping is missing"
+    before = case.group["weight_decay"]
+    case.repair = functools.partial(case.group.__setitem__, "weight_decay", before)
+    del case.group["weight_decay"]
+    return f"group {case.index}", "weight_decay is missing"
 
 
 def lr_filled(case):
@@ -328,6 +329,8 @@ DAMAGES = [
     setting("lr", 10**400, "pass"),
     setting("damping", -1.0, "-1.0", "pass"),
     setting("damping", 1e39, r"1e\+39", "pass"),
+    setting("beta", 1.0, "1.0", "pass"),
+    setting("sign", "mean", "mean", "pass"),
     setting("weight_decay", 10**400, "pass"),
     setting("batch_size", None, "missing", "pass"),
     setting("batch_size", 2**2000, "pass"),
