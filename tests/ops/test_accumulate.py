@@ -129,11 +129,7 @@ def bad_lists():
         r"grads\[0\] has layout torch.sparse_coo": (sums, [g.to_sparse() for g in grads], parts),
         r"grads\[0\] is on meta but sums\[0\] is on cpu": (sums, tensors("meta"), parts),
         "shares memory with": ([shared[:5]], [shared[1:]], []),
-        r"sums\[0\] shares memory with parts\[0\]|parts\[0\] shares memory with sums\[0\]": (
-            sums,
-            grads,
-            sums,
-        ),
+        r"(sums|parts)\[\d\] shares memory with (parts|sums)\[\d\]": (sums, grads, sums),
         "some of its elements are one": ([torch.rand(1).expand(3)], [torch.rand(3)], []),
     }
 
