@@ -64,6 +64,7 @@ $(VENV)/base:
 
 $(VENV)/installed: $(VENV)/base $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,triton,examples,docs]"
+	$(BIN)/python -m pip install --quiet --no-deps timm==1.0.31  # its torchvision would bring another torch
 	touch $@
 
 # The oldest Triton that is supported, beside the newest in the environment itself.

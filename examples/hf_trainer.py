@@ -1,10 +1,8 @@
 """Hugging Face Trainer: a causal language model, whose loss is a mean over tokens.
 
 The Trainer divides the loss of every micro-batch by `num_items_in_batch`, the tokens of the whole
-accumulation, over all ranks with `average_tokens_across_devices=True` (its default): the gradient
-is a mean over all tokens that are predicted, which is what count="next_tokens" counts. Where the
-Trainer does not know that the model shifts its labels (GPT2LMHeadModel in transformers 5, whose
-`loss_type` is None) it divides by all labels: count="tokens" is that number.
+accumulation that count, over all ranks with `average_tokens_across_devices=True` (its default):
+RootFreeTrainer makes that number the batch size.
 
 pip install transformers accelerate && python examples/hf_trainer.py
 """
@@ -17,13 +15,13 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from rootfree_fused import BatchSizeCounter, RootFreeAdamW
+from rootfree_fused import RootFreeAdamW
+from rootfree_fused.integrations.huggingface import RootFreeTrainer
 
 LENGTH = 12
 
@@ -71,9 +69,8 @@ def main() -> tuple[list[float], list[float]]:
         eos_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    optimizer = RootFreeAdamW(model.parameters(), batch_size=72)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(  # starts torch.distributed under torchrun
+        arguments = TrainingArguments(
             output_dir=folder,
             max_steps=30,
             per_device_train_batch_size=4,
@@ -87,19 +84,15 @@ def main() -> tuple[list[float], list[float]]:
             disable_tqdm=True,
             lr_scheduler_type="constant",
         )
-        # On several GPUs use torchrun: WORLD is None in a single process.
-        ranks = torch.distributed.group.WORLD
-        counter = BatchSizeCounter(model, optimizer, count="next_tokens", process_group=ranks)
         log = Log()
-        Trainer(
+        RootFreeTrainer(  # on several GPUs: torchrun
             model,
             arguments,
             train_dataset=sentences(240),
             eval_dataset=sentences(4),
-            optimizers=(optimizer, None),
+            optimizer_cls_and_kwargs=(RootFreeAdamW, {"lr": 1e-2}),
             callbacks=[log],
         ).train()
-    counter.remove()
     return log.batch_sizes, log.losses
 
 

@@ -1,6 +1,4 @@
-"""Lightning: the counter follows the network that training_step calls.
-
-Lightning runs training_step inside optimizer.step(closure), and the counter counts there.
+"""Lightning: a callback counts what the network is called with by training_step.
 
 pip install lightning && python examples/lightning_module.py
 """
@@ -12,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rootfree_fused import BatchSizeCounter, RootFreeAdamW
+from rootfree_fused import RootFreeAdamW
+from rootfree_fused.integrations.lightning import BatchSizeCallback
 
 
 class Classifier(lightning.LightningModule):
@@ -25,12 +24,8 @@ class Classifier(lightning.LightningModule):
         self.losses: list[float] = []
 
     def configure_optimizers(self):
-        """Attach to the network: Lightning does not call the module itself."""
-        optimizer = RootFreeAdamW(self.network.parameters(), batch_size=32)
-        # All ranks of a data-parallel strategy; WORLD is None in a single process.
-        ranks = torch.distributed.group.WORLD
-        self.counter = BatchSizeCounter(self.network, optimizer, process_group=ranks)
-        return optimizer
+        """The batch size is overwritten before the first step."""
+        return RootFreeAdamW(self.network.parameters(), batch_size=1)
 
     def training_step(self, batch, batch_idx):
         """The mean loss of a micro-batch; Lightning divides it by accumulate_grad_batches."""
@@ -50,10 +45,6 @@ class Classifier(lightning.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.batch_sizes.append(optimizer.param_groups[0]["batch_size"])
 
-    def on_fit_end(self):
-        """Let the network go."""
-        self.counter.remove()
-
 
 def main() -> tuple[list[float], list[float]]:
     """Train for ten epochs of 2 x 16 + 2 x 16 + 4 samples.
@@ -70,6 +61,7 @@ def main() -> tuple[list[float], list[float]]:
         max_epochs=10,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
+        callbacks=[BatchSizeCallback("network")],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

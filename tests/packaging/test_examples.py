@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from helpers.timm_alone import import_timm
 from torch.nn.modules.module import register_module_forward_hook
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -25,6 +26,8 @@ def test_every_example_is_tested():
         "plain_loop",
         "hf_trainer",
         "lightning_module",
+        "accelerate_loop",
+        "timm_model",
     }
 
 
@@ -80,6 +83,19 @@ def test_lightning_module():
     batch_sizes, losses = run_example("lightning_module")
     assert batch_sizes == [32, 32, 4] * 10
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_accelerate_loop():
+    batch_sizes, losses = run_example("accelerate_loop")
+    assert batch_sizes == [32, 32, 4] * 10
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_timm_model():
+    import_timm()
+    losses = run_example("timm_model")
+    assert len(losses) == 30
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
 def test_hf_trainer():

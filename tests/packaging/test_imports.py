@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The rooms of each house from the lowest floor up, by the folder; "" is the house itself.
 ROOMS = {
-    "rootfree_fused": ["reference", "ops", "optimizer", ""],
+    "rootfree_fused": ["reference", "ops", "optimizer", "", "integrations"],
     "kernels": [""],
     "bench": [
         "measuring",
@@ -26,6 +26,14 @@ ROOMS = {
 }
 # As Python knows them: kernels/ is installed inside the package.
 PACKAGES = {"kernels": "rootfree_fused.kernels"}
+# Which trainer a file of integrations/ is for; nothing else in the package may import one.
+TRAINERS = {
+    "rootfree_fused.integrations.accelerate": "accelerate",
+    "rootfree_fused.integrations.huggingface": "transformers",
+    "rootfree_fused.integrations.lightning": "lightning",
+    "rootfree_fused.integrations.timm": "timm",
+    "rootfree_fused.integrations.torchtitan": "torchtitan",
+}
 
 
 def module_files(house):
@@ -103,6 +111,18 @@ def test_the_package_imports_nothing_above_it():
             assert target.split(".")[0] not in {"tests", "helpers", "bench", "kernels", "triton"}, (
                 f"{name} imports {target}"
             )
+
+
+def test_a_trainer_is_imported_by_its_own_integration_alone():
+    files = module_files("rootfree_fused")
+    integrations = {name for name in files if name.startswith("rootfree_fused.integrations.")}
+    assert integrations == TRAINERS.keys()
+    for name, path in files.items():
+        tops = {target.split(".")[0] for target in imports(name, path)}
+        assert tops & set(TRAINERS.values()) == set(filter(None, [TRAINERS.get(name)])), name
+    others = sys.stdlib_module_names | {"torch", "rootfree_fused", *TRAINERS.values()}
+    for name in integrations:
+        assert {target.split(".")[0] for target in imports(name, files[name])} <= others, name
 
 
 def test_no_module_is_private_to_its_package():

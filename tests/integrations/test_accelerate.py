@@ -1,0 +1,96 @@
+"""accelerate's prepare, checked first and counted."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
+
+accelerate = pytest.importorskip("accelerate")
+from rootfree_fused.integrations.accelerate import check, prepare  # noqa: E402
+
+
+@pytest.fixture
+def accelerator():
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_micro_batches_are_counted_and_what_is_prepared_returned(accelerator):
+    model = torch.nn.Linear(3, 2)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    prepared = prepare(accelerator, model, optimizer, scheduler)
+    assert prepared[0] is model
+    assert prepared[1].optimizer is optimizer
+    assert prepared[2].scheduler is scheduler
+    found = []
+    for size in (4, 3, 5, 5):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.randn(size, 3)).square().mean())
+            prepared[1].step()
+            prepared[1].zero_grad()
+        found.append(optimizer.param_groups[0]["batch_size"])
+    assert found == [1, 7, 7, 10]
+
+
+def test_a_shampoo_without_a_batch_size_is_prepared_too(accelerator):
+    model = torch.nn.Linear(3, 2)
+    _, optimizer = prepare(accelerator, model, RootFreeShampoo(model.parameters()))
+    assert "batch_size" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("case", ["torch's", "prepared", "count"])
+def test_what_is_refused_is_not_prepared(accelerator, monkeypatch, case):
+    model = torch.nn.Linear(3, 2)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
+    expected = TypeError, "pass one of rootfree_fused, before"
+    settings = {}
+    if case == "torch's":
+        optimizer = torch.optim.AdamW(model.parameters())
+    elif case == "prepared":
+        optimizer = accelerator.prepare(optimizer)
+    else:
+        settings, expected = {"count": "words"}, (ValueError, "'samples', 'tokens'")
+    monkeypatch.setattr(accelerator, "prepare", lambda *_: pytest.fail("prepared"))
+    with pytest.raises(expected[0], match=expected[1]):
+        prepare(accelerator, model, optimizer, **settings)
+    assert not model._forward_hooks
+
+
+def of_kind(kind, *, fsdp2=False, **parallel):
+    names = ("tp_enabled", "cp_enabled", "sp_enabled")
+    parallelism = SimpleNamespace(**{name: parallel.get(name, False) for name in names})
+    return SimpleNamespace(
+        distributed_type=accelerate.DistributedType(kind),
+        is_fsdp2=fsdp2,
+        parallelism_config=parallelism,
+    )
+
+
+@pytest.mark.parametrize("optimizer_class", [IFShampoo, RootFreeShampoo])
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_flattened_parameters_are_refused_with_factors(optimizer_class, kind):
+    with pytest.raises(ValueError, match=r"flattens parameters; use FSDP2 .*or RootFreeAdamW"):
+        check(of_kind(kind), optimizer_class)
+
+
+def test_a_batch_size_that_cannot_be_counted_is_refused():
+    with pytest.raises(ValueError, match=r"give RootFreeRMSprop its batch_size"):
+        check(of_kind("DEEPSPEED"), RootFreeRMSprop)
+    for name in ("tp_enabled", "cp_enabled", "sp_enabled"):
+        with pytest.raises(ValueError, match=r"process_group= the data-parallel ranks"):
+            check(of_kind("MULTI_GPU", **{name: True}), IFShampoo)
+
+
+def test_the_rest_is_taken():
+    for optimizer_class in (RootFreeAdamW, RootFreeShampoo):
+        for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            check(of_kind(kind), optimizer_class)
+        check(of_kind("FSDP", fsdp2=True), optimizer_class)
+    check(of_kind("FSDP"), RootFreeAdamW)
+    check(of_kind("MULTI_GPU", tp_enabled=True), RootFreeShampoo)

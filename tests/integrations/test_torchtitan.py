@@ -1,0 +1,109 @@
+"""torchtitan's container takes the classes by name: of torchtitan itself where it is installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.torchtitan_interface import import_container
+from torch import nn
+
+import rootfree_fused
+
+
+@pytest.fixture(scope="module")
+def titan():
+    return import_container()
+
+
+def a_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 10))
+
+
+def config_of(titan, *groups, **settings):
+    groups = [
+        titan.ParamGroupConfig(pattern=pattern, optimizer_name=name, optimizer_kwargs=kwargs)
+        for pattern, name, kwargs in groups
+    ]
+    return titan.RootFreeOptimizersContainer.Config(param_groups=groups, **settings)
+
+
+def trained(container, model, steps=8):
+    """The weights after some steps on made-up tokens."""
+    for i in range(steps):
+        tokens = (torch.arange(12) + i) % 10
+        nn.functional.cross_entropy(model(tokens), (tokens + 1) % 10).backward()
+        container.step()
+        container.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_mix_steps_as_its_optimizers_do(titan):
+    model = a_model()
+    config = config_of(
+        titan,
+        (r"^0\.", "AdamW", {"lr": 1e-3, "fused": False}),
+        (r"bias|^2\.", "RootFreeShampoo", {"lr": 5e-3}),
+        (r".*", "RootFreeShampoo", {"lr": 5e-3, "weight_decay": 0.1}),
+    )
+    container = config.build(model_parts=[model])
+    assert type(container) is titan.RootFreeOptimizersContainer
+    adamw, ours = container.optimizers
+    assert type(adamw) is torch.optim.AdamW
+    assert type(ours) is rootfree_fused.RootFreeShampoo
+    assert [group["weight_decay"] for group in ours.param_groups] == [0.0, 0.1]
+    assert not {"fused", "foreach"} & ours.param_groups[0].keys()
+    found = trained(container, model)
+
+    model = a_model()
+    names = dict(model.named_parameters())
+    by_hand = rootfree_fused.RootFreeShampoo(
+        [
+            {"params": [p for n, p in names.items() if n == "2.weight" or "bias" in n]},
+            {"params": [names["1.weight"], names["3.weight"]], "weight_decay": 0.1},
+        ],
+        lr=5e-3,
+    )
+    adamw = torch.optim.AdamW([names["0.weight"]], lr=1e-3, fused=False, foreach=False)
+
+    class Both:
+        def step(self):
+            adamw.step()
+            by_hand.step()
+
+        def zero_grad(self):
+            adamw.zero_grad()
+            by_hand.zero_grad()
+
+    assert all(map(torch.equal, found, trained(Both(), model)))
+
+
+@pytest.mark.parametrize("name", ["RootFreeShampoo", "RootFreeRMSprop", "RootFreeAdamW"])
+def test_every_class_has_its_name(titan, name):
+    kwargs = {"lr": 1e-3} if name == "RootFreeShampoo" else {"lr": 1e-3, "batch_size": 12}
+    container = config_of(titan, (".*", name, kwargs)).build(model_parts=[a_model()])
+    assert type(container.optimizers[0]) is getattr(rootfree_fused, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "settings", "cure"),
+    [
+        ("rootfreeshampoo", {}, {}, "name one of torchtitan's, or of RootFreeShampoo, "),
+        ("IFShampoo", {"lr": 1e-2}, {}, r"global_batch_size \* seq_len"),
+        (
+            "RootFreeShampoo",
+            {"lr": 1e-2},
+            {"implementation": "fused_opt_states_bf16"},
+            "'state_format': 'bfloat16'",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_is_built(
+    titan, monkeypatch, name, kwargs, settings, cure
+):
+    built = []
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda *_, **__: built.append(1))
+    config = config_of(titan, ("^0", "AdamW", {"lr": 1e-3}), (".*", name, kwargs), **settings)
+    with pytest.raises(ValueError, match=cure):
+        config.build(model_parts=[a_model()])
+    assert built == []
