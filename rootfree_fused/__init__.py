@@ -3,6 +3,7 @@
 from .batch_size import BatchSizeCounter
 from .capture import CapturedStep
 from .diag import RootFreeAdamW, RootFreeRMSprop, Sign
+from .grouping import param_groups
 from .lowbit import to_bfloat16_, to_float32_
 from .matrix import IFShampoo
 from .rescale import rescale_
@@ -16,6 +17,7 @@ __all__ = [
     "RootFreeRMSprop",
     "RootFreeShampoo",
     "Sign",
+    "param_groups",
     "rescale_",
     "to_bfloat16_",
     "to_float32_",

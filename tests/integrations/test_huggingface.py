@@ -103,6 +103,21 @@ def test_labels_are_counted_where_the_loss_is_divided_by_them(tmp_path):
     assert sum(log.batch_sizes) == 12  # 19 samples without the seven of label -100
 
 
+def test_another_trainer_can_be_its_base(tmp_path):
+    class Other(transformers.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            self.called = True
+            return super().compute_loss(*args, **kwargs)
+
+    class Both(RootFreeTrainer, Other):
+        pass
+
+    trainer, log = build(tmp_path, trainer=Both)
+    trainer.train()
+    assert trainer.called
+    assert log.batch_sizes == [8, 8, 3]
+
+
 def test_a_loss_of_its_own_is_divided_by_them_too(tmp_path):
     def loss(outputs, labels, num_items_in_batch):
         total = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
