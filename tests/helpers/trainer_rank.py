@@ -73,9 +73,12 @@ def by_the_trainer():
     return model.divisors[::2], [*trainer.batch_sizes[2::2], last]
 
 
-def by_accelerate():
+def by_accelerate(*, ddp):
+    """Without DDP as under FSDP2: no wrapper that knows its ranks."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    if not ddp:
+        accelerator.prepare_model = lambda model, **_: model
     model = nn.Linear(3, 2)
     loader = DataLoader(TensorDataset(torch.randn(24, 3)), batch_size=4)
     optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
@@ -97,7 +100,7 @@ def run(rank, port):
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     with contextlib.redirect_stdout(sys.stderr):
         divisors, of_trainer = by_the_trainer()
-        of_accelerate = by_accelerate()
+        of_accelerate = [by_accelerate(ddp=True), by_accelerate(ddp=False)]
     if rank == 0:
         found = {"divisors": divisors, "trainer": of_trainer, "accelerate": of_accelerate}
         sys.stdout.write(json.dumps(found) + "\n")

@@ -194,4 +194,4 @@ def test_two_ranks():
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["trainer"] == found["divisors"]
     assert sum(found["trainer"]) == 16  # 24 samples without the eight of label -100
-    assert found["accelerate"] == [16, 8]
+    assert found["accelerate"] == [[16, 8]] * 2
