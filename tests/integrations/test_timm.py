@@ -52,6 +52,14 @@ def test_settings_reach_the_class(create):
     assert create(groups, "ifshampoo").param_groups[0]["batch_size"] == 4
 
 
+def test_our_groups_are_taken(create):
+    def grouped(model):
+        return rootfree_fused.param_groups(model, 0.1)
+
+    built = create(a_model(), "rootfreeshampoo", param_group_fn=grouped)
+    assert [group["weight_decay"] for group in built.param_groups] == [0.1, 0.0]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "cure"),
     [

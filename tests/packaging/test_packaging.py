@@ -21,6 +21,7 @@ from rootfree_fused import ops
 from rootfree_fused.ops import extensions
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "rootfree_fused"
 SOURCES = (
     "pyproject.toml",
     "setup.py",
@@ -132,6 +133,8 @@ def test_a_wheel_runs_its_kernels_where_it_was_not_built(tmp_path):
     assert re.fullmatch(rf"rootfree_fused-{version}-cp310-abi3-\w+\.whl", wheel.name)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"rootfree_fused/py.typed", "rootfree_fused/kernels/diag.py"} <= names
+    sources = {f"rootfree_fused/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
+    assert sources <= names
     assert [name for name in names if name.endswith(".so")] == ["rootfree_fused/_C.abi3.so"]
     assert "rootfree_fused/_without_extension.txt" not in names
     assert not {name.split("/")[0] for name in names} - {
