@@ -6,7 +6,6 @@ from math import prod
 from typing import Any, Literal
 
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from .optimizer.base import RootFreeOptimizer
 from .optimizer.matrix import MatrixOptimizer
@@ -14,30 +13,31 @@ from .shampoo import RootFreeShampoo
 
 _SHOWN = 3  # names of a group
 
+Settings = tuple[tuple[str, Any], ...]
+Named = list[tuple[str, nn.Parameter]]
+
 
 class ParamGroups(list[dict[str, Any]]):
-    """Groups for an optimizer; `print` shows a line a group."""
+    """Groups for an optimizer; `print` shows a line a group, as they were chosen."""
 
-    def __init__(self, groups: dict[tuple[str, tuple[tuple[str, Any], ...]], Any]) -> None:
+    def __init__(self, groups: dict[tuple[str, Settings], Named]) -> None:
         super().__init__(
             {"params": named, **dict(settings)} for (_, settings), named in groups.items()
         )
-        self._kinds = [kind for kind, _ in groups]
+        self._text = "\n".join(_line(*key, named) for key, named in groups.items())
 
     def __str__(self) -> str:
-        lines = []
-        for kind, group in zip(self._kinds, self, strict=True):
-            names = [name for name, _ in group["params"]]
-            entries = sum(param.numel() for _, param in group["params"])
-            chosen = ", ".join(
-                f"{key} {f'{value:.4g}' if isinstance(value, float) else value}"
-                for key, value in group.items()
-                if key != "params"
-            )
-            rest = f", {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            shown = ", ".join(names[:_SHOWN]) + rest
-            lines.append(f"{len(names)} {kind}, {entries:,} entries: {chosen} ({shown})")
-        return "\n".join(lines)
+        return self._text
+
+
+def _line(kind: str, settings: Settings, named: Named) -> str:
+    entries = sum(param.numel() for _, param in named)
+    chosen = ", ".join(
+        f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in settings
+    )
+    shown = ", ".join(name for name, _ in named[:_SHOWN])
+    rest = f", {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+    return f"{len(named)} {kind}, {entries:,} entries: {chosen} ({shown}{rest})"
 
 
 def param_groups(
@@ -94,7 +94,7 @@ def param_groups(
     lookups = {id(m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     transposed = {id(m.weight) for m in modules if _stores_inputs_first(m)}
     without_decay: Any = getattr(model, "no_weight_decay", set)()
-    groups: dict[tuple[str, tuple[tuple[str, Any], ...]], Any] = {}
+    groups: dict[tuple[str, Settings], Named] = {}
     for name, param in model.named_parameters():
         kind, settings = "matrices", dict[str, Any](weight_decay=weight_decay)
         if sum(size != 1 for size in param.shape) < 2:
@@ -114,5 +114,6 @@ def param_groups(
 
 
 def _stores_inputs_first(module: nn.Module) -> bool:
-    # By its name: transformers need not be installed.
-    return isinstance(module, _ConvTransposeNd) or type(module).__name__ == "Conv1D"
+    convolutions = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    # transformers need not be installed.
+    return isinstance(module, convolutions) or type(module).__name__ == "Conv1D"

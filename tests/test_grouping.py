@@ -60,6 +60,7 @@ def test_what_each_parameter_gets():
         (["down.weight"], {"weight_decay": 0.1}),
         (["kept.weight"], {"weight_decay": 0.0}),
     ]
+    RootFreeShampoo(groups)  # which names them in place
     assert str(groups).splitlines() == [
         "4 vectors, 24 entries: weight_decay 0 (token, norm.weight, norm.bias, 1 more)",
         "1 tables, 48 entries: weight_decay 0.1 (table.weight)",
