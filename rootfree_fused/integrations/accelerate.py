@@ -9,9 +9,10 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import BatchSizeCounter, RootFreeShampoo
+from .. import BatchSizeCounter
 from ..optimizer.base import RootFreeOptimizer
 from ..optimizer.matrix import MatrixOptimizer
+from . import has_batch_size, refuse_micro_batches
 
 _FLATTENING = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -45,7 +46,8 @@ def prepare(
     Raises:
         TypeError: another optimizer, or one that was prepared.
         ValueError: DeepSpeed, Megatron-LM; FSDP1 with a Shampoo; tensor, context or sequence
-            parallelism with a batch size; an unknown `count`. Nothing is prepared then.
+            parallelism with a batch size; a second moment of micro-batches that are accumulated by
+            the accelerator; an unknown `count`. Nothing is prepared then.
     """
     if not isinstance(optimizer, RootFreeOptimizer):
         raise TypeError(
@@ -53,6 +55,11 @@ def prepare(
             "accelerator.prepare"
         )
     check(accelerator, type(optimizer))
+    if accelerator.gradient_accumulation_steps > 1:
+        for group in optimizer.param_groups:
+            refuse_micro_batches(group, "accelerator.accumulate")
+    if not has_batch_size(type(optimizer)):
+        return tuple(accelerator.prepare(model, optimizer, *others))
     BatchSizeCounter(model, optimizer, count=count).remove()  # which refuses an unknown count
     prepared_model, prepared, *rest = accelerator.prepare(model, optimizer, *others)
     ranks = torch.distributed.group.WORLD
@@ -70,14 +77,14 @@ def check(accelerator: Accelerator, optimizer_class: type[Optimizer]) -> None:
             f"{name} steps matrices, and {'FSDP1' if fsdp1 else kind.value} flattens parameters; "
             "use FSDP2 (fsdp_version=2), DistributedDataParallel, or RootFreeAdamW"
         )
-    if kind in _FLATTENING:
+    if kind in _FLATTENING and has_batch_size(optimizer_class):
         raise ValueError(
             f"the batch size cannot be counted under {kind.value}; give {name} its batch_size "
             "(loss terms of all micro-batches and ranks), and prepare or train without "
             "rootfree_fused.integrations"
         )
     parallelism = accelerator.parallelism_config
-    if parallelism is None or optimizer_class is RootFreeShampoo:
+    if parallelism is None or not has_batch_size(optimizer_class):
         return
     if parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled:
         raise ValueError(

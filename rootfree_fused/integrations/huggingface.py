@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
-from .. import BatchSizeCounter, RootFreeShampoo
+from .. import BatchSizeCounter
 from ..optimizer.base import RootFreeOptimizer
+from . import has_batch_size, refuse_micro_batches
 from .accelerate import check
 
 
@@ -35,8 +36,9 @@ class RootFreeTrainer(Trainer):
     Raises:
         TypeError: no optimizer of rootfree_fused.
         ValueError: `batch_size` or `weight_decay` in `optimizer_cls_and_kwargs`, or no `lr` there
-            where the arguments have a `learning_rate`; DeepSpeed; FSDP1 with a Shampoo; with a
-            batch size tensor, context or sequence parallelism, or several GPUs in a process.
+            where the arguments have a `learning_rate`; a second moment of micro-batches; DeepSpeed;
+            FSDP1 with a Shampoo; with a batch size tensor, context or sequence parallelism, or
+            several GPUs in a process.
     """
 
     optimizer_cls_and_kwargs: Any
@@ -57,7 +59,9 @@ class RootFreeTrainer(Trainer):
         check(self.accelerator, chosen)
         if settings is not None:
             _check_settings(settings, self.args)
-        if chosen is not RootFreeShampoo:
+        for group in self.optimizer.param_groups if settings is None else [settings]:
+            refuse_micro_batches(group, "the Trainer")
+        if has_batch_size(chosen):
             _check_gpus(self.args.n_gpu)
             if settings is not None:  # overwritten before the first step, or that raises
                 self.optimizer_cls_and_kwargs = chosen, {**settings, "batch_size": 1}
@@ -74,7 +78,7 @@ class RootFreeTrainer(Trainer):
     ) -> Any:
         """As of the Trainer."""
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wraps
-        if self._attached != (model, optimizer):
+        if has_batch_size(type(optimizer)) and self._attached != (model, optimizer):
             self._detach()
             divides = num_items_in_batch is not None and self._count is None
             self._counter = BatchSizeCounter(

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 
 from .. import BatchSizeCounter
 from ..optimizer.base import RootFreeOptimizer
+from . import has_batch_size, refuse_micro_batches
 
 
 class BatchSizeCallback(lightning.Callback):
@@ -27,7 +28,8 @@ class BatchSizeCallback(lightning.Callback):
         count: as in BatchSizeCounter; a model of tokens needs it.
 
     Raises:
-        ValueError: (`fit`) no such module, several optimizers, DeepSpeed. Nothing has moved.
+        ValueError: (`fit`) no such module, several optimizers, a second moment of micro-batches,
+            DeepSpeed. Nothing has moved.
         TypeError: (`fit`) an optimizer that is not of rootfree_fused.
     """
 
@@ -57,6 +59,8 @@ class BatchSizeCallback(lightning.Callback):
                 f"configure_optimizers returned a {type(optimizer).__name__}; return one of "
                 "rootfree_fused, and not a wrapper around it"
             )
+        for group in optimizer.param_groups:
+            refuse_micro_batches(group, "Lightning")
         try:
             module = pl_module.get_submodule(self._module)
         except AttributeError:
@@ -65,9 +69,11 @@ class BatchSizeCallback(lightning.Callback):
                 f"{type(pl_module).__name__} has no module {self._module!r}; pass the name of "
                 f"what training_step calls: {names}"
             ) from None
-        self._counter = BatchSizeCounter(
-            module, optimizer, count=self._count, process_group=_data_parallel_ranks(trainer)
-        )
+        if has_batch_size(type(optimizer)):
+            ranks = _data_parallel_ranks(trainer)
+            self._counter = BatchSizeCounter(
+                module, optimizer, count=self._count, process_group=ranks
+            )
 
     def teardown(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str

@@ -9,7 +9,8 @@ from timm.optim import OptimInfo
 from timm.optim._optim_factory import default_registry
 from torch.optim import Optimizer
 
-from .. import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
+from .. import RootFreeRMSprop
+from . import CLASSES, has_batch_size
 
 
 def register() -> tuple[str, ...]:
@@ -29,8 +30,7 @@ def register() -> tuple[str, ...]:
             timm's fallback optimizers, which there are none of.
         TypeError: (when an optimizer is built) `eps`, `foreach` and others that the class has not.
     """
-    classes = (RootFreeShampoo, RootFreeRMSprop, RootFreeAdamW, IFShampoo)
-    for optimizer_class in classes:
+    for optimizer_class in CLASSES:
         info = OptimInfo(
             name=optimizer_class.__name__.lower(),
             opt_class=partial(_build, optimizer_class),
@@ -41,7 +41,7 @@ def register() -> tuple[str, ...]:
             has_momentum=optimizer_class is RootFreeRMSprop,
         )
         default_registry.register(info)
-    return tuple(optimizer_class.__name__.lower() for optimizer_class in classes)
+    return tuple(optimizer_class.__name__.lower() for optimizer_class in CLASSES)
 
 
 def _build(optimizer_class: type[Optimizer], params: Any, **settings: Any) -> Optimizer:
@@ -54,7 +54,7 @@ def _build(optimizer_class: type[Optimizer], params: Any, **settings: Any) -> Op
             "merge_axes=((0, 1),), whose update is that of a vector"
         )
     in_groups = bool(groups) and all("batch_size" in group for group in groups)
-    if optimizer_class is not RootFreeShampoo and "batch_size" not in settings and not in_groups:
+    if has_batch_size(optimizer_class) and "batch_size" not in settings and not in_groups:
         raise ValueError(
             f"{optimizer_class.__name__} needs batch_size, the number of loss terms that a "
             "gradient averages; pass create_optimizer_v2(..., batch_size=N), or to timm's train.py "

@@ -10,12 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
-from .. import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
+from . import CLASSES, has_batch_size, refuse_micro_batches
 
-_CLASSES: dict[str, type[Optimizer]] = {
-    optimizer_class.__name__: optimizer_class
-    for optimizer_class in (RootFreeShampoo, RootFreeRMSprop, RootFreeAdamW, IFShampoo)
-}
+_CLASSES: dict[str, type[Optimizer]] = {known.__name__: known for known in CLASSES}
 
 
 class RootFreeOptimizersContainer(OptimizersContainer):
@@ -36,8 +33,8 @@ class RootFreeOptimizersContainer(OptimizersContainer):
     default.
 
     Raises:
-        ValueError: an unknown name, no `batch_size`, the implementation "fused_opt_states_bf16".
-            No optimizer is built then.
+        ValueError: an unknown name, no `batch_size`, the implementation "fused_opt_states_bf16", a
+            second moment of micro-batches. No optimizer is built then.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -80,7 +77,8 @@ def _check(config: OptimizersContainer.Config) -> None:
         RootFreeOptimizersContainer._resolve_optimizer_factory(name)
         if name not in _CLASSES:
             continue
-        if _CLASSES[name] is not RootFreeShampoo and "batch_size" not in settings:
+        refuse_micro_batches(settings, "torchtitan")
+        if has_batch_size(_CLASSES[name]) and "batch_size" not in settings:
             raise ValueError(
                 f"{name} of pattern {group.pattern!r} needs batch_size, the number of tokens that "
                 "a step averages over; put global_batch_size * seq_len into its optimizer_kwargs"

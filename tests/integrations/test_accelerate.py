@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeShampoo, Sign
 
 accelerate = pytest.importorskip("accelerate")
 from rootfree_fused.integrations.accelerate import check, prepare  # noqa: E402
@@ -38,13 +38,14 @@ def test_micro_batches_are_counted_and_what_is_prepared_returned(accelerator):
     assert found == [1, 7, 7, 10]
 
 
-def test_a_shampoo_without_a_batch_size_is_prepared_too(accelerator):
+@pytest.mark.parametrize("optimizer_class", [RootFreeShampoo, Sign])
+def test_without_a_batch_size_it_is_prepared_too(accelerator, optimizer_class):
     model = torch.nn.Linear(3, 2)
-    _, optimizer = prepare(accelerator, model, RootFreeShampoo(model.parameters()))
+    _, optimizer = prepare(accelerator, model, optimizer_class(model.parameters()))
     assert "batch_size" not in optimizer.param_groups[0]
 
 
-@pytest.mark.parametrize("case", ["torch's", "prepared", "count"])
+@pytest.mark.parametrize("case", ["torch's", "prepared", "micro-batches", "count"])
 def test_what_is_refused_is_not_prepared(accelerator, monkeypatch, case):
     model = torch.nn.Linear(3, 2)
     optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
@@ -54,6 +55,9 @@ def test_what_is_refused_is_not_prepared(accelerator, monkeypatch, case):
         optimizer = torch.optim.AdamW(model.parameters())
     elif case == "prepared":
         optimizer = accelerator.prepare(optimizer)
+    elif case == "micro-batches":
+        optimizer = RootFreeAdamW(model.parameters(), batch_size=1, second_moment="micro")
+        expected = ValueError, "accelerator.accumulate adds them up in .grad"
     else:
         settings, expected = {"count": "words"}, (ValueError, "'samples', 'tokens'")
     monkeypatch.setattr(accelerator, "prepare", lambda *_: pytest.fail("prepared"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, Sign
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -134,8 +134,9 @@ def test_what_counts_can_be_said(tmp_path):
     assert log.batch_sizes == [10, 10, 5]
 
 
-def test_a_shampoo_has_no_batch_size(tmp_path):
-    trainer, log = build(tmp_path, (RootFreeShampoo, {"lr": 5e-3}))
+@pytest.mark.parametrize("optimizer_class", [RootFreeShampoo, Sign])
+def test_without_a_batch_size_nothing_is_counted(tmp_path, optimizer_class):
+    trainer, log = build(tmp_path, (optimizer_class, {"lr": 5e-3}))
     trainer.train()
     assert log.batch_sizes == [None] * 3
 
@@ -164,6 +165,7 @@ def test_an_optimizer_can_be_given(tmp_path):
             ValueError,
             "put 'lr': 0.005 there",
         ),
+        ((Sign, {"sign": "micro"}), {}, ValueError, "the Trainer adds them up in .grad"),
         ((torch.optim.AdamW, {}), {}, TypeError, r"\(RootFreeShampoo, "),
         (None, {}, TypeError, r"\(RootFreeShampoo, "),
     ],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rootfree_fused import RootFreeAdamW, RootFreeShampoo
+from rootfree_fused import RootFreeAdamW, RootFreeShampoo, Sign
 
 lightning = pytest.importorskip("lightning")
 from rootfree_fused.integrations.lightning import BatchSizeCallback  # noqa: E402
@@ -54,6 +54,10 @@ def diagonal(params):
     return RootFreeAdamW(params, batch_size=1)
 
 
+def of_micro_batches(params):
+    return RootFreeAdamW(params, batch_size=1, second_moment="variance")
+
+
 def two(params):
     return [diagonal([param]) for param in params]
 
@@ -74,14 +78,16 @@ def test_after_an_error_it_is_let_go_too():
     assert not module._forward_hooks
 
 
-def test_a_shampoo_counts_nothing():
-    assert fit(Module(RootFreeShampoo), BatchSizeCallback()) == [None] * 3
+@pytest.mark.parametrize("optimizer_class", [RootFreeShampoo, Sign])
+def test_without_a_batch_size_nothing_is_counted(optimizer_class):
+    assert fit(Module(optimizer_class), BatchSizeCallback()) == [None] * 3
 
 
 @pytest.mark.parametrize(
     ("build", "name", "error", "cure"),
     [
         (diagonal, "net", ValueError, "no module 'net'.*calls: network"),
+        (of_micro_batches, "", ValueError, "Lightning adds them up in .grad; leave second_moment"),
         (torch.optim.AdamW, "", TypeError, "a AdamW; return one of rootfree_fused"),
         (two, "", ValueError, "2 optimizers.*in configure_optimizers"),
     ],

@@ -91,6 +91,12 @@ def test_every_class_has_its_name(titan, name):
         ("rootfreeshampoo", {}, {}, "name one of torchtitan's, or of RootFreeShampoo, "),
         ("IFShampoo", {"lr": 1e-2}, {}, r"global_batch_size \* seq_len"),
         (
+            "RootFreeAdamW",
+            {"lr": 1e-2, "batch_size": 12, "second_moment": "micro"},
+            {},
+            "torchtitan adds them up",
+        ),
+        (
             "RootFreeShampoo",
             {"lr": 1e-2},
             {"implementation": "fused_opt_states_bf16"},
