@@ -30,6 +30,7 @@ PROBE_BYTES = {COPY: 16, "in-place add": 24}  # what each moves a float32 parame
 
 def optional(module: str, extra: str = "bench") -> ModuleType:
     """Import a package that only the benchmarks need."""
+    extra = "timm" if module.split(".")[0] in ("timm", "torchvision") else extra
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -11,6 +11,7 @@ import struct
 import pytest
 import torch
 from helpers.bench import CPU
+from helpers.timm_alone import import_timm
 
 from bench import layouts
 from bench.workloads.papers import WORKLOADS, augment, data
@@ -42,7 +43,7 @@ def of(name, folder=None):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_models_of_timm_build_on_meta_and_their_factors_are_dense_or_in_blocks(name):
-    pytest.importorskip("timm", exc_type=ImportError)
+    import_timm()
     workload = WORKLOADS[name]
     side, classes = (32, 100) if name.startswith("cifar") else (224, 10)
     with torch.device("meta"):
