@@ -1,4 +1,5 @@
-"""How weights and state are kept in fewer bytes, on registers, by the dtype of what is stored.
+"""How weights and state are kept in fewer bytes, by the dtype of what is stored: on registers, and
+at the end a state's way there and back.
 
 rootfree_fused/reference/formats.py is the specification of the bits. What is encoded from equal
 numbers is equal to the bit: the largest of a block, a quotient and a root rounded to nearest, a
@@ -172,3 +173,44 @@ def _largest(value, mask):
     if mask is not None:
         magnitude = tl.where(mask, magnitude, 0)
     return tl.max(magnitude, axis=1, keep_dims=True)
+
+
+# States in memory --------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_state(ptr, scale_ptr, offs, blocks, mask, block_mask):
+    """What is stored of a state, and its scales, or another thing that is not None."""
+    stored = tl.load(ptr + offs, mask=mask)
+    scale = 0.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + blocks, mask=block_mask)
+    return stored, scale
+
+
+@triton.jit
+def store_state(
+    ptr, scale_ptr, value, key, STREAM: tl.constexpr, index, offs, blocks, mask, block_mask
+):
+    if ptr.dtype.element_ty == tl.int8:
+        stored, scale = encode_s8(value, random_bits(key, STREAM, index), mask)
+        tl.store(scale_ptr + blocks, scale, mask=block_mask)
+    elif ptr.dtype.element_ty == tl.uint8:
+        stored, scale = encode_e5m3(value, random_bits(key, STREAM, index), mask)
+        tl.store(scale_ptr + blocks, scale, mask=block_mask)
+    elif ptr.dtype.element_ty == tl.bfloat16:
+        stored = to_bfloat16(value, random_bits(key, STREAM, index))
+    else:
+        stored = value
+    tl.store(ptr + offs, stored, mask=mask)
+
+
+@triton.jit
+def scales_at(address_ptr, state_ptr, block):
+    """Where the scales of a chunk are; None where the format of the state has none."""
+    scale_ptr = None
+    if state_ptr.dtype.element_ty == tl.int8:
+        scale_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.float32)) + block
+    elif state_ptr.dtype.element_ty == tl.uint8:
+        scale_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.uint8)) + block
+    return scale_ptr

@@ -29,12 +29,13 @@ from .diag import BLOCK as CHUNK
 from .diag import run_plan
 from .formats import (
     decoded,
-    encode_e5m3,
-    encode_s8,
     join_weight,
     key_of,
+    load_state,
     random_bits,
+    scales_at,
     split_weight,
+    store_state,
     to_bfloat16,
 )
 from .slots import BESIDE, ROW
@@ -61,33 +62,6 @@ WEIGHT_STREAM = 2
 VECTOR, VECTOR_OF_WIDE = 8, 4
 # More than any format takes: without a limit ptxas spills 8 bytes of some to fit a program more.
 MAX_REGISTERS = 128
-
-
-@triton.jit
-def load_state(ptr, scale_ptr, offs, blocks, mask, block_mask):
-    """What is stored of a state, and its scales, or another thing that is not None."""
-    stored = tl.load(ptr + offs, mask=mask)
-    scale = 0.0
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + blocks, mask=block_mask)
-    return stored, scale
-
-
-@triton.jit
-def store_state(
-    ptr, scale_ptr, value, key, STREAM: tl.constexpr, index, offs, blocks, mask, block_mask
-):
-    if ptr.dtype.element_ty == tl.int8:
-        stored, scale = encode_s8(value, random_bits(key, STREAM, index), mask)
-        tl.store(scale_ptr + blocks, scale, mask=block_mask)
-    elif ptr.dtype.element_ty == tl.uint8:
-        stored, scale = encode_e5m3(value, random_bits(key, STREAM, index), mask)
-        tl.store(scale_ptr + blocks, scale, mask=block_mask)
-    elif ptr.dtype.element_ty == tl.bfloat16:
-        stored = to_bfloat16(value, random_bits(key, STREAM, index))
-    else:
-        stored = value
-    tl.store(ptr + offs, stored, mask=mask)
 
 
 @triton.jit
@@ -163,17 +137,6 @@ def _update_chunk(
     else:
         p = updated[0]
     tl.store(param_ptr + offs, p.to(param_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def scales_at(address_ptr, state_ptr, block):
-    """Where the scales of a chunk are; None where the format of the state has none."""
-    scale_ptr = None
-    if state_ptr.dtype.element_ty == tl.int8:
-        scale_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.float32)) + block
-    elif state_ptr.dtype.element_ty == tl.uint8:
-        scale_ptr = tl.load(address_ptr).to(tl.pointer_type(tl.uint8)) + block
-    return scale_ptr
 
 
 @triton.jit(

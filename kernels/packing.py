@@ -26,8 +26,16 @@ from torch import Tensor
 
 from .arithmetic import skips
 from .diag import call_launches
-from .formats import decoded, join_weight, key_of, split_weight
-from .lowbit import BLOCK, CHUNK, load_state, scales_at, store_state, vector_of
+from .formats import (
+    decoded,
+    join_weight,
+    key_of,
+    load_state,
+    scales_at,
+    split_weight,
+    store_state,
+)
+from .lowbit import BLOCK, CHUNK, vector_of
 from .slots import BESIDE, ROW
 from .tables import Kept, Launch, LaunchPlan, contiguous_copies, copy_back, find_plan, readable
 
