@@ -13,7 +13,7 @@ from ..measuring.common import PROBE_BYTES
 from ..measuring.rows import ROOT, Row, select, unique
 from . import generalization, searches
 from .cells import NOISY, markdown, noisy, page, provenance, timed
-from .losses import KINDS, formats, in_order, losses, structures
+from .losses import KINDS, formats, in_order, losses, second_moments, structures
 from .tables import FORWARD
 from .training import loss, reached, step_time
 
@@ -296,6 +296,12 @@ def _by_case(rows: list[Row], provider: str) -> dict[str, Row]:
     return {row["case"]: row for row in select(rows, provider=provider)}
 
 
+def moments(files: Files) -> str:
+    """What s follows of micro-batches, and where that was measured."""
+    rows = files["epyc/sweep_second_moments"]
+    return f"{second_moments(rows)}\n\n{_measured(rows)}"
+
+
 def _search(workload: str) -> Callable[[Files], str]:
     """What trials of a search are worth, the best settings, and where that was measured."""
 
@@ -316,6 +322,7 @@ def _generalization(workload: str) -> Callable[[Files], str]:
 
 
 TABLES: dict[str, Callable[[Files], str]] = {
+    "moments": moments,
     "search_resnet": _search("digits_resnet"),
     "search_vit": _search("digits_vit"),
     "generalization_resnet": _generalization("digits_resnet"),
