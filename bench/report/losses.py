@@ -13,6 +13,7 @@ from .cells import lines_of, markdown, page, provenance
 from .figures import logarithmic, save, styles, subplots
 from .training import mean_and_deviation, settings_text
 
+MOMENTS = ("batch", "micro", "variance", "mean")
 KINDS = {"defaults": "At the defaults", "tuned": "At the best of a search"}
 
 
@@ -87,11 +88,12 @@ def second_moments(rows: list[Row]) -> str:
             settings = row["detail"]["settings"]
             of = found.setdefault(settings["second_moment"], {})
             of.setdefault(settings["lr"], []).append(row)
-        for moment, by_lr in found.items():
+        for moment in filter(found.__contains__, MOMENTS):
+            by_lr = found[moment]
             most = max(map(len, by_lr.values()))
             cells = [f"{lr:g}: {_cell(by_lr[lr], most)}" for lr in sorted(by_lr)]
             lines.append([name, moment, *cells])
-    header = ["optimizer", "second_moment", "low lr: test loss", "middle", "high"]
+    header = ["optimizer", "second_moment", "lr: test loss", "", ""]
     return markdown(header, lines) if lines else ""
 
 
