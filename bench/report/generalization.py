@@ -40,20 +40,25 @@ def _percent(rows: list[Row], metric: str) -> list[float]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """A point an optimizer, its bars the standard deviations, small dots the seeds."""
-    figure, axis = subplots(height=4.4)
-    for name, look in styles(unique(rows, "provider")).items():
-        own = select(rows, provider=name)
-        x, y = _percent(own, TRAINING), _percent(own, TEST)
-        look = look | {"ls": "none"}
-        axis.plot(x, y, ".", color=look["color"], alpha=0.5, ms=4)
-        deviations = {f"{side}err": _deviation(of) for side, of in (("x", x), ("y", y))}
-        axis.errorbar(
-            statistics.fmean(x), statistics.fmean(y), **deviations, **look, elinewidth=1, ms=7
-        )
-    axis.set(xlabel=f"{TRAINING}, %", ylabel=f"{TEST}, %")
-    axis.legend(frameon=False, fontsize=8)
+    """A line an optimizer, the best on top: training hollow, test filled, small dots the seeds."""
+    figure, axis = subplots(height=3.6)
+    names = sorted(unique(rows, "provider"), key=lambda name: _mean(rows, name))
+    looks = styles(names)
+    for line, name in enumerate(names):
+        own, look = select(rows, provider=name), looks[name] | {"ls": "none", "label": None}
+        for metric, fill, height in ((TRAINING, "none", line + 0.14), (TEST, "full", line - 0.14)):
+            values = _percent(own, metric)
+            look |= {"fillstyle": fill}
+            error = _deviation(values)
+            axis.errorbar(statistics.fmean(values), height, xerr=error, **look, elinewidth=1, ms=7)
+            axis.plot(values, [height] * len(values), ".", color=look["color"], alpha=0.5, ms=4)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlabel("accuracy, %: hollow on training data, filled on test data")
     save(figure, rows, path, f"{rows[0]['case']}: what was learnt, and what it is worth")
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    return statistics.fmean(_percent(select(rows, provider=name), TEST))
 
 
 def _deviation(values: list[float]) -> float:
