@@ -286,6 +286,8 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         """The step as torch.compile sees it, which guards the tensors itself."""
         self._check_traced()
         for index, group in enumerate(self.param_groups):
+            self._check_parts(index, group)
+        for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
