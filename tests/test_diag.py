@@ -233,5 +233,6 @@ def test_a_non_finite_gradient_spoils_its_own_element_only(device):
             optimizer.step()
             clean.step()
             others = torch.arange(100, device=device) != 7
-            assert not torch.isfinite(params[0][7])
+            has_sign = name.startswith("sign") and bad == bad  # of an infinity
+            assert bool(torch.isfinite(params[0][7])) == has_sign
             assert torch.equal(params[0][others], twins[0][others])
