@@ -1,6 +1,7 @@
 # make test    ruff, mypy and the tests        make bench    how fast it is here, in four minutes
 # make docs    the site, into site/            make bench-all    more cases and more seeds
 # make sanitize    the tests of csrc under ASan and UBSan
+# make release-check    what a release would have, built and tried in fresh environments
 # Each sets up its own virtual environment first; Python >= 3.10, g++ and make are all it needs.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 SANITIZED := build/sanitized
 
-.PHONY: test bench bench-all docs sanitize clean
+.PHONY: test bench bench-all docs sanitize release-check clean
 
 test: docs $(VENV)/triton36
 	$(BIN)/ruff check
@@ -55,6 +56,10 @@ sanitize: $(VENV)/installed
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib \
 		OMP_WAIT_POLICY=passive $(BIN)/pytest tests/csrc tests/optimizer/test_known_tensors.py
 
+# Of the commit that is checked out, into dist/; shares nothing with $(VENV).
+release-check:
+	$(PYTHON) tests/helpers/release.py "$(TORCH)"
+
 $(VENV)/base:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \"Python >= 3.10 is needed; make PYTHON=python3.x\")"
 	$(PYTHON) -m venv $(VENV)
@@ -72,4 +77,4 @@ $(VENV)/triton36: $(VENV)/base
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 clean:
-	rm -rf $(VENV) build site *.egg-info rootfree_fused/*.so
+	rm -rf $(VENV) build dist site *.egg-info rootfree_fused/*.so
