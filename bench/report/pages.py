@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..measuring.common import PROBE_BYTES
 from ..measuring.rows import ROOT, Row, select, unique
-from . import generalization, searches
+from . import choice, generalization, searches
 from .cells import NOISY, markdown, noisy, page, provenance, timed
 from .losses import KINDS, formats, in_order, losses, second_moments, structures
 from .tables import FORWARD
@@ -321,7 +321,17 @@ def _generalization(workload: str) -> Callable[[Files], str]:
     return table
 
 
+def choosing(files: Files) -> str:
+    """The optimizers side by side, for who must choose one."""
+    sweep, matrix, text = (files[f"epyc/{name}"] for name in ("sweep", "matrix", "train_text"))
+    shown = [row for row in in_order(sweep) if row["case"] == "text"]
+    shown = [row for row in shown if row["detail"]["kind"] in ("defaults", "basin", "formats")]
+    table = choice.table(sweep, matrix, text)
+    return page(table, _measured(shown, [r for r in matrix if r["case"] == choice.SHAPES], text))
+
+
 TABLES: dict[str, Callable[[Files], str]] = {
+    "choosing": choosing,
     "moments": moments,
     "search_resnet": _search("digits_resnet"),
     "search_vit": _search("digits_vit"),

@@ -8,6 +8,7 @@ A row takes part by what it has, whatever benchmark it is from:
     loss        losses of `bench train` with their `curve`
     basin       losses of `bench sweep` at several learning rates
     worlds      work and state a rank that `bench distributed` computed
+    memory      losses of `bench sweep` with weights and state in fewer bytes
     generalization   accuracies of the final runs of `bench search`
 """
 
@@ -22,7 +23,7 @@ from typing import NamedTuple
 
 from ..measuring.common import COPY, PROBE_BYTES
 from ..measuring.rows import Row, select, unique
-from . import generalization, searches
+from . import choice, generalization, searches
 from .figures import GREY, STYLES, logarithmic, save, styles, subplots
 from .losses import basin, basin_rows
 from .tables import STATE, WORK
@@ -304,6 +305,13 @@ PLOTS = {
         "its ratio to the first), on the tuning data.",
         basin_rows,
         basin,
+    ),
+    "memory": Plot(
+        "Loss against memory",
+        "Weights in float32 and in bfloat16, averages in float32, bfloat16 and 8 bits, without a "
+        "search; the factors of this small network weigh more than those of a large one.",
+        choice.memory_rows,
+        choice.memory,
     ),
     "worlds": Plot(
         "Matrices that ranks share",
