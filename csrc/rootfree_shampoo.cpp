@@ -1,6 +1,7 @@
 // RootFreeShampoo on the matrices of one bucket, both axes of bfloat16 factors; see
 // rootfree_fused/reference/rootfree_shampoo.py. As IF-Shampoo's in matrix.cpp: a stage a product,
 // a tile a task, and the number of threads does not change a bit.
+#include "arguments.h"
 #include "params.h"
 #include "roots.h"
 #include "tensors.h"

@@ -117,3 +117,22 @@ def test_a_release_that_contradicts_itself_is_told(changelog, version, tags, fau
 def test_the_changelog_has_the_form_that_is_read():
     heading = release.HEADING.search((release.ROOT / "CHANGELOG.md").read_text())
     assert heading is not None
+
+
+CSRC = release.ROOT / "csrc"
+X86 = re.compile(r"^#if defined\(__x86_64__\)[^\n]*\n.*?^#(?:else|endif)", re.DOTALL | re.MULTILINE)
+
+
+def included(path):
+    """What a file includes where the machine is no x86, by its own headers too."""
+    names = re.findall(r'^#include ["<](.*)[">]', X86.sub("", path.read_text()), re.MULTILINE)
+    own = [CSRC / name for name in names if (CSRC / name).exists()]
+    return set(names).union(*map(included, own))
+
+
+def test_operators_are_registered_on_every_machine():
+    """A header that only x86 includes is missed on arm64 alone."""
+    registering = [p for p in CSRC.glob("*.cpp") if "STABLE_TORCH_LIBRARY" in p.read_text()]
+    assert len(registering) > 3
+    for path in registering:
+        assert "torch/csrc/stable/library.h" in included(path), path.name
