@@ -219,7 +219,14 @@ def test_the_report_of_a_folder_draws_what_has_rows(tmp_path, monkeypatch):
         plot = tmp_path / f"matrix_{kind}.png"
         assert figures.shows(plot, plots.PLOTS[kind].rows(made_up()))
         assert f"a CPU; torch 2; commit abc](matrix_{kind}.png)" in page
-    assert set(plots.PLOTS) - set(kinds) == {"loss", "basin", "memory", "worlds", "search"}
+    assert set(plots.PLOTS) - set(kinds) == {
+        "loss",
+        "basin",
+        "generalization",
+        "memory",
+        "worlds",
+        "search",
+    }
     assert "## Made up\n\n### Case\n\ntable" in page
 
 
