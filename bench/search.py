@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="wide",
         metavar="SPACE",
         help="wide, published (of the workload's model), or a file of JSON: "
-        '{"AdamW": {"lr": [1e-4, 1e-2], "1 - beta1": [0.01, 1], ...}, ...}',
+        '{"AdamW": {"lr": [1e-4, 1e-2], "1 - beta1": [0.01, 1], '
+        '"1 - beta2": [0.001, 0.3], ...}, ...}',
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data of a workload that needs it")

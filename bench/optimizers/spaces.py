@@ -218,10 +218,16 @@ def read_spaces(path: Path) -> dict[str, Space]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no file of spaces: {error}") from None
     is_of_spaces = isinstance(found, dict) and all(isinstance(v, dict) for v in found.values())
-    if not is_of_spaces:
+    if not is_of_spaces or not found or not all(found.values()):
         raise ValueError(f"{path} is no file of spaces; write {{method: {{setting: [low, high]}}}}")
     if unknown := found.keys() - METHODS:
         raise ValueError(f"{path} has {', '.join(sorted(unknown))}; methods: {', '.join(METHODS)}")
+    for name, of in found.items():
+        if len({f"{ONE_MINUS}beta1", f"{ONE_MINUS}beta2"} & of.keys()) == 1:
+            raise ValueError(
+                f"{name} in {path} has one of '1 - beta1' and '1 - beta2'; the constructor takes "
+                "both, so give a range for each"
+            )
     return {
         name: {setting: Range.read(f"{setting} of {name}", ends) for setting, ends in of.items()}
         for name, of in found.items()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -16,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.checks import is_sharded
 from .amp_and_graphs import Scaling
-from .checks import check_gradient, name_of
+from .checks import check_gradient, check_squares, name_of
 from .groups import DeclaringOptimizer, Group, trains
 from .known_tensors import KnownGradients
 from .parts import Accumulated, Taken, kind_of
 
 _UNUSED = "step() or zero_grad() first"
+_MOST_TERMS = 1e12
 
 
 class AccumulatingOptimizer(DeclaringOptimizer):
@@ -92,11 +92,15 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         """Have every gradient taken as soon as it is there, so that there never is a full set.
 
         A backward then is a micro-batch: call neither `accumulate` nor, before a step, anything
-        else. Parameters that are added later are not among them. remove() what is returned to end
-        it.
+        else, and from one thread. Parameters that are added later are not among them, and a copy of
+        the optimizer has none. A module that several reentrant checkpoints share has several
+        gradients a backward, which would count as micro-batches: use `accumulate` there. remove()
+        what is returned to end it.
 
         Raises:
-            RuntimeError: it is so already, or something is accumulated.
+            RuntimeError: it is so already, or something is accumulated; (backward) another
+                optimizer has taken the gradient; (step) a backward has not ended: zero_grad() drops
+                its half.
         """
         self._check_unused("accumulate_in_backward()")
         if self._hooks:
@@ -132,6 +136,7 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         accumulated = self._accumulated
         if not accumulated.count:
             raise RuntimeError("nothing is accumulated; call accumulate() after each backward")
+        accumulated.check_backwards()
         if not accumulated.are_grads:
             self._check_taken_all()
             accumulated.put()
@@ -155,6 +160,7 @@ class AccumulatingOptimizer(DeclaringOptimizer):
                 nothing changed. TypeError: parameters are DTensors.
         """
         self._check_open()
+        self._accumulated.check_backwards()
         every = self._trained()
         if any(is_sharded(param) for param, _ in every):
             raise TypeError(
@@ -189,6 +195,7 @@ class AccumulatingOptimizer(DeclaringOptimizer):
     def _check_micro_batches(self, scaling: Scaling) -> None:
         """Raise where a step could not be taken on what was accumulated."""
         accumulated = self._accumulated
+        accumulated.check_backwards()
         for index, group in enumerate(self.param_groups):
             kind = kind_of(group)
             if any(accumulated.touched[id(p)].kind != kind for p in self._pending(group)):
@@ -200,6 +207,11 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             self._check_taken_all()
             if isinstance(getattr(self, "found_inf", None), int):  # the scaler looked at nothing
                 self._check_before_scaler()
+        elif accumulated.were_replaced():
+            raise RuntimeError(
+                ".grad was replaced since accumulated_grads(), and what is kept beside it is of "
+                "others; change gradients in place, or zero_grad() to drop all"
+            )
         if "found_inf" in scaling and "grad_scale" not in scaling and self._has_squares():
             raise ValueError(
                 "scaler.unscale_(optimizer) was called where squares of micro-batches are "
@@ -260,12 +272,13 @@ class AccumulatingOptimizer(DeclaringOptimizer):
                     for position, param in enumerate(group["params"])
                     if isinstance(param, Tensor) and param.grad is not None
                 ]
+                self._check_same_kind(index, group, own)
                 found.append((index, group, None, own))
             else:
                 found.append((index, group, known, known.params))
         if squares:
             every = [(p, kind_of(group)) for _, group, _, own in found for p in own]
-            _check_squares(squares, [p for p, _ in every], [kind for _, kind in every])
+            check_squares(squares, [p for p, _ in every], [kind for _, kind in every])
         if any(known is None for _, _, known, _ in found):
             self._prepare_all()
         takens = []
@@ -276,6 +289,18 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             if own:
                 takens.append(known)
         return takens
+
+    def _check_same_kind(self, index: int, group: Group, params: list[Tensor]) -> None:
+        """Raise a ValueError where what is there of these parameters could not be added to."""
+        kind, touched = kind_of(group), self._accumulated.touched
+        for param in params:
+            if id(param) in touched and not touched[id(param)].fit(param, kind):
+                raise ValueError(
+                    f"a parameter of group {index}, now of shape {tuple(param.shape)} and "
+                    f"{param.dtype}, or what the group takes of micro-batches, now "
+                    f"{kind or 'their mean'}, changed since the last accumulate(); set it back, or "
+                    "zero_grad() to drop what is there"
+                )
 
     def _checked_one(self, index: int, position: int, group: Group) -> Tensor:
         """A parameter that has a gradient, after a check of both."""
@@ -297,7 +322,14 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         group = self.param_groups[index]
         if group["params"][position] is not param:
             return  # a step tells that it has a gradient
+        if param.grad is None:
+            raise RuntimeError(
+                f"{name_of(index, position, group)} has no gradient in its own hook: another "
+                "optimizer's accumulate_in_backward() took it; call it on one of them"
+            )
         self._checked_one(index, position, group)
+        self._check_same_kind(index, group, [param])
+        self._accumulated.note_backward()
         kind = kind_of(group)
         if not self._accumulated.has_room(param, kind):
             self._prepare_all()
@@ -312,8 +344,11 @@ class AccumulatingOptimizer(DeclaringOptimizer):
                 f"terms is a {type(terms).__name__}; pass the number of loss terms that the "
                 "micro-batch averages, as a number: of a tensor its item()"
             )
-        if terms is not None and not 0 < float(terms) < math.inf:
-            raise ValueError(f"terms is {terms!r}; pass a number > 0")
+        if terms is not None and not 1 / _MOST_TERMS <= terms <= _MOST_TERMS:  # type: ignore[operator]
+            raise ValueError(
+                f"terms is {terms!r}; pass how many there are, from 1e-12 to 1e12, so that their "
+                "squares stay within float32"
+            )
         before = self._accumulated.by_terms
         if before is not None and before != (terms is not None):
             raise ValueError(
@@ -351,27 +386,3 @@ class _Hooks(RemovableHandle):
             for hook in optimizer._hooks:
                 hook.remove()
             optimizer._hooks = []
-
-
-def _check_squares(
-    squares: Mapping[Tensor, Tensor], params: Sequence[Tensor], kinds: Sequence[str | None]
-) -> None:
-    if squares and "signs" in kinds:
-        raise ValueError("squares were given to an optimizer that takes signs; leave them out")
-    known = set(map(id, params))
-    for param, square in squares.items():
-        if id(param) not in known:
-            raise ValueError(
-                f"squares has a parameter of shape {tuple(param.shape)} that is not among those "
-                "with a gradient; leave it out"
-            )
-        if square.shape != param.shape or square.device != param.device:
-            raise ValueError(
-                f"squares has {tuple(square.shape)} on {square.device} for a parameter of shape "
-                f"{tuple(param.shape)} on {param.device}; pass one mean square an element"
-            )
-        if not square.is_floating_point() or is_sharded(square) != is_sharded(param):
-            raise TypeError(
-                f"squares has a {type(square).__name__} of {square.dtype} for a "
-                f"{type(param).__name__}; pass a floating tensor that is laid out as it"
-            )

@@ -236,3 +236,28 @@ def _check_spread(name: str, value: Any, param: Any) -> None:
             f"{name} is laid out as {value.placements} but the parameter as {param.placements}; "
             f"redistribute it as the parameter is, or {_ANEW}"
         )
+
+
+def check_squares(
+    squares: Mapping[Tensor, Tensor], params: Sequence[Tensor], kinds: Sequence[str | None]
+) -> None:
+    """Raise unless these are mean squares of some of the parameters, each of its kind."""
+    if squares and "signs" in kinds:
+        raise ValueError("squares were given to an optimizer that takes signs; leave them out")
+    known = set(map(id, params))
+    for param, square in squares.items():
+        if id(param) not in known:
+            raise ValueError(
+                f"squares has a parameter of shape {tuple(param.shape)} that is not among those "
+                "with a gradient; leave it out"
+            )
+        if square.shape != param.shape or square.device != param.device:
+            raise ValueError(
+                f"squares has {tuple(square.shape)} on {square.device} for a parameter of shape "
+                f"{tuple(param.shape)} on {param.device}; pass one mean square an element"
+            )
+        if not square.is_floating_point() or is_sharded(square) != is_sharded(param):
+            raise TypeError(
+                f"squares has a {type(square).__name__} of {square.dtype} for a "
+                f"{type(param).__name__}; pass a floating tensor that is laid out as it"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ class Accumulated:
         self.are_grads = False
         self.touched = {}
         self._first: list[Taken] = []
+        self._open_backwards: set[int] = set()
         self._alone: dict[int, int] = {}  # micro-batches of each parameter that came alone
 
     def pending(self, params: Iterable[Tensor]) -> list[Tensor]:
@@ -184,6 +186,28 @@ class Accumulated:
         """Count what `add` added of a micro-batch, or of so many at once."""
         self.weight, self.count = self.weight + weight, self.count + parts
         self.by_terms = by_terms
+
+    def note_backward(self) -> None:
+        """Note that a backward is on its way, until it has ended."""
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._open_backwards:
+            self._open_backwards.add(backward)
+            ended = partial(self._open_backwards.discard, backward)
+            torch.autograd.Variable._execution_engine.queue_callback(ended)
+
+    def check_backwards(self) -> None:
+        """Raise a RuntimeError where one failed on its way, so that half of it is here."""
+        if self._open_backwards:
+            raise RuntimeError(
+                "a backward whose gradients were taken as they came has not ended; zero_grad() to "
+                "drop what is there of it"
+            )
+
+    def were_replaced(self) -> bool:
+        """Whether other gradients are where those are that parts belong to."""
+        own = [buffers for buffers in self.touched.values() if buffers.part is not None]
+        found = [(buffers.param(), buffers.grad) for buffers in own]
+        return any(param is not None and param.grad is not grad for param, grad in found)
 
     def counted_alone(self, param: Tensor) -> None:
         """The same of one parameter, whose own backwards are counted: all see the most of any."""

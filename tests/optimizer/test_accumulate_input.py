@@ -74,7 +74,9 @@ def test_a_kind_that_changed_since_is_told():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        ({"terms": 0}, ValueError, "terms is 0; pass a number > 0"),
+        ({"terms": 0}, ValueError, "terms is 0; pass how many there are"),
+        ({"terms": 10**400}, ValueError, "terms is 1000"),
+        ({"terms": 1e-25}, ValueError, "terms is 1e-25"),
         ({"terms": float("nan")}, ValueError, "terms is nan"),
         ({"terms": float("inf")}, ValueError, "terms is inf"),
         ({"terms": True}, TypeError, "terms is a bool"),
@@ -211,3 +213,86 @@ def test_a_parameter_that_changed_since_is_told():
     with pytest.raises(ValueError, match="changed since accumulate"):
         optimizer.step()
     optimizer.zero_grad()
+
+
+CHANGES = {
+    "kind": lambda o, p: o.param_groups[0].update(second_moment="micro"),
+    "dtype": lambda o, p: setattr(p, "data", p.data.double()),
+    "shape": lambda o, p: setattr(p, "data", torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_change_between_micro_batches_is_told(change, in_backward):
+    (p,) = parameters((4,))
+    optimizer = RootFreeRMSprop([p], batch_size=8)
+    if in_backward:
+        optimizer.accumulate_in_backward()
+        p.sum().backward()
+    else:
+        take(optimizer, [p], [[torch.ones(4)]])
+    CHANGES[change](optimizer, p)
+    if in_backward:
+        call = p.sum().backward
+    else:
+        p.sum().backward()
+        call = optimizer.accumulate
+    with pytest.raises(ValueError, match="changed since the last accumulate"):
+        call()
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("on its way")
+
+
+def test_half_a_backward_is_told():
+    params = parameters((2,), (2,))
+    optimizer = RootFreeAdamW(params, batch_size=1)
+    optimizer.accumulate_in_backward()
+
+    def backward(fails):
+        first = params[0] * 1.0
+        ((Fails.apply(first) if fails else first).sum() + params[1].sum()).backward()
+
+    backward(False)
+    with pytest.raises(ValueError, match="on its way"):
+        backward(True)
+    backward(False)
+    before = [p.detach().clone() for p in params]
+    for call in (optimizer.step, optimizer.accumulated_grads):
+        with pytest.raises(RuntimeError, match="has not ended; zero_grad"):
+            call()
+    assert_identical([p.detach() for p in params], before)
+    optimizer.zero_grad()
+    backward(False)
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+
+
+def test_two_optimizers_take_no_gradient_twice():
+    (p,) = parameters((2,))
+    optimizers = [RootFreeAdamW([p], batch_size=1) for _ in range(2)]
+    for optimizer in optimizers:
+        optimizer.accumulate_in_backward()
+    with pytest.raises(RuntimeError, match="another optimizer's accumulate_in_backward"):
+        p.sum().backward()
+    assert optimizers[1]._accumulated.count == 0
+
+
+def test_gradients_that_replace_the_means_have_no_squares():
+    (p,) = parameters((2,))
+    optimizer = RootFreeAdamW([p], batch_size=1, second_moment="micro")
+    take(optimizer, [p], [[torch.ones(2)], [torch.ones(2)]])
+    optimizer.accumulated_grads()
+    p.grad = torch.ones(2)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="was replaced since accumulated_grads"):
+        optimizer.step()
+    assert torch.equal(p, before)
