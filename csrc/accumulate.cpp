@@ -1,5 +1,5 @@
 // Gradients of micro-batches added up, and their squares or signs, on lists of CPU tensors: one
-// parallel region over chunks of them all. The last lines register the body of the operator `accumulate_`.
+// parallel region over chunks of them all. The last lines register the body of `accumulate_`.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 

@@ -33,7 +33,8 @@ ROOTFREE_INLINE void body(const typename Rule::Options& options, const PerOperan
                           int64_t begin, int64_t end) {
   update_all(Rule(options), reinterpret_cast<P*>(data[PARAM]),
              reinterpret_cast<const G*>(data[GRAD]), reinterpret_cast<T*>(data[STATE0]),
-             reinterpret_cast<T*>(data[STATE1]), reinterpret_cast<const T*>(data[PARTS]), begin, end);
+             reinterpret_cast<T*>(data[STATE1]), reinterpret_cast<const T*>(data[PARTS]), begin,
+             end);
 }
 
 template <class Rule, class P, class G, class T>
@@ -109,7 +110,7 @@ std::vector<Task<Options>> plan(const PerOperand<TensorHandles>& lists,
       // Through the const pointer a copy-on-write gradient stays shared.
       task.data[k] = static_cast<char*>(
           k == GRAD || k == PARTS ? const_cast<void*>(get(torch_get_const_data_ptr, tensor))
-                                   : get(torch_get_mutable_data_ptr, tensor));
+                                  : get(torch_get_mutable_data_ptr, tensor));
     }
     for (int k : {STATE1, PARTS}) {
       STD_TORCH_CHECK(!there[k] || dtypes[STATE0] == dtypes[k],
