@@ -44,8 +44,14 @@ def _rmsprop_update(p, g, parts, s, buf, lr, scalars_ptr, step_ptr):
     one_minus_alpha = tl.load(scalars_ptr + RMSPROP.one_minus_alpha)
 
     g *= sign
-    weights_ptr = scalars_ptr + RMSPROP.square_weight
-    s = decayed(s, _second_moment(batch_size, g, parts, weights_ptr), alpha, one_minus_alpha)
+    target = _bounded(batch_size * g * g)
+    if parts is not None:
+        square_weight = tl.load(scalars_ptr + RMSPROP.square_weight)
+        signal_weight = tl.load(scalars_ptr + RMSPROP.signal_weight)
+        floor_weight = tl.load(scalars_ptr + RMSPROP.floor_weight)
+        parts = _bounded(batch_size * parts)
+        target = _second_moment(target, parts, square_weight, signal_weight, floor_weight)
+    s = decayed(s, target, alpha, one_minus_alpha)
     momentum_ptr = scalars_ptr + RMSPROP.momentum
     p, buf = descend(p, g / (s + damping), buf, lr, coupled, decoupled, momentum_ptr)
     return p, s, buf
@@ -68,8 +74,14 @@ def _adamw_update(p, g, parts, m, s, lr, scalars_ptr, step_ptr):
     beyond = (tl.abs(g - m) > _LARGEST) & (tl.abs(g) <= _LARGEST)
     scale = tl.where(beyond, 0.5, 1.0)
     m = decayed(scale * m, scale * g, beta1, one_minus_beta1) * tl.where(beyond, 2.0, 1.0)
-    weights_ptr = scalars_ptr + ADAMW.square_weight
-    s = decayed(s, _second_moment(batch_size, g, parts, weights_ptr), beta2, one_minus_beta2)
+    target = _bounded(batch_size * g * g)
+    if parts is not None:
+        square_weight = tl.load(scalars_ptr + ADAMW.square_weight)
+        signal_weight = tl.load(scalars_ptr + ADAMW.signal_weight)
+        floor_weight = tl.load(scalars_ptr + ADAMW.floor_weight)
+        parts = _bounded(batch_size * parts)
+        target = _second_moment(target, parts, square_weight, signal_weight, floor_weight)
+    s = decayed(s, target, beta2, one_minus_beta2)
     denominator = s + damping
     if step_ptr is not None:
         step = tl.load(step_ptr)
@@ -123,18 +135,11 @@ def _bounded(square):
 
 
 @triton.jit
-def _second_moment(batch_size, g, parts, weights_ptr):
-    """What s follows; see reference.second_moment.
-
-    weights_ptr: of the columns square_weight, signal_weight and floor_weight of a row of scalars.
-    """
-    target = _bounded(batch_size * g * g)
-    if parts is not None:
-        whole, parts = target, _bounded(batch_size * parts)
-        target = tl.load(weights_ptr) * parts + tl.load(weights_ptr + 1) * (whole - parts)
-        floor = tl.load(weights_ptr + 2) * whole
-        target = _bounded(tl.maximum(target, floor, propagate_nan=tl.PropagateNan.ALL))
-    return target
+def _second_moment(whole, parts, square_weight, signal_weight, floor_weight):
+    """What s follows, of B g^2 and b q; see reference.second_moment."""
+    target = square_weight * parts + signal_weight * (whole - parts)
+    floor = floor_weight * whole
+    return _bounded(tl.maximum(target, floor, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

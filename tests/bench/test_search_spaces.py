@@ -125,7 +125,10 @@ def test_a_file_of_spaces(tmp_path):
     for text, message in {
         "{": "no file of spaces",
         "[1]": "no file of spaces; write",
-        '{"SDG": {}}': "has SDG; methods: SGD",
+        '{"SDG": {"lr": [1e-3, 1]}}': "has SDG; methods: SGD",
+        "{}": "no file of spaces; write",
+        '{"SGD": {}}': "no file of spaces; write",
+        '{"AdamW": {"1 - beta1": [0.01, 1]}}': "one of '1 - beta1' and '1 - beta2'",
         '{"SGD": {"lr": [1]}}': r"lr of SGD is \[1\]; write \[low, high\]",
         '{"SGD": {"lr": [1, "2"]}}': "write",
         '{"SGD": {"lr": [1, 2, "log2"]}}': "write",

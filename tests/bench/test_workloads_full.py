@@ -151,7 +151,7 @@ def test_another_file_is_refused(content, tmp_path):
 def test_what_is_missing_is_named_with_the_cure(tmp_path, monkeypatch):
     absent = copy.copy(WORKLOADS["cifar_resnet34"])
     absent.needs = ("no_such_package",)
-    assert absent.missing() == "no no_such_package; pip install rootfree-fused[bench]"
+    assert absent.missing() == "no no_such_package; pip install rootfree-fused[bench,timm]"
     assert (
         of("cifar_resnet34").missing().startswith("no data; pass --data DIR, a folder with cifar")
     )

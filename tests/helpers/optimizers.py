@@ -30,7 +30,6 @@ SETTINGS = {
     "adamw": (RootFreeAdamW, {"lr": 0.05}),
     "adamw-corrected": (RootFreeAdamW, {"lr": 0.05, "bias_correction": True}),
     "sign": (Sign, {"lr": 0.05, "weight_decay": 0.1}),
-    "sign-batch": (Sign, {"lr": 0.05, "sign": "batch"}),
     "ifshampoo": (
         IFShampoo,
         {**TAME, "lr": 0.05, "weight_decay": 0.1, "factor_dtype": torch.bfloat16},

@@ -99,7 +99,7 @@ def test_nothing_spills(programs, rows, name):
 @pytest.mark.parametrize("name", MATRIX_KERNELS)
 def test_the_main_path_goes_through_the_products_to_the_end(programs, rows, name):
     path = programs[name].flow.main_path
-    assert path[-1].startswith("EXIT")
+    assert re.match(r"(@!?P\d+ )?EXIT", path[-1])  # what follows is of chunks that are not full
     assert name == "gather" or set(programs[name].flow.main_loop) <= set(path)
     assert (rows[name]["loop_instructions"] > 0) == (name != "gather")
 

@@ -167,9 +167,11 @@ def declare_buffers_(states, owned, dtype):
 def test_a_float64_trajectory_is_the_specification_s(name, groups, steps):
     trial = Trial(name, groups, torch.float64, "cpu")  # a GPU runs the specification itself
     params = [p.detach().clone() for p, _ in trial.owned()]
-    states = [start(trial.cls, p, group, torch.float64) for p, group in trial.owned()]
+    states = []
     for t, step in enumerate(steps):
         trial.prepare(t, step)
+        if t == 0:  # state starts by the settings of when it is touched
+            states = [start(trial.cls, p, group, torch.float64) for p, group in trial.owned()]
         declare_buffers_(states, trial.owned(), torch.float64)
         for q, state, (p, group) in zip(params, states, trial.owned(), strict=True):
             if p.grad is not None:
