@@ -287,7 +287,6 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         self._check_traced()
         for index, group in enumerate(self.param_groups):
             self._check_parts(index, group)
-        for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
