@@ -261,9 +261,7 @@ def setting(name, value, *words):
 
 
 def setting_missing(case):
-    before = case.group["weight_decay"]
-    case.repair = functools.partial(case.group.__setitem__, "weight_decay", before)
-    del case.group["weight_decay"]
+    case.repair = functools.partial(case.group.update, weight_decay=case.group.pop("weight_decay"))
     return f"group {case.index}", "weight_decay is missing"
 
 
