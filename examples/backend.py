@@ -17,35 +17,44 @@ from torch.optim import Optimizer
 
 from rootfree_fused import ops
 
+Update = Callable[..., None]  # a function of rootfree_fused.ops
 
-def start(update: str, p: Tensor, damping: float) -> dict[str, Any]:
+
+def start(update: Update, p: Tensor, damping: float) -> dict[str, Any]:
     """State before the first step, by the function's names: a tensor, or one an axis."""
     zeros, ones = torch.zeros_like(p), torch.ones_like(p)
-    if update == "rmsprop_":
+    if update is ops.rmsprop_:
         return {"square_avgs": ones, "momentum_buffers": zeros}
-    if update == "adamw_":
+    if update is ops.adamw_:
         return {"exp_avgs": zeros, "exp_avg_sqs": ones}
     eyes = [torch.eye(d, device=p.device)[None] for d in p.shape]  # a bucket of one member
     none, products = [None, None], [torch.empty_like(eye) for eye in eyes]
     matrix = {"residuals": none, "products": products, "momentum_buffers": zeros}
-    if update == "ifshampoo_":
+    if update is ops.ifshampoo_:
         return {"factors": eyes, "factor_momenta": [0 * eye for eye in eyes], **matrix}
     grams = [eyes[0].clone(), eyes[1] / (1 + damping)]
     factors = [eyes[0] * (1 + damping) ** -0.5, eyes[1]]
     return {"grams": grams, "factors": factors, "row_square_avgs": p.new_zeros(len(p)), **matrix}
 
 
+def lists(states: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The state of several parameters as the functions take it: a list a name."""
+    joined: dict[str, list[Any]] = {}
+    for state in states:
+        for key in state.keys() - {"step"}:
+            one = state[key] if isinstance(state[key], list) else [state[key]]
+            joined.setdefault(key, []).extend(one)
+    return joined
+
+
 class Fused(Optimizer):
-    """Steps float32 parameters by `update`, a function of rootfree_fused.ops, with its settings.
+    """Steps float32 parameters: by rmsprop_ and adamw_ of all shapes, by the Shampoos matrices."""
 
-    "rmsprop_" and "adamw_" take all shapes, "ifshampoo_" and "rootfree_shampoo_" matrices.
-    """
-
-    def __init__(self, params: Any, update: str, **settings: Any) -> None:
+    def __init__(self, params: Any, update: Update, **settings: Any) -> None:
+        self.update, self.names = update, tuple(settings)
         self.sums: dict[Tensor, Tensor] = {}
         self.micro_batches = 0
-        self.names = tuple(settings)
-        super().__init__(params, {"update": update, **settings})
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -61,27 +70,20 @@ class Fused(Optimizer):
         """One step of every group on `.grad`, or on what was accumulated."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            update = group["update"]
-            settings = {key: group[key] for key in self.names}
             grads = {p: self.sums.get(p, p.grad) for p in group["params"]}
-            grads = {p: grad for p, grad in grads.items() if grad is not None}
-            if not grads:
+            if not (grads := {p: grad for p, grad in grads.items() if grad is not None}):
                 continue
-            number = partial(torch.tensor, dtype=torch.float32, device=next(iter(grads)).device)
+            settings = {key: group[key] for key in self.names}
             for p in grads:
-                self.state[p] = self.state[p] or start(update, p, settings.get("damping", 0.1))
+                self.state[p] = self.state[p] or start(self.update, p, settings.get("damping", 0.1))
                 self.state[p]["step"] = self.state[p].get("step", 0) + 1
             states = [self.state[p] for p in grads]
-            if update == "rootfree_shampoo_":
-                settings["steps"] = number([s["step"] for s in states])
+            number = partial(torch.tensor, dtype=torch.float32, device=next(iter(grads)).device)
             if self.sums:
                 settings["grad_scale"] = number(self.micro_batches)
-            lists: dict[str, list[Any]] = {}
-            for state in states:
-                for key in state.keys() - {"step"}:
-                    one = state[key] if isinstance(state[key], list) else [state[key]]
-                    lists.setdefault(key, []).extend(one)
-            getattr(ops, update)(list(grads), list(grads.values()), **lists, **settings)
+            if self.update is ops.rootfree_shampoo_:
+                settings["steps"] = number([s["step"] for s in states])
+            self.update(list(grads), list(grads.values()), **lists(states), **settings)
         self.sums, self.micro_batches = {}, 0
         return loss
 
@@ -93,8 +95,8 @@ def main() -> list[float]:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizers = [
-        Fused(matrices, "rootfree_shampoo_", lr=5e-3),
-        Fused(vectors, "adamw_", lr=1e-2, batch_size=128),
+        Fused(matrices, ops.rootfree_shampoo_, lr=5e-3),
+        Fused(vectors, ops.adamw_, lr=1e-2, batch_size=128),
     ]
     losses = []
     for _ in range(60):

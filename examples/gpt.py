@@ -1,10 +1,10 @@
 """A small GPT on the source text of Python's standard library: the place to start.
 
-Groups of parameters, autocast, warm-up and cosine, micro-batches, and a checkpoint from which a run
-that was killed goes on, on a CPU to the bit. About three minutes on two cores.
+Groups of parameters, autocast, warm-up and cosine, and a checkpoint from which a run that was
+killed goes on, on a CPU to the bit. About three minutes on two cores.
 
 python examples/gpt.py
-python examples/gpt.py --optimizer AdamW --micro-batches 4
+python examples/gpt.py --optimizer AdamW
 """
 
 from __future__ import annotations
@@ -122,19 +122,6 @@ def build_optimizers(name: str, model: GPT, lr: float) -> list[Optimizer]:
     return [getattr(rootfree_fused, name)(groups, lr=lr, **more)]
 
 
-def backward(model: GPT, optimizers: list[Optimizer], batch: Tensor, micro_batches: int) -> Tensor:
-    """Gradients of the mean loss over a batch, which is returned; of one part after the other."""
-    losses = []
-    for part in batch.chunk(micro_batches):
-        losses.append(model.loss(part))
-        if micro_batches > 1 and hasattr(optimizers[0], "accumulate"):
-            losses[-1].backward()
-            optimizers[0].accumulate()  # in float32; step() takes the mean
-        else:
-            (losses[-1] / micro_batches).backward()
-    return torch.stack(losses).detach().mean()
-
-
 def save(state: Any, path: Path) -> None:
     """Replace a checkpoint as a whole or not at all, as examples/checkpoint.py explains."""
     temporary = path.with_name(path.name + ".tmp")
@@ -163,7 +150,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=LEARNING_RATES, default="RootFreeShampoo")
     parser.add_argument("--lr", type=float, help="the largest, after the warm-up")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--micro-batches", type=int, default=1, help="a step's, one after another")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--folder", type=Path, help="of checkpoint and plot: gpt-OPTIMIZER")
     parser.add_argument("--text", type=Path, default=Path(sysconfig.get_path("stdlib")))
@@ -174,8 +160,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--lr is {args.lr}; pass a number above 0")
     if args.steps < 1 or args.save_every < 1:
         parser.error("--steps and --save-every are at least 1")
-    if args.micro_batches < 1 or SEQUENCES % args.micro_batches:
-        parser.error(f"--micro-batches is {args.micro_batches}; pass a divisor of {SEQUENCES}")
     return args
 
 
@@ -196,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
 
     schedules = [LambdaLR(optimizer, factor) for optimizer in optimizers]
     curves: dict[str, list[list[float]]] = {"training": [], "validation": []}
-    run = {key: getattr(args, key) for key in ("optimizer", "lr", "steps", "micro_batches")}
+    run = {key: getattr(args, key) for key in ("optimizer", "lr", "steps")}
 
     args.folder.mkdir(parents=True, exist_ok=True)
     checkpoint = args.folder / "checkpoint.pt"
@@ -219,7 +203,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
         steps, write = tqdm(steps, initial=start, total=args.steps), tqdm.write
     for step in steps:
         batch = windows(text, SEQUENCES, seed=step + 1).to(device)  # the seed is all to resume by
-        loss = backward(model, optimizers, batch, args.micro_batches)
+        loss = model.loss(batch)
+        loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()

@@ -12,6 +12,7 @@ from helpers.comparison import assert_bits_equal
 from helpers.optimizers import parameters, set_grads
 
 import rootfree_fused
+from rootfree_fused import ops
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "backend.py"
 RELEASED = {"initial_square_avg": 1.0}
@@ -52,7 +53,7 @@ def test_it_is_our_class_to_the_bit(name, device):
     shapes = SHAPES if "shampoo" in name else [*SHAPES, (5,), ()]
     params, twins = (parameters(*shapes, device=device) for _ in range(2))
     optimizer = getattr(rootfree_fused, cls)(params, **settings, **own)
-    other = fused(twins, name, **settings)
+    other = fused(twins, getattr(ops, name), **settings)
     before = [p.detach().clone() for p in params]
     for t in range(6):
         for micro in range(3 if t in (2, 4) else 1):
@@ -65,7 +66,7 @@ def test_it_is_our_class_to_the_bit(name, device):
         assert_bits_equal([p.detach() for p in twins], [p.detach() for p in params])
         if t == 3:
             saved = copy.deepcopy(other.state_dict())
-            other = fused(twins, name, **settings)
+            other = fused(twins, getattr(ops, name), **settings)
             other.load_state_dict(saved)
     assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
