@@ -109,8 +109,12 @@ def planned(args: argparse.Namespace, device: torch.device) -> Plan:
     problem = problem_of(args.workload, args.data)
     if missing := problem.missing():
         raise ValueError(f"{args.workload}: {missing}")
+    if args.data is not None and problem.needs_data is None:
+        raise ValueError(f"{args.workload} brings its data; leave --data out")
     runs = (QUICK_RUNS if args.quick else 30) if args.runs is None else args.runs
-    if runs < 1 or (args.stage != "1" and runs < LEAST_RUNS):
+    if runs < 1:
+        raise ValueError(f"--runs is {runs}; pass a number of at least 1")
+    if args.stage != "1" and runs < LEAST_RUNS:
         raise ValueError(
             f"--runs is {runs}; the best tenth of stage 1 needs at least 30 runs to be three of "
             f"them: pass 30, or at the least {LEAST_RUNS}, or --stage 1"

@@ -47,6 +47,11 @@ class Claim:
     trial: Any
 
 
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
 class Trials:
     """Those of a search, `runs` a stage and `finals` at the best of both, by method.
 
@@ -71,6 +76,8 @@ class Trials:
         self.keys = [(method, stage) for stage in stages for method in spaces]
         self._studies: dict[Key, Any] = {}
         self._whole: dict[Key, list[Ended]] = {}
+        if path.exists() and _start(path) not in (b"", b"SQLite format 3\0"):
+            raise SystemExit(f"{path} is no database; move it, or choose another --out")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._locks = path.with_suffix(".lock").open("ab")
         with self.alone():

@@ -39,9 +39,20 @@ def optional(module: str, extra: str = "bench") -> ModuleType:
         ) from error
 
 
+def new_folder(text: str) -> Path:
+    """A folder that is there, or can be made."""
+    path = Path(text)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file; pass a folder")
+    return path
+
+
 def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every subcommand that measures on a device."""
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for results")
+    parser.add_argument(
+        "--out", type=new_folder, default=Path("bench/out"), help="folder for results"
+    )
     parser.add_argument("--device", help="cpu or cuda; cuda where there is one")
     parser.add_argument(
         "--reference",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..measuring.common import optional
+from ..measuring.common import new_folder, optional
 from ..measuring.rows import ROOT, Row, read_rows, unique
 from . import losses, searches, tables, targets, training
 from .cells import provenance
@@ -93,7 +93,7 @@ def searched(name: str, rows: list[Row]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `python -m bench report`."""
     parser.add_argument("--rows", type=Path, default=RESULTS, help="folder of rows (*.jsonl)")
-    parser.add_argument("--out", type=Path, help="folder for the report; that of the rows")
+    parser.add_argument("--out", type=new_folder, help="folder for the report; that of the rows")
 
 
 def run(args: argparse.Namespace) -> int:

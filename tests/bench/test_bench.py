@@ -196,6 +196,16 @@ def test_the_command_alone_lists_its_subcommands(capsys):
     assert all(name in shown for name in SUBCOMMANDS)
 
 
+@pytest.mark.parametrize("command", ["diag", "search", "train", "report"])
+@pytest.mark.parametrize("below", ["", "/folder"])
+def test_a_file_where_a_folder_is_to_be_is_refused(command, below, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit):
+        main([command, "--out", f"{file}{below}"])
+    assert f"{file} is a file; pass a folder" in capsys.readouterr().err
+
+
 def test_the_help_names_defaults_cases_and_where_it_runs(capsys):
     shown = {}
     for name in ("diag", "sweep"):

@@ -127,7 +127,11 @@ def test_a_database_of_another_search_is_refused(tmp_path):
     ("options", "message"),
     [
         (["--workload", "graph", "--runs", "5"], "needs at least 30 runs"),
-        (["--workload", "graph", "--stage", "1", "--runs", "0"], "--runs is 0"),
+        (
+            ["--workload", "graph", "--stage", "1", "--runs", "0"],
+            "--runs is 0; pass a number of at least 1",
+        ),
+        (["--workload", "graph", "--data", "here"], "graph brings its data; leave --data out"),
         (["--workload", "graph", "--jobs", "0"], "--jobs is 0"),
         (["--workload", "graph", "--seed", "-1"], "--seed is -1"),
         (["--workload", "graph", "--stage", "2"], "0 of 30 runs of stage 1 of SGD.*--stage both"),
@@ -162,6 +166,14 @@ def test_published_spaces_are_those_of_the_model_of_a_workload(capsys):
     found, fixed = command.spaces_of("wide", None, resnet)
     assert list(found) == list(spaces.DEFAULT)
     assert not any(fixed.values())
+
+
+def test_a_file_that_is_no_database_is_refused_and_kept(tmp_path):
+    path = tmp_path / "search_graph.db"
+    path.write_text("lr,loss\n")
+    with pytest.raises(SystemExit, match="is no database; move it"):
+        main(["search", "--workload", "graph", "--reference", "--out", str(tmp_path)])
+    assert path.read_text() == "lr,loss\n"
 
 
 def test_uncommitted_code_goes_on_with_no_search(tmp_path, monkeypatch):
