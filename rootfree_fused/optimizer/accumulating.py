@@ -156,11 +156,14 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             process_group: of torch.distributed; None for all ranks.
 
         Raises:
-            RuntimeError: ranks accumulated different things, or `accumulated_grads` was called;
-                nothing changed. TypeError: parameters are DTensors.
+            RuntimeError: ranks accumulated different things, or `accumulated_grads` was called.
+            ValueError: a parameter or its group's kind changed since `accumulate`.
+            TypeError: parameters are DTensors. Nothing changed.
         """
         self._check_open()
         self._accumulated.check_backwards()
+        for index, group in enumerate(self.param_groups):
+            self._check_same_kind(index, group, self._pending(group))
         every = self._trained()
         if any(is_sharded(param) for param, _ in every):
             raise TypeError(
@@ -242,13 +245,18 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             )
 
     def _check_taken_all(self) -> None:
+        cure = "call accumulate() after each backward"
+        if self._hooks:
+            cure = (
+                "DistributedDataParallel puts it there after the hooks: run each backward under "
+                "no_sync(), and call reduce_accumulated() before the step"
+            )
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
                 if param.grad is not None:
                     raise RuntimeError(
                         f"{name_of(index, position, group)} has a gradient that was not "
-                        "accumulated; call accumulate() after each backward, or zero_grad() to "
-                        "drop all"
+                        f"accumulated; {cure}, or zero_grad() to drop all"
                     )
 
     def _trained(self) -> list[tuple[Tensor, str | None]]:

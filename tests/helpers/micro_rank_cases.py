@@ -80,6 +80,31 @@ def replicas_follow_one_process(name, changes, no_sync, terms):
     return far(everything(model, optimizer), everything(plain, plain_optimizer))
 
 
+def hooks_of_replicas():
+    """What a step says after a backward that was reduced, and how far it goes wrong without."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, plain = whole(), whole()
+    parallel = DistributedDataParallel(model)
+    optimizer, plain_optimizer = (optimizer_of("adamw", m) for m in (model, plain))
+    optimizer.accumulate_in_backward()
+    parallel(_input(0, 0, rank)).square().mean().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        said = str(error)
+    optimizer.zero_grad()
+    for micro in range(2):
+        with parallel.no_sync():
+            parallel(_input(0, micro, rank)).square().mean().backward()
+        for other in range(world):
+            plain(_input(0, micro, other)).square().mean().backward()
+            plain_optimizer.accumulate()
+    optimizer.reduce_accumulated()
+    optimizer.step()
+    plain_optimizer.step()
+    return said, far(everything(model, optimizer), everything(plain, plain_optimizer))
+
+
 def two_ranks_are_two_micro_batches(name, changes):
     """Sums of two numbers, which no order rounds otherwise; the largest error."""
     group, rank = mesh(2).get_group() if dist.get_rank() < 2 else None, dist.get_rank()

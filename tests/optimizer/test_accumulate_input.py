@@ -242,6 +242,16 @@ def test_a_change_between_micro_batches_is_told(change, in_backward):
         call()
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_before_ranks_sum_is_told(change):
+    (p,) = parameters((4,))
+    optimizer = RootFreeRMSprop([p], batch_size=8)
+    take(optimizer, [p], [[torch.ones(4)]])
+    CHANGES[change](optimizer, p)
+    with pytest.raises(ValueError, match="changed since the last accumulate"):
+        optimizer.reduce_accumulated()
+
+
 class Fails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

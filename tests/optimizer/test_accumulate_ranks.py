@@ -51,6 +51,12 @@ def test_replicas_with_terms(ranks):
     assert max(ranks.run("replicas_follow_one_process", "adamw", MICRO, True, True)) < 1e-12
 
 
+def test_replicas_with_hooks(ranks):
+    for said, error in ranks.run("hooks_of_replicas"):
+        assert "run each backward under no_sync(), and call reduce_accumulated()" in said
+        assert error < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["micro", "variance", "mean"])
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
 def test_two_ranks_are_two_micro_batches(ranks, name, kind):
