@@ -212,8 +212,9 @@ def watched(tmp_path, monkeypatch):
     return run
 
 
-def test_cases_run_under_the_programs_that_watch_them(watched):
+def test_cases_run_under_the_programs_that_watch_them(watched, monkeypatch):
     """An error that one finds is a failure, and its report is a log."""
+    monkeypatch.setattr(gpu, "case_command", lambda *_: [sys.executable, "-c", "pass"])
     code, written, out = watched("ncu", "compute-sanitizer")
     assert code == 1
     failed = [(row["case"], row["metric"], row["detail"]["why"]) for row in written]
@@ -227,8 +228,10 @@ def test_cases_run_under_the_programs_that_watch_them(watched):
 
 
 def test_a_program_that_is_not_there_fails_nothing(watched):
-    code, written, _ = watched("ncu")
+    """And the case itself runs under the one that is."""
+    code, written, out = watched("ncu")
     assert code == 0
+    assert "the case ran" in (out / "gpu-ncu.log").read_text()
     skipped = [(row["case"], row["metric"], row["detail"]["why"]) for row in written]
     why = "no compute-sanitizer on PATH"
     assert skipped == [(name, "skipped", why) for name in ("memcheck", "racecheck")]

@@ -18,6 +18,13 @@ CASES = (
     "helpers.shared_formats",
     "helpers.micro_rank_cases",
 )
+PRELOADED = [
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "rootfree_fused",
+]
 TIMEOUT = 60.0  # seconds for a case, beyond which a rank hangs
 START = 300.0  # for what ranks import, on a machine that does other things
 
@@ -26,7 +33,9 @@ class Ranks:
     """`run` has every rank call a function of CASES with the same arguments."""
 
     def __init__(self, world, folder):
-        context = multiprocessing.get_context("spawn")
+        # One process imports for all of them; what it has imported no fork changes.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._pipes, self._processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -100,6 +100,23 @@ def test_compiled_step_is_the_eager_step(name, device):
         assert_identical(snapshot(compiled, twins), snapshot(eager, params))
 
 
+@pytest.mark.parametrize("name", ["rmsprop-released", "adamw", "sign", "ifshampoo", "shampoo"])
+def test_emptied_state_starts_anew_in_a_compiled_step(name):
+    torch._dynamo.reset()
+    params, others = parameters((4, 3), (3,)), parameters((4, 3), (3,))
+    optimizer, plain = build(name, params), build(name, others)
+    step = torch.compile(optimizer.step, backend="eager")
+    for t in range(6):
+        set_grads(params, seed=t)
+        set_grads(others, seed=t)
+        step()
+        plain.step()
+        if t == 2:
+            optimizer.state.clear()
+            plain.state.clear()
+    assert_identical(snapshot(optimizer, params), snapshot(plain, others))
+
+
 @pytest.mark.parametrize("name", ["ifshampoo", "ifshampoo-interval", "shampoo", "shampoo-interval"])
 def test_a_compiled_step_of_matrices_leaves_the_graph_and_never_recompiles(name, device):
     torch._dynamo.reset()

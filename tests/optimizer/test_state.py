@@ -200,22 +200,6 @@ def test_emptied_state_starts_anew(name, empty):
     assert_identical(snapshot(optimizer, params), snapshot(fresh, others))
 
 
-def test_emptied_state_starts_anew_in_a_compiled_step(name):
-    torch._dynamo.reset()
-    params, others = parameters((4, 3), (3,)), parameters((4, 3), (3,))
-    optimizer, plain = build(name, params), build(name, others)
-    step = torch.compile(optimizer.step, backend="eager")
-    for t in range(6):
-        set_grads(params, seed=t)
-        set_grads(others, seed=t)
-        step()
-        plain.step()
-        if t == 2:
-            optimizer.state.clear()
-            plain.state.clear()
-    assert_identical(snapshot(optimizer, params), snapshot(plain, others))
-
-
 def test_an_exchanged_parameter_starts_anew_and_others_go_on(name):
     params, others = parameters(*SHAPES), parameters(*SHAPES)
     (new,) = parameters((9, 4), seed=1)
