@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ class OptionalBuildExt(build_ext):
         else:
             warn_without_extension(*self.missing)
         self.mark()
+
+    def build_extensions(self) -> None:
+        """As setuptools, on all cores."""
+        compile_ = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: compile_([source], **options), sources))
+            return sum(objects, [])
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
 
     def mark(self) -> None:
         """Say beside the package that it has no extension, or nothing; no old one stays there."""
