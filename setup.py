@@ -52,8 +52,8 @@ class OptionalBuildExt(build_ext):
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda source: compile_([source], **options), sources))
-            return sum(objects, [])
+                each = pool.map(lambda source: compile_([source], **options), sources)
+                return [name for objects in each for name in objects]
 
         self.compiler.compile = compile_all
         super().build_extensions()

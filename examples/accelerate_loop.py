@@ -23,7 +23,7 @@ def main() -> tuple[list[float], list[float]]:
     x = torch.randn(68, 8)
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)  # overwritten before a step
+    optimizer = RootFreeAdamW(model.parameters(), batch_size="counted")
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, optimizer, loader = prepare(accelerator, model, optimizer, loader)
     batch_sizes, losses = [], []

@@ -210,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[list[float]]]:
             optimizer.zero_grad()
             schedule.step()
         curves["training"].append([step + 1, loss.item()])
+        if write is print and (step + 1) % 20 == 0:
+            print(f"step {step + 1}: training loss {loss.item():.3f} nat")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             with torch.no_grad():
                 curves["validation"].append([step + 1, model.loss(validation).item()])

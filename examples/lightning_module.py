@@ -25,7 +25,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self):
         """The batch size is overwritten before the first step."""
-        return RootFreeAdamW(self.network.parameters(), batch_size=1)
+        return RootFreeAdamW(self.network.parameters(), batch_size="counted")
 
     def training_step(self, batch, batch_idx):
         """The mean loss of a micro-batch; Lightning divides it by accumulate_grad_batches."""

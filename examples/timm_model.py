@@ -1,6 +1,6 @@
 """timm: a small vision transformer, with an optimizer by its name in timm's factory.
 
-pip install timm && python examples/timm_model.py
+python examples/timm_model.py    (docs/trainers.md says how to install timm)
 """
 
 from __future__ import annotations

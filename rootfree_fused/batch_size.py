@@ -29,11 +29,11 @@ class BatchSizeCounter:
 
     The number is that of all micro-batches since the last step, on all ranks. Attach it to the
     module that the training loop calls once for every loss; the optimizer's own ``batch_size`` is
-    overwritten at the first step.
+    overwritten at the first step. Give it "counted", so that a step without a counter raises.
 
     In a plain loop:
 
-        optimizer = RootFreeAdamW(model.parameters(), lr=1e-2, batch_size=1)
+        optimizer = RootFreeAdamW(model.parameters(), lr=1e-2, batch_size="counted")
         counter = BatchSizeCounter(model, optimizer)
         for x, y in loader:  # batches of any size
             optimizer.zero_grad()
@@ -216,8 +216,8 @@ class BatchSizeCounter:
                 f"{type(self._model).__name__} in training mode was followed by a backward"
                 f"{f' on {missing:g} ranks' if self._ranks() > 1 else ''}. Call train() on it, and "
                 "eval() only on the layers in it that are to stay as they are, attach the counter "
-                "to the module that is called, call backward before step, or remove() the counter "
-                'and set group["batch_size"]'
+                "to the module that is called (Lightning: BatchSizeCallback with its name), call "
+                'backward before step, or remove() the counter and set group["batch_size"]'
             )
         if not 0 < total < math.inf:
             raise ValueError(

@@ -25,6 +25,7 @@ from .optimizer import formats
 from .optimizer.base import RootFreeOptimizer
 from .optimizer.checkpoint import check_formats_of
 from .optimizer.checkpoint_checks import check_sizes
+from .optimizer.checks import COUNTED
 from .optimizer.conversion import Converted, Entry, assembled, entries_of, state_dict_of
 from .optimizer.groups import Group
 from .optimizer.layouts import layout_of
@@ -175,7 +176,13 @@ def from_released_code(
             )
         v = entry.state[moment]
         wide = v.to(torch.promote_types(v.dtype, torch.float32))
-        s = wide * {**entry.own, **settings}["batch_size"]
+        batch_size = {**entry.own, **settings}["batch_size"]
+        if batch_size == COUNTED:
+            raise ValueError(
+                f"batch_size is {COUNTED!r}, by which v cannot be multiplied; build "
+                f"{type(optimizer).__name__} with the batch_size that v was made with"
+            )
+        s = wide * batch_size
         return Converted(settings, {**entry.state, moment: s})
 
     return assembled(optimizer, [convert(entry) for entry in entries_of(source, saved, optimizer)])

@@ -43,7 +43,8 @@ class RootFreeRMSprop(DiagonalOptimizer):
         momentum: heavy-ball coefficient on the preconditioned gradient. With 0 no buffer is kept.
         batch_size: the number B of loss terms that the gradient averages: the global batch size
             for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
-            for a summed loss. Required here or in every group.
+            for a summed loss. Required here or in every group. "counted" is for a
+            BatchSizeCounter to overwrite: a step that finds it raises.
         weight_decay_mode: "decoupled" or "momentum".
         initial_square_avg: where s starts: a number above 0 (1 as released), or "auto", the mean of
             B g^2 over a tensor's first gradient. Until that is neither zero nor non-finite s is 0,
@@ -97,7 +98,7 @@ class RootFreeRMSprop(DiagonalOptimizer):
         damping: float = 1e-3,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
-        batch_size: float | None = None,
+        batch_size: float | Literal["counted"] | None = None,
         weight_decay_mode: WeightDecayMode = "decoupled",
         initial_square_avg: float | Literal["auto"] = "auto",
         second_moment: SecondMoment = "batch",
@@ -153,7 +154,8 @@ class RootFreeAdamW(DiagonalOptimizer):
         weight_decay: decoupled, per unit of lr.
         batch_size: the number B of loss terms that the gradient averages: the global batch size
             for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
-            for a summed loss. Required here or in every group.
+            for a summed loss. Required here or in every group. "counted" is for a
+            BatchSizeCounter to overwrite: a step that finds it raises.
         bias_correction: divide m and s by 1 - beta^t, as AdamW does. It makes early steps smaller,
             since s does not start at 0: from ``initial_square_avg=1``, at lr 1e-3 and beta2 0.99, a
             digits MLP ended at 23 % of the images with it and at 25 % without, a CNN with BatchNorm
@@ -208,7 +210,7 @@ class RootFreeAdamW(DiagonalOptimizer):
         *,
         damping: float = 3e-4,
         weight_decay: float = 1e-2,
-        batch_size: float | None = None,
+        batch_size: float | Literal["counted"] | None = None,
         bias_correction: bool = False,
         initial_square_avg: float | Literal["auto"] = "auto",
         second_moment: SecondMoment = "batch",

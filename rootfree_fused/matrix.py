@@ -67,7 +67,8 @@ class IFShampoo(MatrixOptimizer):
         weight_decay: per unit of lr; sirfshampoo's kappa.
         batch_size: the number B of loss terms that the gradient averages: the global batch size
             for a loss averaged over examples, the number of tokens for one averaged over tokens, 1
-            for a summed loss. Required here or in every group.
+            for a summed loss. Required here or in every group. "counted" is for a
+            BatchSizeCounter to overwrite: a step that finds it raises.
         factor_lr: step size of the factors; sirfshampoo's beta2, the released code's lr_cov. A
             factor grows by at most factor_lr / sqrt(d) an update, so warm-up takes about
             sqrt(d) / factor_lr updates.
@@ -173,7 +174,7 @@ class IFShampoo(MatrixOptimizer):
         momentum: float = 0.5,
         damping: float = 3e-3,
         weight_decay: float = 0.0,
-        batch_size: float | None = None,
+        batch_size: float | Literal["counted"] | None = None,
         factor_lr: float = 0.8,
         factor_momentum: float = 0.5,
         update_interval: int = 1,

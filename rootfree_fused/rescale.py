@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .ops.checks import check_hyperparameters
 from .optimizer.base import RootFreeOptimizer
+from .optimizer.checks import check_counted
 
 _POWERS = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
 _LARGEST_CHANGE = 64
@@ -71,6 +72,7 @@ def rescale_(
                 f"group {index} of {type(optimizer).__name__} has no batch_size, so no rule for "
                 "its lr is known; set its lr and betas yourself"
             )
+        check_counted(index, group)
     new_size = check_hyperparameters({"batch_size": batch_size})["batch_size"]
     ratios = [float(new_size) / group["batch_size"] for group in optimizer.param_groups]
     changes = [

@@ -46,6 +46,47 @@ def test_training_equals_a_batch_size_set_by_hand(name, micro_batches):
     assert_identical(*results)
 
 
+COUNTED = {"batch_size": "counted"}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_size_that_nothing_counted_is_refused(name, compiled):
+    """With a counter it trains, and its checkpoints hold the number."""
+    torch._dynamo.reset()
+    model, plain = Net(), Net()
+    plain.load_state_dict(model.state_dict())
+    optimizer, by_hand = (build(name, list(m.parameters()), **COUNTED) for m in (model, plain))
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    optimizer.state_dict()  # allocates state
+    model(batch(6)).square().mean().backward()
+    before = snapshot(optimizer, list(model.parameters()))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="batch_size of group 0 is 'counted', but nothing"):
+            step()
+    assert_identical(snapshot(optimizer, list(model.parameters())), before)
+    optimizer.zero_grad()
+    with BatchSizeCounter(model, optimizer):
+        for m, o in ((model, optimizer), (plain, by_hand)):
+            by_hand.param_groups[0]["batch_size"] = 6
+            m(batch(6)).square().mean().backward()
+            o.step()
+    assert_identical(
+        snapshot(optimizer, list(model.parameters())), snapshot(by_hand, list(plain.parameters()))
+    )
+    assert optimizer.state_dict()["param_groups"][0]["batch_size"] == 6
+    other = build(name, list(model.parameters()), **COUNTED)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["batch_size"] == 6
+
+
+def test_a_checkpoint_before_the_first_step_is_counted_still():
+    model, optimizer, _ = setup()
+    other = RootFreeAdamW(model.parameters(), batch_size="counted")
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["batch_size"] == "counted"
+
+
 def test_only_what_reaches_the_gradients_counts():
     model, optimizer, _ = setup()
     with torch.no_grad():

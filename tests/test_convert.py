@@ -67,6 +67,10 @@ def test_a_released_diagonal_trajectory_goes_on(case, steps, device):
     source = as_released_diagonal(before)
     if steps == 0:
         source["state"] = {}  # as it is before the first step
+    else:
+        counted = type(before)(params, **own | {"batch_size": "counted"})
+        with pytest.raises(ValueError, match="batch_size is 'counted', by which v cannot"):
+            from_released_code(source, counted)
     optimizer.load_state_dict(from_released_code(source, optimizer))
     go_on(optimizer, params)
 

@@ -143,6 +143,13 @@ def test_bad_input_changes_nothing(error, words, cls, arguments):
     assert settings_of(optimizer) == before
 
 
+def test_a_batch_size_that_is_yet_to_be_counted_is_no_start():
+    optimizer = RootFreeAdamW([torch.nn.Parameter(torch.ones(3))], batch_size="counted")
+    with pytest.raises(ValueError, match="batch_size of group 0 is 'counted'"):
+        rescale_(optimizer, 64)
+    assert optimizer.param_groups[0]["batch_size"] == "counted"
+
+
 def test_other_optimizers_are_refused():
     with pytest.raises(TypeError, match="Adam"):
         rescale_(torch.optim.Adam([torch.nn.Parameter(torch.ones(1))]), 4)

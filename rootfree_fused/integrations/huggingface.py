@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .. import BatchSizeCounter
 from ..optimizer.base import RootFreeOptimizer
+from ..optimizer.checks import COUNTED
 from . import has_batch_size, refuse_micro_batches
 from .accelerate import check
 
@@ -35,10 +36,10 @@ class RootFreeTrainer(Trainer):
 
     Raises:
         TypeError: no optimizer of rootfree_fused.
-        ValueError: `batch_size` or `weight_decay` in `optimizer_cls_and_kwargs`, or no `lr` there
-            where the arguments have a `learning_rate`; a second moment of micro-batches; DeepSpeed;
-            FSDP1 with a Shampoo; with a batch size tensor, context or sequence parallelism, or
-            several GPUs in a process.
+        ValueError: `batch_size` or `weight_decay` in `optimizer_cls_and_kwargs`, or another `lr`
+            there than a `learning_rate` of the arguments; a second moment of micro-batches;
+            DeepSpeed; FSDP1 with a Shampoo; with a batch size tensor, context or sequence
+            parallelism, or several GPUs in a process.
     """
 
     optimizer_cls_and_kwargs: Any
@@ -50,11 +51,13 @@ class RootFreeTrainer(Trainer):
         self._attached: tuple[nn.Module, Optimizer] | None = None
         self._items: Any = None  # the number that the Trainer divides this step's loss by
         self._counted_items: Any = None
-        chosen, settings = self.optimizer_cls_and_kwargs or (type(self.optimizer), None)
+        own = None if self.optimizer is None else type(self.optimizer)
+        chosen, settings = self.optimizer_cls_and_kwargs or (own, None)
         if not (isinstance(chosen, type) and issubclass(chosen, RootFreeOptimizer)):
             raise TypeError(
-                f"the optimizer is {chosen!r}; pass optimizer_cls_and_kwargs="
-                '(RootFreeShampoo, {"lr": 5e-3}), or optimizers=(optimizer, None)'
+                f"the optimizer is {chosen or 'left to the Trainer'}; pass "
+                'optimizer_cls_and_kwargs=(RootFreeShampoo, {"lr": 5e-3}), or '
+                "optimizers=(optimizer, None)"
             )
         check(self.accelerator, chosen)
         if settings is not None:
@@ -63,8 +66,8 @@ class RootFreeTrainer(Trainer):
             refuse_micro_batches(group, "the Trainer")
         if has_batch_size(chosen):
             _check_gpus(self.args.n_gpu)
-            if settings is not None:  # overwritten before the first step, or that raises
-                self.optimizer_cls_and_kwargs = chosen, {**settings, "batch_size": 1}
+            if settings is not None:
+                self.optimizer_cls_and_kwargs = chosen, {**settings, "batch_size": COUNTED}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of the Trainer, with a BatchSizeCounter as long as it runs."""
@@ -119,10 +122,12 @@ def _check_settings(settings: dict[str, Any], args: TrainingArguments) -> None:
             f"TrainingArguments(weight_decay={settings['weight_decay']})"
         )
     default = TrainingArguments.__dataclass_fields__["learning_rate"].default
-    if "lr" not in settings and args.learning_rate != default:
+    lr = settings.get("lr")
+    if args.learning_rate not in (default, lr):
         raise ValueError(
-            f"learning_rate of the arguments is {args.learning_rate}, but the Trainer passes none "
-            f"to optimizer_cls_and_kwargs; put 'lr': {args.learning_rate} there"
+            f"learning_rate of the arguments is {args.learning_rate}, which the Trainer does not "
+            f"pass on, and lr in optimizer_cls_and_kwargs is {lr}; put 'lr': {args.learning_rate} "
+            "there, or leave learning_rate out"
         )
 
 

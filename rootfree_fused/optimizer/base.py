@@ -26,7 +26,14 @@ from .amp_and_graphs import (
     scaling_of,
     steps_taken,
 )
-from .checks import check_devices, check_gradient, check_state, memory, name_of
+from .checks import (
+    check_counted,
+    check_devices,
+    check_gradient,
+    check_state,
+    memory,
+    name_of,
+)
 from .formats import Place
 from .groups import Group, devices_of
 from .known_tensors import PreparedStep, PreparedUpdate, fingerprint
@@ -160,11 +167,16 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         if is_capturing(self.param_groups):
             self._check_capture()
         for index, group in enumerate(self.param_groups):
-            self._check_if_changed(index, group)
+            self._check_to_step(index, group)
             self._check_parts(index, group)
         if scaling:
             check_scaling(scaling.get("grad_scale"), scaling.get("found_inf"))
         return self._plan(scaling)
+
+    def _check_to_step(self, index: int, group: Group) -> None:
+        """Check the settings of a group that is to be stepped by them."""
+        self._check_if_changed(index, group)
+        check_counted(index, group)
 
     def _plan(self, scaling: Scaling) -> list[tuple[Group, PreparedStep | UnpreparedStep]]:
         """What each group's step will do; tensors that are not known are checked first."""
@@ -286,6 +298,7 @@ class RootFreeOptimizer(AccumulatingOptimizer):
         """The step as torch.compile sees it, which guards the tensors itself."""
         self._check_traced()
         for index, group in enumerate(self.param_groups):
+            check_counted(index, group)
             self._check_parts(index, group)
             params = [p for p in group["params"] if p.grad is not None]
             if not params:

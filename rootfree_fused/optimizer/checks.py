@@ -21,8 +21,23 @@ from .state import Initial, is_own
 
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
 
+COUNTED = "counted"  # a batch size that a counter writes before the first step
+
+
+def check_counted(index: int, group: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a batch size that is to be counted, where nothing has."""
+    if isinstance(size := group.get("batch_size"), str) and size == COUNTED:
+        raise ValueError(
+            f"batch_size of group {index} is {COUNTED!r}, but nothing counted it; attach a "
+            "BatchSizeCounter, or what of rootfree_fused.integrations does so in your trainer, or "
+            "pass the number of loss terms that the gradient averages"
+        )
+
 
 # What users of torch.optim pass from habit, and what there is instead.
+_OF_ANOTHER_CLASS = (
+    "leave it out; where param_groups() made the group, pass it optimizer_class= your class"
+)
 _REPLACED = {
     "eps": "damping replaces it: added to s without a root, in the unit of s, a squared gradient "
     "times the batch size",
@@ -33,6 +48,9 @@ _REPLACED = {
     "centered": "leave it out: there is no such variant",
     "nesterov": "leave it out: there is no such variant",
     "dampening": "leave it out: there is no such variant",
+    "betas": "pass alpha=, the decay of s, and momentum=",
+    "alpha": "pass betas=(beta1, beta2): beta2 is the decay of s",
+    **dict.fromkeys(("update_rms", "row_beta", "merge_axes"), _OF_ANOTHER_CLASS),
     "decoupled_weight_decay": "pass weight_decay_mode='decoupled' or 'momentum' where there is one",
 }
 

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ..ops.checks import HYPERPARAMETERS, check_hyperparameters
 from .checks import (
+    COUNTED,
     check_tensor,
     has_no_values,
     lacks,
@@ -58,6 +59,12 @@ def trains(param: Any) -> bool:
     return param.requires_grad or param.grad is not None
 
 
+def _without_count(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings among these that are to be checked: a batch size may be counted later."""
+    counted = isinstance(size := values.get("batch_size"), str) and size == COUNTED
+    return {k: v for k, v in values.items() if k != "batch_size"} if counted else values
+
+
 class DeclaringOptimizer(Optimizer):
     """An optimizer of checked groups, with declared state."""
 
@@ -73,7 +80,8 @@ class DeclaringOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], unknown: Mapping[str, Any]) -> None:
         refuse_unknown(type(self), unknown, self._replaced)
-        given = self._check_settings({k: v for k, v in defaults.items() if v is not None})
+        known = {k: v for k, v in defaults.items() if v is not None}
+        given = self._check_settings(_without_count(known))
         self._reset_caches()
         super().__init__(params, defaults | given)
 
@@ -174,7 +182,7 @@ class DeclaringOptimizer(Optimizer):
         if missing := (HYPERPARAMETERS & self.defaults.keys()) - group.keys():
             name = min(missing)
             raise ValueError(f"{name} is missing; put it back, the default: {self.defaults[name]}")
-        group.update(self._check_settings(group))
+        group.update(self._check_settings(_without_count(group)))
         if group.get("damping") == 0 and group.get("initial_square_avg") == AUTO:
             raise ValueError(
                 "damping is 0 and initial_square_avg is 'auto': a first gradient of zero would be "

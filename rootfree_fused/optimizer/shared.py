@@ -206,7 +206,7 @@ class SharingOptimizer(RootFreeOptimizer):
         fault: Exception | None = None
         try:
             for index, group in enumerate(self.param_groups):
-                self._check_if_changed(index, group)
+                self._check_to_step(index, group)
         except Exception as error:
             fault = error
         self._agree(scaling, fault)

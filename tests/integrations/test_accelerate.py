@@ -22,7 +22,7 @@ def accelerator():
 
 def test_micro_batches_are_counted_and_what_is_prepared_returned(accelerator):
     model = torch.nn.Linear(3, 2)
-    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size="counted")
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     prepared = prepare(accelerator, model, optimizer, scheduler)
     assert prepared[0] is model
@@ -35,7 +35,7 @@ def test_micro_batches_are_counted_and_what_is_prepared_returned(accelerator):
             prepared[1].step()
             prepared[1].zero_grad()
         found.append(optimizer.param_groups[0]["batch_size"])
-    assert found == [1, 7, 7, 10]
+    assert found == ["counted", 7, 7, 10]
 
 
 @pytest.mark.parametrize("optimizer_class", [RootFreeShampoo, Sign])
@@ -48,7 +48,7 @@ def test_without_a_batch_size_it_is_prepared_too(accelerator, optimizer_class):
 @pytest.mark.parametrize("case", ["torch's", "prepared", "micro-batches", "count"])
 def test_what_is_refused_is_not_prepared(accelerator, monkeypatch, case):
     model = torch.nn.Linear(3, 2)
-    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size="counted")
     expected = TypeError, "pass one of rootfree_fused, before"
     settings = {}
     if case == "torch's":
@@ -56,7 +56,7 @@ def test_what_is_refused_is_not_prepared(accelerator, monkeypatch, case):
     elif case == "prepared":
         optimizer = accelerator.prepare(optimizer)
     elif case == "micro-batches":
-        optimizer = RootFreeAdamW(model.parameters(), batch_size=1, second_moment="micro")
+        optimizer = RootFreeAdamW(model.parameters(), batch_size="counted", second_moment="micro")
         expected = ValueError, "accelerator.accumulate adds them up in .grad"
     else:
         settings, expected = {"count": "words"}, (ValueError, "'samples', 'tokens'")

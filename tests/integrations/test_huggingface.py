@@ -143,7 +143,7 @@ def test_without_a_batch_size_nothing_is_counted(tmp_path, optimizer_class):
 
 def test_an_optimizer_can_be_given(tmp_path):
     model = Classifier()
-    optimizer = RootFreeAdamW(model.parameters(), batch_size=1)
+    optimizer = RootFreeAdamW(model.parameters(), batch_size="counted")
     trainer, log = build(tmp_path, None, model=model, optimizers=(optimizer, None))
     trainer.train()
     assert log.batch_sizes == [8, 8, 3]
@@ -164,6 +164,12 @@ def test_an_optimizer_can_be_given(tmp_path):
             {"learning_rate": 5e-3},
             ValueError,
             "put 'lr': 0.005 there",
+        ),
+        (
+            (RootFreeShampoo, {"lr": 1e-2}),
+            {"learning_rate": 5e-3},
+            ValueError,
+            "lr in optimizer_cls_and_kwargs is 0.01; put 'lr': 0.005 there, or leave",
         ),
         ((Sign, {"sign": "micro"}), {}, ValueError, "the Trainer adds them up in .grad"),
         ((torch.optim.AdamW, {}), {}, TypeError, r"\(RootFreeShampoo, "),

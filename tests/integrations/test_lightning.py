@@ -51,11 +51,11 @@ def fit(module, *callbacks, **settings):
 
 
 def diagonal(params):
-    return RootFreeAdamW(params, batch_size=1)
+    return RootFreeAdamW(params, batch_size="counted")
 
 
 def of_micro_batches(params):
-    return RootFreeAdamW(params, batch_size=1, second_moment="variance")
+    return RootFreeAdamW(params, batch_size="counted", second_moment="variance")
 
 
 def two(params):

@@ -204,6 +204,22 @@ def test_the_order_of_torch_sets_nothing_else():
     assert RootFreeAdamW([param()], 1e-3, (0.5, 0.75), batch_size=8).defaults["betas"][0] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "cure"),
+    [
+        (RootFreeRMSprop, "betas", "pass alpha=, the decay of s, and momentum="),
+        (IFShampoo, "betas", "pass alpha=, the decay of s, and momentum="),
+        (RootFreeAdamW, "alpha", r"pass betas=\(beta1, beta2\)"),
+        (RootFreeAdamW, "update_rms", r"param_groups\(\) made the group, pass it optimizer_class="),
+    ],
+)
+def test_what_another_class_has_is_answered(cls, name, cure):
+    with pytest.raises(TypeError, match=f"{cls.__name__} has no argument '{name}'; .*{cure}"):
+        cls([param()], batch_size=8, **{name: 0.5})
+    with pytest.raises(TypeError, match=f"has no setting '{name}', as in group 0; .*{cure}"):
+        cls([{"params": [param()], name: 0.5}], batch_size=8)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(
     ("name", "cure"),
