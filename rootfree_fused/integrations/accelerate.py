@@ -45,9 +45,10 @@ def prepare(
 
     Raises:
         TypeError: another optimizer, or one that was prepared.
-        ValueError: DeepSpeed, Megatron-LM; FSDP1 with a Shampoo; tensor, context or sequence
-            parallelism with a batch size; a second moment of micro-batches that are accumulated by
-            the accelerator; an unknown `count`. Nothing is prepared then.
+        ValueError: DeepSpeed, Megatron-LM; FSDP1 with a Shampoo; with FSDP2 an optimizer that has
+            taken steps or was loaded; tensor, context or sequence parallelism with a batch size; a
+            second moment of micro-batches that are accumulated by the accelerator; an unknown
+            `count`. Nothing is prepared then.
     """
     if not isinstance(optimizer, RootFreeOptimizer):
         raise TypeError(
@@ -55,6 +56,8 @@ def prepare(
             "accelerator.prepare"
         )
     check(accelerator, type(optimizer))
+    if accelerator.is_fsdp2:
+        _check_new(optimizer)
     if accelerator.gradient_accumulation_steps > 1:
         for group in optimizer.param_groups:
             refuse_micro_batches(group, "accelerator.accumulate")
@@ -65,6 +68,17 @@ def prepare(
     ranks = torch.distributed.group.WORLD
     BatchSizeCounter(prepared_model, optimizer, count=count, process_group=ranks)
     return prepared_model, prepared, *rest
+
+
+def _check_new(optimizer: RootFreeOptimizer) -> None:
+    """Raise a ValueError where there is state of parameters that are exchanged for others."""
+    # Not by reading the state, which would allocate that of whole parameters.
+    if any("step" in state and state["step"] > 0 for state in dict.values(optimizer.state)):
+        raise ValueError(
+            "the optimizer has taken steps, or was loaded, and accelerate does not carry its state "
+            "to the parameters of FSDP2; prepare it before its first step, and load by "
+            "accelerator.load_state"
+        )
 
 
 def check(accelerator: Accelerator, optimizer_class: type[Optimizer]) -> None:

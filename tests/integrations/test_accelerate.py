@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +15,8 @@ from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeRMSprop, RootFreeSh
 
 accelerate = pytest.importorskip("accelerate")
 from rootfree_fused.integrations.accelerate import check, prepare  # noqa: E402
+
+RANK = Path(__file__).parents[1] / "helpers" / "fsdp2_rank.py"
 
 
 @pytest.fixture
@@ -64,6 +70,39 @@ def test_what_is_refused_is_not_prepared(accelerator, monkeypatch, case):
     with pytest.raises(expected[0], match=expected[1]):
         prepare(accelerator, model, optimizer, **settings)
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("optimizer_class", [RootFreeShampoo, RootFreeRMSprop])
+def test_state_that_fsdp2_would_lose_is_refused(accelerator, monkeypatch, optimizer_class):
+    monkeypatch.setattr(type(accelerator), "is_fsdp2", True)
+    monkeypatch.setattr(accelerator, "prepare", lambda *prepared: prepared)
+    model = torch.nn.Linear(3, 2)
+    settings = {} if optimizer_class is RootFreeShampoo else {"batch_size": 4}
+    optimizer = optimizer_class(model.parameters(), **settings)
+    prepare(accelerator, model, optimizer)
+    assert not dict.keys(optimizer.state)  # nothing was allocated for whole parameters
+    saved = optimizer.state_dict()
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"load by accelerator\.load_state"):
+        prepare(accelerator, model, optimizer)
+    optimizer.load_state_dict(saved)
+    prepare(accelerator, model, optimizer)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_ranks_of_fsdp2():
+    """Two processes take the batches of one, go its way, and go on from accelerate's checkpoint."""
+    command = [sys.executable, str(RANK)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found.keys() == {"RootFreeShampoo", "RootFreeAdamW"}
+    for name, of_class in found.items():
+        size = 16 if name == "RootFreeAdamW" else None
+        assert of_class["sharded"]
+        assert of_class["batch sizes"] == [[size] * 3] * 2
+        assert of_class["off"] < 1e-12  # all is float64
+        assert of_class["resumed"]
 
 
 def of_kind(kind, *, fsdp2=False, **parallel):
