@@ -8,13 +8,19 @@ import os
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers.fsdp2_rank import allow_fsdp2_on_a_cpu, whole
 
 from rootfree_fused import RootFreeAdamW
 from rootfree_fused.integrations.accelerate import prepare
@@ -47,35 +53,58 @@ class Trainer(RootFreeTrainer):
         return loss
 
 
-def by_the_trainer():
+def by_the_trainer(folder, *, resume=None, **settings):
+    """The divisors and batch sizes of its steps, and its model."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
     labels = [i % 2 if i % 3 else -100 for i in range(24)]
     samples = [{"x": torch.randn(3), "labels": torch.tensor(label)} for label in labels]
     model = Model()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=3,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=samples,
-            optimizer_cls_and_kwargs=(RootFreeAdamW, {}),
-        )
-        trainer.train()
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="steps",
+        save_steps=2,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=samples,
+        optimizer_cls_and_kwargs=(RootFreeAdamW, {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
     last = trainer.optimizer.param_groups[0]["batch_size"]
-    return model.divisors[::2], [*trainer.batch_sizes[2::2], last]
+    return model.divisors[::2], [*trainer.batch_sizes[2::2], last], trainer.model
+
+
+def by_the_trainer_with_fsdp2(folder, expected):
+    """Batch sizes, how far from the weights of DDP, and whether a checkpoint goes on to the bit."""
+    fsdp2 = {
+        "fsdp": True,
+        "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Linear"]},
+    }
+    _, batch_sizes, model = by_the_trainer(folder, **fsdp2)
+    weights = whole(model)
+    _, _, model = by_the_trainer(folder, resume=f"{folder}/checkpoint-2", **fsdp2)
+    resumed = whole(model)
+    off = max((weights[key] - value).abs().max().item() for key, value in expected.items())
+    return {
+        "batch sizes": batch_sizes,
+        "sharded": all(isinstance(p, DTensor) for p in model.parameters()),
+        "off": off,
+        "resumed": all(torch.equal(weights[key], resumed[key]) for key in weights),
+    }
 
 
 def by_accelerate(*, ddp):
     """Without DDP as under FSDP2: no wrapper that knows its ranks."""
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     if not ddp:
         accelerator.prepare_model = lambda model, **_: model
@@ -94,17 +123,20 @@ def by_accelerate(*, ddp):
     return found
 
 
-def run(rank, port):
+def run(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     with contextlib.redirect_stdout(sys.stderr):
-        divisors, of_trainer = by_the_trainer()
+        divisors, of_trainer, model = by_the_trainer(f"{folder}/ddp")
         of_accelerate = [by_accelerate(ddp=True), by_accelerate(ddp=False)]
+        allow_fsdp2_on_a_cpu()
+        of_fsdp2 = by_the_trainer_with_fsdp2(f"{folder}/fsdp2", whole(model))
     if rank == 0:
         found = {"divisors": divisors, "trainer": of_trainer, "accelerate": of_accelerate}
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(found | {"fsdp2": of_fsdp2}) + "\n")
         sys.stdout.flush()
+    torch.distributed.destroy_process_group()
 
 
 def main():
@@ -112,8 +144,9 @@ def main():
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.set_num_threads(1)
-    # Forked, so that the trainers are imported once.
-    torch.multiprocessing.start_processes(run, (port,), nprocs=2, start_method="fork")
+    with tempfile.TemporaryDirectory() as folder:
+        # Forked, so that the trainers are imported once.
+        torch.multiprocessing.start_processes(run, (port, folder), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, Sign
+from rootfree_fused import IFShampoo, RootFreeAdamW, RootFreeShampoo, Sign, param_groups
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -149,6 +149,16 @@ def test_an_optimizer_can_be_given(tmp_path):
     assert log.batch_sizes == [8, 8, 3]
 
 
+def test_groups_can_be_given(tmp_path):
+    model = Classifier()
+    groups = param_groups(model, weight_decay=0.1)
+    trainer, log = build(tmp_path, (RootFreeAdamW, {"lr": 1e-3, "params": groups}), model=model)
+    trainer.train()
+    found = trainer.optimizer.param_groups
+    assert [group["weight_decay"] for group in found] == [g["weight_decay"] for g in groups]
+    assert log.batch_sizes == [8, 8, 3]
+
+
 @pytest.mark.parametrize(
     ("chosen", "settings", "error", "cure"),
     [
@@ -203,3 +213,8 @@ def test_two_ranks():
     assert found["trainer"] == found["divisors"]
     assert sum(found["trainer"]) == 16  # 24 samples without the eight of label -100
     assert found["accelerate"] == [[16, 8]] * 2
+    fsdp2 = found["fsdp2"]
+    assert fsdp2["batch sizes"] == found["divisors"]
+    assert fsdp2["sharded"]
+    assert fsdp2["off"] < 1e-6  # from DDP's weights of 0.1 to 1: a few roundings of float32
+    assert fsdp2["resumed"]
