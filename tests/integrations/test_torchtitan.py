@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.torchtitan_interface import import_container
 from torch import nn
 
 import rootfree_fused
+
+RANK = Path(__file__).parents[1] / "helpers" / "torchtitan_rank.py"
+IS_INSTALLED = importlib.util.find_spec("torchtitan") is not None
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +123,19 @@ def test_what_it_cannot_do_is_refused_before_anything_is_built(
     with pytest.raises(ValueError, match=cure):
         config.build(model_parts=[a_model()])
     assert built == []
+
+
+@pytest.mark.skipif(not IS_INSTALLED, reason="needs torchtitan")
+@pytest.mark.parametrize(("ranks", "name"), [(1, "RootFreeAdamW"), (2, "RootFreeShampoo")])
+def test_its_trainer_goes_on_from_its_checkpoint(tmp_path, ranks, name):
+    """torchtitan's own Trainer, with two optimizers, its schedule, clipping and micro-batches."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", str(RANK), str(tmp_path), name]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["optimizers"] == ["AdamW", name]
+    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert found["later"] == found["losses"][2:]
+    assert found["resumed"] == [True] * ranks
