@@ -29,8 +29,8 @@ class RootFreeOptimizersContainer(OptimizersContainer):
     The first pattern that matches a parameter counts, and groups of one name are one optimizer.
     `implementation` says nothing to these classes. torchtitan divides the loss by the tokens of a
     step that have a label, over all micro-batches and ranks: without padding `global_batch_size *
-    seq_len`, the `batch_size` of a class that needs one. It clips gradients to `max_norm`, 1 by
-    default.
+    seq_len`, the `batch_size` of a class that needs one, which is the config's after a load too.
+    It clips gradients to `max_norm`, 1 by default.
 
     Raises:
         ValueError: an unknown name, no `batch_size`, the implementation "fused_opt_states_bf16", a
@@ -44,6 +44,15 @@ class RootFreeOptimizersContainer(OptimizersContainer):
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         _check(config)
         super().__init__(config, model_parts=model_parts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torchtitan's, but for `batch_size`: a run may go on with batches of another size."""
+        sizes = [[g.get("batch_size") for g in of.param_groups] for of in self.optimizers]
+        super().load_state_dict(state_dict)
+        for optimizer, of_groups in zip(self.optimizers, sizes, strict=True):
+            for group, size in zip(optimizer.param_groups, of_groups, strict=True):
+                if size is not None:
+                    group["batch_size"] = size
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """The part of torchtitan 0.3.0's container that ours builds on, for where it is not installed.
 
-Written from its interface: patterns, names and groups; neither its checkpoints nor its logging.
+Written from its interface: patterns, names and groups; a checkpoint of another form, no logging.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ class OptimizersContainer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict):
+        for optimizer, saved in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def import_container():

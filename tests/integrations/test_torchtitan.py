@@ -95,6 +95,29 @@ def test_every_class_has_its_name(titan, name):
     assert type(container.optimizers[0]) is getattr(rootfree_fused, name)
 
 
+def test_the_batch_size_is_the_configs_after_a_load(titan):
+    def build(size):
+        groups = (
+            ("^0", "AdamW", {"lr": 1e-3, "fused": False}),
+            (
+                ".*",
+                "RootFreeAdamW",
+                {"lr": size / 1000, "batch_size": size},
+            ),
+        )
+        model = a_model()
+        return config_of(titan, *groups).build(model_parts=[model]), model
+
+    saved, model = build(12)
+    trained(saved, model, steps=2)
+    loaded, _ = build(24)
+    loaded.load_state_dict(saved.state_dict())
+    group = loaded.optimizers[1].param_groups[0]
+    assert group["batch_size"] == 24
+    assert group["lr"] == 0.012  # as any setting: the schedule, or the user, changes it
+    assert {int(state["step"]) for state in loaded.optimizers[1].state.values()} == {2}
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "settings", "cure"),
     [
