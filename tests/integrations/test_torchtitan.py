@@ -159,6 +159,6 @@ def test_its_trainer_goes_on_from_its_checkpoint(tmp_path, ranks, name):
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["optimizers"] == ["AdamW", name]
-    assert found["losses"] == sorted(found["losses"], reverse=True)
+    assert found["losses"][-1] < found["losses"][0]
     assert found["later"] == found["losses"][2:]
     assert found["resumed"] == [True] * ranks
