@@ -22,7 +22,7 @@ from rootfree_fused.integrations.accelerate import prepare
 MICRO_BATCHES = 2
 SETTINGS = {
     RootFreeShampoo: {"factor_dtype": torch.float64},
-    RootFreeAdamW: {"batch_size": 1},
+    RootFreeAdamW: {"batch_size": "counted"},
 }
 
 
