@@ -2,6 +2,7 @@
 # make docs    the site, into site/            make bench-all    more cases and more seeds
 # make sanitize    the tests of csrc under ASan and UBSan
 # make release-check    what a release would have, built and tried in fresh environments
+# make arm64-check    the wheel for Linux on arm64, built and tested under qemu, on Debian 12
 # Each sets up its own virtual environment first; Python >= 3.10, g++ and make are all it needs.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
 SANITIZED := build/sanitized
 
-.PHONY: test lint bench bench-all docs sanitize release-check clean
+.PHONY: test lint bench bench-all docs sanitize release-check arm64-check clean
 
 test:
 	$(MAKE) --jobs 2 docs lint $(VENV)/triton36
@@ -62,6 +63,10 @@ sanitize: $(VENV)/installed
 # Of the commit that is checked out, into dist/; shares nothing with $(VENV).
 release-check:
 	$(PYTHON) tests/helpers/release.py "$(TORCH)"
+
+# Into build/arm64. Of some tests alone: make arm64-check FLAGS=tests/csrc/test_diag.py
+arm64-check:
+	$(PYTHON) tests/helpers/arm64.py $(FLAGS)
 
 $(VENV)/base:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and \"Python >= 3.10 is needed; make PYTHON=python3.x\")"
