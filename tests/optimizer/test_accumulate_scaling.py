@@ -83,6 +83,40 @@ def test_squares_are_unscaled_in_the_kernel(name, kind):
     )
 
 
+KINDS = [(n, {"second_moment": k}) for n in SQUARED for k in ("micro", "variance", "mean")]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KINDS, ("sign", {"sign": "micro"})])
+def test_means_are_stepped_as_sums_are(name, kind):
+    """Four micro-batches: dividing by 4 and 16 rounds nothing."""
+    params, twins = (parameters(*SHAPES) for _ in range(2))
+    one, other = build(name, params, **kind), build(name, twins, **kind)
+    for t in range(3):
+        for optimizer, tensors in ((one, params), (other, twins)):
+            take(optimizer, tensors, gradients(4, F32, seed=t))
+        one.accumulated_grads()
+        one.step()
+        other.step()
+    assert_identical(snapshot(one, params), snapshot(other, twins))
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KINDS, ("shampoo", {})])
+def test_a_scale_that_is_given_by_hand_is_divided_out_of_sums(name, kind):
+    """As a scaler leaves it, for who writes one that looks for infs in backwards."""
+    params, twins = (parameters(*SHAPES) for _ in range(2))
+    one, plain = build(name, params, amp_scaling=True, **kind), build(name, twins, **kind)
+    one.grad_scale, one.found_inf = torch.tensor(2.0**12), torch.tensor(0.0)
+    for t in range(3):
+        grads = gradients(4, F32, seed=t)
+        take(one, params, [[g * 2.0**12 for g in own] for own in grads])
+        take(plain, twins, grads)
+        one.step()
+        plain.step()
+    assert_identical(
+        [t.to("cpu") for t in snapshot(one, params)], [t.to("cpu") for t in snapshot(plain, twins)]
+    )
+
+
 @every_optimizer
 @pytest.mark.parametrize("in_kernel", [True, False])
 def test_an_inf_in_one_micro_batch_skips_the_step(name, in_kernel):
