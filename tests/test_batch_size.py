@@ -80,6 +80,25 @@ def test_a_batch_size_that_nothing_counted_is_refused(name, compiled):
     assert other.param_groups[0]["batch_size"] == 6
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_a_compiled_step_looks_at_every_group_before_it_moves_one(name):
+    """State that was emptied breaks the graph between groups, as an update of matrices does."""
+    torch._dynamo.reset()
+    model = Net()
+    first, *others = model.parameters()
+    groups = [{"params": [first], "batch_size": 6}, {"params": others, "batch_size": 6}]
+    optimizer = build(name, groups)
+    step = torch.compile(optimizer.step, backend="eager")
+    model(batch(6)).square().mean().backward()
+    step()
+    optimizer.state[first].clear()
+    optimizer.param_groups[1].update(COUNTED)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="batch_size of group 1 is 'counted'"):
+        step()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 def test_a_checkpoint_before_the_first_step_is_counted_still():
     model, optimizer, _ = setup()
     other = RootFreeAdamW(model.parameters(), batch_size="counted")

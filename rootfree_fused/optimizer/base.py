@@ -296,10 +296,11 @@ class RootFreeOptimizer(AccumulatingOptimizer):
 
     def _step_traced(self, scaling: Scaling) -> None:
         """The step as torch.compile sees it, which guards the tensors itself."""
-        self._check_traced()
         for index, group in enumerate(self.param_groups):
             check_counted(index, group)
             self._check_parts(index, group)
+        self._check_traced()
+        for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
