@@ -66,8 +66,8 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             parts: how many parts that is.
 
         Raises:
-            RuntimeError: there is no gradient, they are taken by hooks, or `accumulated_grads` has
-                ended this accumulation.
+            RuntimeError: there is no gradient, they are taken by hooks, or `accumulated_grads` or
+                `reduce_accumulated` has ended this accumulation.
             ValueError, TypeError: a gradient that no step could take, a value out of range; nothing
                 was taken.
 
@@ -156,7 +156,8 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             process_group: of torch.distributed; None for all ranks.
 
         Raises:
-            RuntimeError: ranks accumulated different things, or `accumulated_grads` was called.
+            RuntimeError: ranks accumulated different things, or this or `accumulated_grads` was
+                called.
             ValueError: a parameter or its group's kind changed since `accumulate`.
             TypeError: parameters are DTensors. Nothing changed.
         """
@@ -368,6 +369,8 @@ class AccumulatingOptimizer(DeclaringOptimizer):
     def _check_open(self) -> None:
         if self._accumulated.are_grads:
             raise RuntimeError(f"accumulated_grads() has ended this accumulation; {_UNUSED}")
+        if self._accumulated.are_of_ranks:
+            raise RuntimeError(f"reduce_accumulated() has ended this accumulation; {_UNUSED}")
 
     def _check_unused(self, what: str) -> None:
         if self._accumulated.count:

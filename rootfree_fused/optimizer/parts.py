@@ -73,6 +73,7 @@ class Accumulated:
     weight: the sum of the micro-batches' weights, by which the sums are to be divided.
     count: how many micro-batches there were. by_terms: whether weights are terms, or None.
     are_grads: whether the means are in the place of gradients already.
+    are_of_ranks: whether the sums are those of all ranks already.
     touched: by the id of a parameter that had a gradient its buffers.
     made: how often buffers were made, of which a prepared step has those of one time.
     """
@@ -90,7 +91,7 @@ class Accumulated:
         self.give_back()
         self.weight, self.count = 0.0, 0
         self.by_terms: bool | None = None
-        self.are_grads = False
+        self.are_grads = self.are_of_ranks = False
         self.touched = {}
         self._first: list[Taken] = []
         self._open_backwards: set[int] = set()
@@ -321,6 +322,7 @@ class Accumulated:
         self.by_terms = True in by_terms
         anywhere = zip(params, every, touched.tolist(), strict=True)
         self.touched = {id(param): buffers for param, buffers, there in anywhere if there}
+        self.are_of_ranks = bool(self.touched)
 
 
 class Parts(NamedTuple):

@@ -174,6 +174,35 @@ def different_things_are_told(case):
     return "nothing", False
 
 
+def what_follows_a_sum_over_ranks():
+    """What is said of a micro-batch, of another sum, and of one whose gradients hooks take."""
+    model, said = whole(), []
+    optimizer = optimizer_of("adamw", model)
+
+    def note(call):
+        try:
+            call()
+            said.append("nothing")
+        except RuntimeError as error:
+            said.append(str(error))
+
+    backward(model, 0)
+    optimizer.accumulate()
+    optimizer.reduce_accumulated()
+    note(optimizer.reduce_accumulated)
+    backward(model, 1)
+    note(optimizer.accumulate)
+    optimizer.zero_grad()
+    optimizer.accumulate_in_backward()
+    backward(model, 0)
+    optimizer.reduce_accumulated()
+    note(lambda: backward(model, 1))
+    optimizer.zero_grad()
+    backward(model, 0)
+    note(optimizer.reduce_accumulated)
+    return said
+
+
 def shards_are_not_reduced():
     spread = LAYOUTS["FSDP2 of 4"](whole())
     optimizer = optimizer_of("adamw", spread)

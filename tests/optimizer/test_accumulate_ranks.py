@@ -76,6 +76,14 @@ def test_every_rank_is_told_of_different_things(ranks, case):
         assert not moved
 
 
+def test_a_sum_over_ranks_is_the_last(ranks):
+    """A second one would count the first micro-batches once a rank more than those since."""
+    for *refused, after_zero_grad in ranks.run("what_follows_a_sum_over_ranks"):
+        assert all("reduce_accumulated() has ended this accumulation" in said for said in refused)
+        assert len(refused) == 3
+        assert after_zero_grad == "nothing"
+
+
 def test_shards_are_not_reduced(ranks):
     for error, finite in ranks.run("shards_are_not_reduced"):
         assert "leave reduce_accumulated() out" in error
