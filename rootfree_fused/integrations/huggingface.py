@@ -69,6 +69,13 @@ class RootFreeTrainer(Trainer):
             if settings is not None:
                 self.optimizer_cls_and_kwargs = chosen, {**settings, "batch_size": COUNTED}
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the Trainer; groups of the tuple's "params" are refused as its settings are."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for group in optimizer.param_groups:
+            refuse_micro_batches(group, "the Trainer")
+        return optimizer
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As of the Trainer, with a BatchSizeCounter as long as it runs."""
         try:

@@ -159,6 +159,17 @@ def test_groups_can_be_given(tmp_path):
     assert log.batch_sizes == [8, 8, 3]
 
 
+@pytest.mark.parametrize("given", [list, iter])
+def test_groups_are_refused_as_settings_are(tmp_path, given):
+    model = Classifier()
+    groups = given([{"params": list(model.parameters()), "second_moment": "micro"}])
+    trainer, _ = build(tmp_path, (RootFreeAdamW, {"lr": 1e-3, "params": groups}), model=model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="the Trainer adds them up in"):
+        trainer.train()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 @pytest.mark.parametrize(
     ("chosen", "settings", "error", "cure"),
     [
