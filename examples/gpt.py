@@ -158,6 +158,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.folder = args.folder or Path(f"gpt-{args.optimizer}")
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr is {args.lr}; pass a number above 0")
+    if args.folder.is_file():
+        parser.error(f"--folder is a file, {args.folder}; pass a folder")
     if args.steps < 1 or args.save_every < 1:
         parser.error("--steps and --save-every are at least 1")
     return args

@@ -107,6 +107,7 @@ def test_a_killed_run_goes_on_to_the_bit(optimizer, example, text, tmp_path, mon
         ("--lr=nan", "--lr is nan"),
         ("--steps=0", "--steps and --save-every are at least 1"),
         ("--save-every=0", "are at least 1"),
+        (f"--folder={__file__}", "--folder is a file"),
     ],
 )
 def test_bad_arguments(flag, words, example, capsys):
