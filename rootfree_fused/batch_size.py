@@ -29,7 +29,8 @@ class BatchSizeCounter:
 
     The number is that of all micro-batches since the last step, on all ranks. Attach it to the
     module that the training loop calls once for every loss; the optimizer's own ``batch_size`` is
-    overwritten at the first step. Give it "counted", so that a step without a counter raises.
+    overwritten at the first step. Give it "counted", so that a step before any count raises; a
+    checkpoint that is loaded brings its last count along.
 
     In a plain loop:
 
