@@ -244,7 +244,7 @@ class RootFreeAdamW(DiagonalOptimizer):
 # What users of the other classes and of torch.optim pass to Sign from habit.
 _NO_SCALE = "leave it out: nothing divides by damping or a second moment"
 _SIGN_REPLACED = {
-    "betas": "pass beta=, the decay of its one average",
+    **dict.fromkeys(("alpha", "betas"), "pass beta=, the decay of its one average"),
     "momentum": "pass beta=: its momentum is an average",
     **dict.fromkeys(("eps", "damping", "batch_size", "initial_square_avg"), _NO_SCALE),
 }

@@ -167,6 +167,7 @@ def test_settings_out_of_their_range(settings, words):
 @pytest.mark.parametrize(
     ("setting", "cure"),
     [
+        ("alpha", "pass beta="),
         ("betas", "pass beta="),
         ("momentum", "pass beta="),
         ("eps", "leave it out: nothing divides"),
