@@ -37,21 +37,23 @@ class OptionalBuildExt(build_ext):
     """The package works without its extension: one that does not compile is a warning."""
 
     missing: tuple[str, str] | None = None  # why there is no extension, and its cure
+    not_built: tuple[str, ...] = ()  # patterns of modules, of which no old one is to stay
 
     def run(self) -> None:
         self.missing = why_not()
         if self.missing is None:
             super().run()
         else:
+            self.not_built = "_C", "_known_tensors_*"
             warn_without_extension(*self.missing)
         self.mark()
 
     def build_extensions(self) -> None:
-        """As setuptools, on all cores."""
+        """As setuptools, on MAX_JOBS cores, or all."""
         compile_ = self.compiler.compile
 
         def compile_all(sources: list[str], **options: Any) -> list[str]:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 each = pool.map(lambda source: compile_([source], **options), sources)
                 return [name for objects in each for name in objects]
 
@@ -68,13 +70,15 @@ class OptionalBuildExt(build_ext):
             (folder / MARKER).unlink(missing_ok=True)
             if self.missing is not None:
                 (folder / MARKER).write_text("\n".join(self.missing) + "\n", encoding="utf-8")
-                for old in folder.glob("_C.*"):
+            for name in self.not_built:
+                for old in folder.glob(f"{name}.*"):
                     old.unlink()
 
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
         except Exception as error:
+            self.not_built += (ext.name.rpartition(".")[2],)
             cause, cure = (
                 " ".join(str(error).split()),
                 "install a C++20 compiler (g++ 11, clang 14)",

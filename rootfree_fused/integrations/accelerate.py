@@ -73,11 +73,12 @@ def prepare(
 def _check_new(optimizer: RootFreeOptimizer) -> None:
     """Raise a ValueError where there is state of parameters that are exchanged for others."""
     # Not by reading the state, which would allocate that of whole parameters.
-    if any("step" in state and state["step"] > 0 for state in dict.values(optimizer.state)):
+    stepped = any("step" in state and state["step"] > 0 for state in dict.values(optimizer.state))
+    if stepped or optimizer._accumulated.count:
         raise ValueError(
-            "the optimizer has taken steps, or was loaded, and accelerate does not carry its state "
-            "to the parameters of FSDP2; prepare it before its first step, and load by "
-            "accelerator.load_state"
+            "the optimizer has taken steps or gradients, or was loaded, and accelerate does not "
+            "carry its state to the parameters of FSDP2; prepare it before its first step, and "
+            "load by accelerator.load_state"
         )
 
 

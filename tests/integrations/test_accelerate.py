@@ -88,6 +88,10 @@ def test_state_that_fsdp2_would_lose_is_refused(accelerator, monkeypatch, optimi
         prepare(accelerator, model, optimizer)
     optimizer.load_state_dict(saved)
     prepare(accelerator, model, optimizer)
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.accumulate()
+    with pytest.raises(ValueError, match="has taken steps or gradients"):
+        prepare(accelerator, model, optimizer)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

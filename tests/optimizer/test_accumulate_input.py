@@ -252,6 +252,22 @@ def test_a_change_before_ranks_sum_is_told(change):
         optimizer.reduce_accumulated()
 
 
+@every_optimizer
+def test_a_step_that_raises_leaves_no_sum_behind(name):
+    params, twins = (parameters(*SHAPES) for _ in range(2))
+    one, other = build(name, params), build(name, twins)
+    for optimizer, tensors in ((one, params), (other, twins)):
+        take(optimizer, tensors, gradients(2, F32))
+    lr, one.param_groups[0]["lr"] = one.param_groups[0]["lr"], -1.0
+    with pytest.raises(ValueError, match="lr is -1"):
+        one.step()
+    assert all(p.grad is None for p in params)
+    one.param_groups[0]["lr"] = lr
+    one.step()
+    other.step()
+    assert_identical(snapshot(one, params), snapshot(other, twins))
+
+
 class Fails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

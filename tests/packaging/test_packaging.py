@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import rootfree_fused
 from rootfree_fused import ops
@@ -184,14 +185,18 @@ def test_a_build_that_failed_leaves_no_kernel_of_an_earlier_one(tmp_path):
     """In the folder of an editable installation."""
     source = copy_sources(tmp_path / "source")
     package = source / "rootfree_fused"
-    (package / "_C.abi3.so").write_bytes(b"")
+    known = f"{extensions.known_tensors_module(torch.__version__)}.so"
+    for name in ("_C.abi3.so", known):
+        (package / name).write_bytes(b"")
     backend(source, "build_editable", tmp_path / "first", **NO_COMPILER)
-    assert not list(package.glob("_C.*"))
+    assert not list(package.glob("*.so"))
     marker = package / "_without_extension.txt"
     cause, cure = marker.read_text().splitlines()
     assert "no-such-compiler" in cause
     assert cure.startswith("install a C++20 compiler")
+    (package / known).write_bytes(b"")
     backend(source, "build_editable", tmp_path / "second", **NOT_WANTED)
+    assert not list(package.glob("*.so"))
     assert marker.read_text().splitlines()[1:] in ([], [""])
 
 
