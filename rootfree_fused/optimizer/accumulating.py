@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.checks import is_sharded
 from .amp_and_graphs import Scaling
-from .checks import check_gradient, check_squares, name_of
+from .checks import check_gradient, check_squares, check_terms, name_of
 from .groups import DeclaringOptimizer, Group, trains
 from .known_tensors import KnownGradients
 from .parts import Accumulated, Taken, kind_of
 
 _UNUSED = "step() or zero_grad() first"
-_MOST_TERMS = 1e12
 
 
 class AccumulatingOptimizer(DeclaringOptimizer):
@@ -156,24 +154,17 @@ class AccumulatingOptimizer(DeclaringOptimizer):
             process_group: of torch.distributed; None for all ranks.
 
         Raises:
-            RuntimeError: ranks accumulated different things, or this or `accumulated_grads` was
-                called.
+            RuntimeError: ranks accumulated different things, this or `accumulated_grads` was
+                called, or another rank raises.
             ValueError: a parameter or its group's kind changed since `accumulate`.
-            TypeError: parameters are DTensors. Nothing changed.
+            TypeError: parameters are DTensors. Nothing changed on any rank.
         """
-        self._check_open()
-        self._accumulated.check_backwards()
-        for index, group in enumerate(self.param_groups):
-            self._check_same_kind(index, group, self._pending(group))
-        every = self._trained()
-        if any(is_sharded(param) for param, _ in every):
-            raise TypeError(
-                "parameters are DTensors, whose gradients FSDP2 reduces at each backward; leave "
-                "reduce_accumulated() out"
-            )
-        params = [param for param, _ in every]
-        self._accumulated.prepare(params, [kind for _, kind in every])
-        self._accumulated.sum_over(process_group, params)
+        params, fault = [param for param, _ in self._trained()], None
+        try:
+            self._check_summable(params)
+        except (RuntimeError, TypeError, ValueError) as error:
+            fault = error
+        self._accumulated.sum_over(process_group, params, fault)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch.optim, and drop what was accumulated."""
@@ -181,6 +172,19 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         super().zero_grad(set_to_none)
 
     # For a step -------------------------------------------------------------------------------
+
+    def _check_summable(self, params: list[Tensor]) -> None:
+        """Raise where ranks could not sum what is accumulated; buffers for all of it."""
+        self._check_open()
+        self._accumulated.check_backwards()
+        for index, group in enumerate(self.param_groups):
+            self._check_same_kind(index, group, self._pending(group))
+        if any(map(is_sharded, params)):
+            raise TypeError(
+                "parameters are DTensors, whose gradients FSDP2 reduces at each backward; leave "
+                "reduce_accumulated() out"
+            )
+        self._prepare_all()
 
     def _buffers_made(self, group: Group) -> int | None:
         """Of which making are the parts that a group's step takes; None if it takes but means."""
@@ -346,18 +350,7 @@ class AccumulatingOptimizer(DeclaringOptimizer):
         self._accumulated.counted_alone(param)
 
     def _weight_of(self, terms: Any, parts: Any) -> float:
-        if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
-            raise ValueError(f"parts is {parts!r}; pass how many there are, a whole number >= 1")
-        if terms is not None and (isinstance(terms, bool) or not isinstance(terms, Real)):
-            raise TypeError(
-                f"terms is a {type(terms).__name__}; pass the number of loss terms that the "
-                "micro-batch averages, as a number: of a tensor its item()"
-            )
-        if terms is not None and not 1 / _MOST_TERMS <= terms <= _MOST_TERMS:  # type: ignore[operator]
-            raise ValueError(
-                f"terms is {terms!r}; pass how many there are, from 1e-12 to 1e12, so that their "
-                "squares stay within float32"
-            )
+        check_terms(terms, parts)
         before = self._accumulated.by_terms
         if before is not None and before != (terms is not None):
             raise ValueError(

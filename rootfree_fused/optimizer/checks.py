@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .state import Initial, is_own
 
 _ANEW = "start it anew with optimizer.state.pop(param), or load a checkpoint"
 
+_MOST_TERMS = 1e12
 COUNTED = "counted"  # a batch size that a counter writes before the first step
 
 
@@ -279,3 +281,19 @@ def check_squares(
                 f"squares has a {type(square).__name__} of {square.dtype} for a "
                 f"{type(param).__name__}; pass a floating tensor that is laid out as it"
             )
+
+
+def check_terms(terms: Any, parts: Any) -> None:
+    """Raise unless a micro-batch may count by these numbers."""
+    if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
+        raise ValueError(f"parts is {parts!r}; pass how many there are, a whole number >= 1")
+    if terms is not None and (isinstance(terms, bool) or not isinstance(terms, Real)):
+        raise TypeError(
+            f"terms is a {type(terms).__name__}; pass the number of loss terms that the "
+            "micro-batch averages, as a number: of a tensor its item()"
+        )
+    if terms is not None and not 1 / _MOST_TERMS <= terms <= _MOST_TERMS:  # type: ignore[operator]
+        raise ValueError(
+            f"terms is {terms!r}; pass how many there are, from 1e-12 to 1e12, so that their "
+            "squares stay within float32"
+        )

@@ -286,14 +286,21 @@ class Accumulated:
 
     # Many ranks -------------------------------------------------------------------------------
 
-    def sum_over(self, process_group: Any, params: Sequence[Tensor]) -> None:
-        """Sum over the ranks of a group, whose micro-batches then are all this rank's."""
+    def sum_over(
+        self, process_group: Any, params: Sequence[Tensor], fault: Exception | None
+    ) -> None:
+        """Sum over the ranks of a group, whose micro-batches then are all this rank's.
+
+        fault: why this rank cannot, of which others are told.
+        """
         from torch import distributed
 
-        every = [self._buffers[id(p)] for p in params]
-        device = every[0].total.device
+        if fault and not distributed.is_initialized():
+            raise fault
+        every = [] if fault else [self._buffers[id(p)] for p in params]
+        device = params[0].device
         flats = _flats(every)
-        header = [self.weight, self.count, self.by_terms is True]
+        header = [self.weight, self.count, self.by_terms is True, fault is not None]
         header += [len(every), len(flats), *(flat.numel() for flat in flats)]
         header = (header + [0.0] * _HEADER)[:_HEADER]
         own = torch.tensor(header, dtype=torch.float64, device=device)
@@ -301,12 +308,16 @@ class Accumulated:
         found = [torch.empty_like(own) for _ in range(size)]
         distributed.all_gather(found, own, group=process_group)
         rows = torch.stack(found).tolist()
+        if fault:
+            raise fault
+        if faulty := [rank for rank, row in enumerate(rows) if row[3]]:
+            raise RuntimeError(f"rank {faulty[0]} cannot sum what it accumulated, and says why")
         by_terms = {row[2] for row in rows if row[1]}
-        if any(row[3:] != rows[0][3:] for row in rows) or len(by_terms) > 1:
+        if any(row[4:] != rows[0][4:] for row in rows) or len(by_terms) > 1:
             raise RuntimeError(
                 "ranks accumulated different things (terms, parameters, allocations, elements): "
-                f"{[tuple(map(int, row[2:])) for row in rows]}; build the same optimizer on each, "
-                "and pass terms= on all or on none"
+                f"{[tuple(map(int, [row[2], *row[4:]])) for row in rows]}; build the same "
+                "optimizer on each, and pass terms= on all or on none"
             )
         there = [int(id(p) in self.touched) for p in params]
         touched = torch.tensor(there, dtype=torch.uint8, device=device)

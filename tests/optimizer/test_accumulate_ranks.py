@@ -84,6 +84,15 @@ def test_a_sum_over_ranks_is_the_last(ranks):
         assert after_zero_grad == "nothing"
 
 
+def test_a_fault_of_one_rank_is_told_to_all(ranks):
+    for rank, (error, moved) in enumerate(
+        ranks.run("different_things_are_told", "another kind on one")
+    ):
+        words = "changed since the last accumulate()" if rank == 1 else "rank 1 cannot sum what it"
+        assert words in error
+        assert not moved
+
+
 def test_shards_are_not_reduced(ranks):
     for error, finite in ranks.run("shards_are_not_reduced"):
         assert "leave reduce_accumulated() out" in error
