@@ -10,8 +10,9 @@ VENV ?= .venv
 # Without an NVIDIA driver, the torch that continuous integration runs; with one, the newest.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 BIN := $(VENV)/bin
-# Two files at a time, none of the long ones last; the threads of each then sleep while they wait, not spin.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time on two cores, as many tests wait, and none of the long ones last; threads that
+# wait sleep, and do not spin.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # What the oldest Triton may do otherwise: compile, and read Python by its own interpreter.
 TRITON36_TESTS := $(wildcard tests/kernels/test_offline_*.py) tests/kernels/test_stacks.py \
 	tests/kernels/test_diag.py tests/kernels/test_formats.py tests/kernels/test_lowbit.py \

@@ -33,6 +33,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _compiles_anew():
+    """`step` is one code object for all tests: what one compiled, another would guard against."""
+    yield
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
+    if counters:  # something was compiled
+        torch._dynamo.reset()
+        counters.clear()
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
 def isa(request):
     """Every body of a kernel that this machine can run; without it, the one that users get."""

@@ -53,7 +53,6 @@ COUNTED = {"batch_size": "counted"}
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_size_that_nothing_counted_is_refused(name, compiled):
     """With a counter it trains, and its checkpoints hold the number."""
-    torch._dynamo.reset()
     model, plain = Net(), Net()
     plain.load_state_dict(model.state_dict())
     optimizer, by_hand = (build(name, list(m.parameters()), **COUNTED) for m in (model, plain))
@@ -83,7 +82,6 @@ def test_a_batch_size_that_nothing_counted_is_refused(name, compiled):
 @pytest.mark.parametrize("name", SCALED)
 def test_a_compiled_step_looks_at_every_group_before_it_moves_one(name):
     """State that was emptied breaks the graph between groups, as an update of matrices does."""
-    torch._dynamo.reset()
     model = Net()
     first, *others = model.parameters()
     groups = [{"params": [first], "batch_size": 6}, {"params": others, "batch_size": 6}]

@@ -40,7 +40,6 @@ def test_meta_tensors_cost_nothing(part):
 
 
 def test_a_compiled_call_is_the_call(device):
-    torch._dynamo.reset()
     (sums, parts, grads), settings = call("squares", device)
     twins = [[t.clone() for t in ts] for ts in (sums, parts)]
 

@@ -82,7 +82,6 @@ def test_compiled_step_is_the_eager_step(name, device):
 
     A number that changes for the first time recompiles once, and is read from then on.
     """
-    torch._dynamo.reset()
     params, twins = (parameters((6, 4), (3,), (), device=device) for _ in range(2))
     lr = torch.tensor(0.05, device=device)
     eager, compiled = build(name, params, lr=lr), build(name, twins, lr=lr)
@@ -102,7 +101,6 @@ def test_compiled_step_is_the_eager_step(name, device):
 
 @pytest.mark.parametrize("name", ["rmsprop-released", "adamw", "sign", "ifshampoo", "shampoo"])
 def test_emptied_state_starts_anew_in_a_compiled_step(name):
-    torch._dynamo.reset()
     params, others = parameters((4, 3), (3,)), parameters((4, 3), (3,))
     optimizer, plain = build(name, params), build(name, others)
     step = torch.compile(optimizer.step, backend="eager")
@@ -119,7 +117,6 @@ def test_emptied_state_starts_anew_in_a_compiled_step(name):
 
 @pytest.mark.parametrize("name", ["ifshampoo", "ifshampoo-interval", "shampoo", "shampoo-interval"])
 def test_a_compiled_step_of_matrices_leaves_the_graph_and_never_recompiles(name, device):
-    torch._dynamo.reset()
     params, twins = (parameters((6, 4), (3,), device=device) for _ in range(2))
     eager, compiled = build(name, params), build(name, twins)
     step = torch.compile(compiled.step, backend="eager")

@@ -102,8 +102,7 @@ def test_parameters_exchanged_for_dtensors_save_and_are_stepped_where_elements_a
 
 
 @pytest.mark.parametrize("name", ["adamw", "ifshampoo", "shampoo"])
-def test_a_compiled_step_on_dtensors_is_the_same(name, request):
-    request.addfinalizer(torch._dynamo.reset)  # `step` is one code object for all tests
+def test_a_compiled_step_on_dtensors_is_the_same(name):
     (model_of, optimizer), (twin, compiled) = (
         (m := sharded(), build(name, m.parameters(), initial_square_avg=1.0)) for _ in range(2)
     )
