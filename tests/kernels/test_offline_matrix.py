@@ -211,7 +211,7 @@ def test_stacks_of_other_sizes_recompile_nothing():
                 assert arg.block_shape == other.block_shape
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize("dtypes", MATRIX_DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "plain"])
 def test_parameters_and_gradients_of_every_dtype(architecture, dtypes, momentum):

@@ -43,7 +43,9 @@ TARGETS = [
 
 
 @pytest.mark.parametrize("name", SHAMPOO_KERNELS)
-@pytest.mark.parametrize(("architecture", "tiling"), TARGETS)
+@pytest.mark.parametrize(
+    ("architecture", "tiling"), TARGETS, ids=[f"sm_{one}-{tiling}" for one, tiling in TARGETS]
+)
 def test_products_are_the_tensor_cores_and_nothing_spills(architecture, tiling, name):
     program = shampoo_program(name, tiling, architecture)
     row = sass.shampoo_entry(name, tiling, architecture).row()
