@@ -46,9 +46,9 @@ def prepare(
     Raises:
         TypeError: another optimizer, or one that was prepared.
         ValueError: DeepSpeed, Megatron-LM; FSDP1 with a Shampoo; with FSDP2 an optimizer that has
-            taken steps or was loaded; tensor, context or sequence parallelism with a batch size; a
-            second moment of micro-batches that are accumulated by the accelerator; an unknown
-            `count`. Nothing is prepared then.
+            taken steps or gradients, or was loaded; tensor, context or sequence parallelism with a
+            batch size; a second moment of micro-batches that are accumulated by the accelerator; an
+            unknown `count`. Nothing is prepared then.
     """
     if not isinstance(optimizer, RootFreeOptimizer):
         raise TypeError(

@@ -213,8 +213,16 @@ def watched(tmp_path, monkeypatch):
 
 
 def test_cases_run_under_the_programs_that_watch_them(watched, monkeypatch):
-    """An error that one finds is a failure, and its report is a log."""
-    monkeypatch.setattr(gpu, "case_command", lambda *_: [sys.executable, "-c", "pass"])
+    """An error that one finds is a failure, and its report is a log.
+
+    Each case runs as it is once: that of memcheck here, that of ncu in the next test.
+    """
+    real = gpu.case_command
+
+    def case_command(args, name):
+        return real(args, name) if name == "memcheck" else [sys.executable, "-c", "pass"]
+
+    monkeypatch.setattr(gpu, "case_command", case_command)
     code, written, out = watched("ncu", "compute-sanitizer")
     assert code == 1
     failed = [(row["case"], row["metric"], row["detail"]["why"]) for row in written]

@@ -81,7 +81,7 @@ def replicas_follow_one_process(name, changes, no_sync, terms):
 
 
 def hooks_of_replicas():
-    """What a step says after a backward that was reduced, and how far it goes wrong without."""
+    """What a step says after a backward that was reduced; without, how far from one process."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model, plain = whole(), whole()
     parallel = DistributedDataParallel(model)
